@@ -1,0 +1,128 @@
+"""Records between an engine and its workers. This is all a worker can be asked. msgspec, no torch.
+
+Every TP worker of an engine gets the same command; only tp rank 0's reply to a step holds tokens.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from moe_serve.base.sampling import SamplingParams
+
+
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request a worker does not know (or was told to drop): all of it.
+
+    `token_ids` prompt and, after a preemption, what was generated so far; the first `num_prompt_tokens` are prompt.
+    `stop_ids` end tokens that are banned while fewer than `sampling.min_tokens` tokens were generated.
+    `sampling_seed` is never None: the request's seed, or one drawn by the engine.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    block_ids: list[int]
+    sampling: SamplingParams
+    sampling_seed: int
+    stop_ids: list[int] = []
+
+
+class Scheduled(msgspec.Struct, frozen=True, kw_only=True):
+    """A request's part in a step: compute tokens [start, start + num_tokens).
+
+    `new_token_ids` and `new_block_ids` are appended to what the worker knows first (both empty in the step that
+    brings its NewRequest). `sample` asks for the next token after the last one computed: true when the step reaches
+    the end of the known tokens. `prompt_logprobs` asks for the log-probabilities of prompt tokens
+    [start + 1, start + num_tokens + 1), as far as they are prompt.
+    """
+
+    request_id: str
+    start: int
+    num_tokens: int
+    new_token_ids: list[int] = []
+    new_block_ids: list[int] = []
+    sample: bool = False
+    prompt_logprobs: int | None = None
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """One step. Requests in `dropped` are forgotten first, then `new` are learnt, then `scheduled` are computed.
+
+    `tokens_by_dp_rank[r]` tokens DP rank r brings to this step (this engine's own included); an empty `scheduled`
+    is a dummy step: zero rows through every layer.
+    """
+
+    step: int
+    scheduled: list[Scheduled]
+    new: list[NewRequest] = []
+    dropped: list[str] = []
+    tokens_by_dp_rank: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(part.num_tokens for part in self.scheduled)
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of `token_id`, its rank in the vocabulary (1 = most likely) and the best alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]] = []
+
+
+class Sampled(msgspec.Struct, frozen=True, array_like=True):
+    """The next token of a request; `logprob` only where it was asked for."""
+
+    request_id: str
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
+    """What a step gave. `prompt_logprobs[request]` in order of position. Seconds are this worker's own."""
+
+    step: int
+    sampled: list[Sampled] = []
+    prompt_logprobs: dict[str, list[TokenLogprob]] = {}
+    seconds: float = 0.0
+    all2all_seconds: float = 0.0
+
+
+class LoadModel(msgspec.Struct, frozen=True, tag="load_model"):
+    """Form the groups, load the weights, see how much KV cache fits. Answered with WorkerFacts."""
+
+
+class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, tag="worker_facts"):
+    """One worker after loading, or the least of several. Bytes are bytes; `load_seconds` by phase."""
+
+    device: str
+    dtype: str
+    kv_blocks: int
+    kv_block_bytes: int
+    weight_bytes: int
+    checkpoint_bytes_read: int
+    checkpoint_bytes_total: int
+    load_seconds: dict[str, float]
+
+
+class AllocateKV(msgspec.Struct, frozen=True, tag="allocate_kv"):
+    """Make the KV cache, `num_blocks` blocks on every rank. Answered with Done."""
+
+    num_blocks: int
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """A command without a result was carried out."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """A command could not be carried out. `config` marks the operator's mistake (exit code 2, no traceback)."""
+
+    message: str
+    config: bool = False
+
+
+Command = LoadModel | AllocateKV | StepPlan
+Reply = WorkerFacts | Done | StepResult | Failed

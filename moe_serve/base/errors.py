@@ -1,0 +1,84 @@
+"""Every error this package raises on purpose.
+
+MoEServeError
+├── ConfigError          what the operator asked for cannot be (exit code 2 at start)
+│   └── CheckpointError  a model folder that is absent, broken or not supported
+├── MissingExtra         an optional library is not installed
+├── RequestError         what a client asked for cannot be (HTTP 400)
+│   ├── ContextTooLong   prompt + max_tokens does not fit max_model_len
+│   └── UnknownModel     no such model here (HTTP 404)
+├── Overloaded           not now (HTTP 503 with Retry-After)
+└── EngineError          the serving world broke (HTTP 500/503; the server ends)
+    ├── WorkerDied       a worker process is gone
+    ├── EngineDead       an engine, or the world it belongs to, is gone
+    └── RankTimeout      a bounded wait ran out; the message names who is missing
+
+A message says what was given, what is allowed and which option changes it.
+`assert` is for our own bugs only.
+"""
+
+from __future__ import annotations
+
+
+class MoEServeError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(MoEServeError, ValueError):
+    """The operator's configuration is impossible; nothing was started."""
+
+
+class CheckpointError(ConfigError):
+    """A model folder is absent, broken or not supported."""
+
+
+class MissingExtra(MoEServeError, ImportError):
+    """A named implementation needs a library that is not installed."""
+
+
+class RequestError(MoEServeError, ValueError):
+    """A client's request is impossible. `param` names the offending field, as OpenAI's API does."""
+
+    status = 400
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextTooLong(RequestError):
+    """The prompt and the tokens asked for do not fit the context."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownModel(RequestError):
+    """The request names a model that is not served here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class Overloaded(MoEServeError):
+    """The server cannot take this request now (shutting down). `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineError(MoEServeError, RuntimeError):
+    """The serving world broke."""
+
+
+class WorkerDied(EngineError):
+    """A worker process is gone."""
+
+
+class EngineDead(EngineError):
+    """An engine, or the world it belongs to, is gone."""
+
+
+class RankTimeout(EngineError, TimeoutError):
+    """A bounded wait ran out; the message names the ranks that are missing."""

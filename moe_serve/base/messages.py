@@ -1,0 +1,196 @@
+"""Records between processes: members of a world <-> coordinator, and front-ends <-> engines. msgspec, no torch.
+
+The link to the coordinator carries `FromMember` and `ToMember`; the sockets between a front-end and an engine
+carry `ToEngine` and `FromEngine`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from moe_serve.base.commands import TokenLogprob
+from moe_serve.base.sampling import SamplingParams
+
+Role = Literal["api", "engine", "worker"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+# --- members <-> coordinator -----------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """First word of every member. `agreement` is Config.agreement(); empty for workers, whose engine vouches.
+
+    `address` is where a front-end listens for engines ("" otherwise). dp and tp are -1 where they mean nothing.
+    """
+
+    token: str
+    role: Role
+    dp: int = -1
+    tp: int = -1
+    pid: int
+    host: str
+    address: str = ""
+    agreement: dict[str, str] = {}
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """You belong here."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """You do not belong here; the sentence says why."""
+
+    reason: str
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """Alive. `step` last entered, `phase` where in it (for example `layer 3 dispatch`), `seconds` since then."""
+
+    step: int
+    phase: str
+    seconds: float
+
+
+class Ack(msgspec.Struct, frozen=True, tag="ack"):
+    """The coordinator heard your heartbeat and is alive itself."""
+
+
+class StoreAt(msgspec.Struct, frozen=True, tag="store_at"):
+    """Where rank 0's store listens: told by engine 0, passed on to all engines."""
+
+    host: str
+    port: int
+
+
+class Frontends(msgspec.Struct, frozen=True, tag="frontends"):
+    """Where the front-ends listen; sent to engines, again whenever it grows."""
+
+    addresses: list[str]
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """This member can serve (an engine: loaded and its KV cache made; a front-end: listening)."""
+
+    note: str = ""
+
+
+class WorldReady(msgspec.Struct, frozen=True, tag="world_ready"):
+    """Every member is ready."""
+
+
+class Wake(msgspec.Struct, frozen=True, tag="wake"):
+    """End nap number `nap`; ignored by whoever is not in (or about to take) exactly that nap."""
+
+    nap: int
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Take no new requests, finish those in flight within `timeout` seconds, then say Leaving."""
+
+    timeout: float
+
+
+class Leaving(msgspec.Struct, frozen=True, tag="leaving"):
+    """This member goes on purpose; its closed link is no death."""
+
+    reason: str = ""
+
+
+class Failure(msgspec.Struct, frozen=True, tag="failure"):
+    """This member cannot go on. `config` marks the operator's mistake (exit code 2)."""
+
+    message: str
+    config: bool = False
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """End now. `code` 0 for an orderly end, else `reason` names who failed."""
+
+    reason: str
+    code: int
+
+
+FromMember = Hello | Heartbeat | StoreAt | Ready | Wake | Leaving | Failure
+ToMember = Welcome | Refused | Ack | StoreAt | Frontends | WorldReady | Wake | Drain | Stop
+
+
+# --- front-ends <-> engines ------------------------------------------------------------------------------------
+
+
+class EngineHello(msgspec.Struct, frozen=True, kw_only=True, tag="engine_hello"):
+    """An engine's first word to a front-end."""
+
+    token: str
+    dp: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    facts: dict[str, str] = {}
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
+    """One sequence to generate (n choices are n of these). `max_tokens` in `sampling` is already settled."""
+
+    request_id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Forget these requests; unknown ones are ignored."""
+
+    request_ids: list[str]
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+    """New tokens of one request; the last event has a `finish_reason`.
+
+    `stop_token` the end token that finished it (it is the last of `token_ids`). `logprobs` one per token if asked
+    for. `prompt_logprobs` for prompt tokens 1..n-1, once, with the first event. `error` with reason "error".
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
+    """An engine's state, after a step and when it changes. Counters only grow, from the engine's start."""
+
+    step: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    waiting_tokens: int = 0
+    free_blocks: int = 0
+    num_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    steps: int = 0
+    dummy_steps: int = 0
+    naps: int = 0
+    vote_seconds: float = 0.0
+    votes: int = 0
+    padding_tokens: int = 0
+    all2all_seconds: float = 0.0
+    load_seconds: dict[str, float] = {}
+
+
+class Events(msgspec.Struct, frozen=True, tag="events"):
+    """What one step gave a front-end, and how the engine stands now."""
+
+    dp: int
+    events: list[TokenEvent]
+    report: LoadReport
+
+
+ToEngine = Generate | Abort
+FromEngine = EngineHello | Events

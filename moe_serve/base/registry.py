@@ -1,0 +1,61 @@
+"""Tables of pluggable implementations: a name maps to "module:attribute", imported when it is first used.
+
+The only place in the package that imports late; it turns an absent extra into a sentence.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+
+from moe_serve.base.errors import ConfigError, MissingExtra
+
+
+class Registry:
+    """`names()` lists what is built, `planned` what is known but not built yet; both are refused by name."""
+
+    def __init__(self, kind: str, option: str, table: Mapping[str, str], planned: tuple[str, ...] = ()) -> None:
+        self.kind = kind
+        self.option = option
+        self.planned = planned
+        self._table = dict(table)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._table)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def target(self, name: str) -> str:
+        """The "module:attribute" behind a name, without importing it."""
+        self.check(name)
+        return self._table[name]
+
+    def check(self, name: str) -> None:
+        """Raise ConfigError unless `name` is built."""
+        if name in self._table:
+            return
+        allowed = ", ".join(self._table)
+        if name in self.planned:
+            raise ConfigError(
+                f"{self.kind} {name!r} is known but not built yet; built are: {allowed} (option {self.option})"
+            )
+        raise ConfigError(f"unknown {self.kind} {name!r}; known are: {allowed} (option {self.option})")
+
+    def load(self, name: str) -> object:
+        """Import and return what stands behind `name`; raises ConfigError or MissingExtra."""
+        self.check(name)
+        return import_target(self._table[name], self.kind, name)
+
+
+def import_target(target: str, kind: str, name: str) -> object:
+    """Import "module:attribute"; an absent third-party module becomes MissingExtra."""
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("moe_serve"):
+            raise
+        raise MissingExtra(f"{kind} {name!r} needs the Python package {error.name!r}, which is not installed") from error
+    found: object = getattr(module, attribute)
+    return found

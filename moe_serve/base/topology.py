@@ -1,0 +1,110 @@
+"""Rank arithmetic: who is who on the axes dp x pp x tp, and how ranges are shared out. Pure integers.
+
+Global rank = (dp * pp_size + pp) * tp_size + tp. The expert-parallel axis of a pipeline stage joins dp and tp:
+ep = dp * tp_size + tp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_serve.base.errors import ConfigError
+
+
+def divide(numerator: int, denominator: int) -> int:
+    """Exact division; ValueError if there is a remainder."""
+    if numerator % denominator:
+        raise ValueError(f"{numerator} is not divisible by {denominator}")
+    return numerator // denominator
+
+
+def split_range(total: int, parts: int, index: int) -> range:
+    """Part `index` of range(total) cut into `parts` neighbours whose sizes differ by at most one, larger first."""
+    if not 0 <= index < parts:
+        raise ValueError(f"part {index} is outside [0, {parts})")
+    base, remainder = divmod(total, parts)
+    start = index * base + min(index, remainder)
+    return range(start, start + base + (index < remainder))
+
+
+def get_pp_indices(num_layers: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
+    """First and one-past-last layer of a pipeline stage.
+
+    Remainder layers go to the middle stages from the back, then to the first, never to the last stage (it also
+    computes the logits).
+    """
+    if not 0 <= pp_rank < pp_size:
+        raise ValueError(f"pipeline rank {pp_rank} is outside [0, {pp_size})")
+    if num_layers < pp_size:
+        raise ValueError(f"{num_layers} layers cannot be spread over {pp_size} pipeline stages")
+    base, remainder = divmod(num_layers, pp_size)
+    counts = [base] * pp_size
+    for back in range(remainder):
+        counts[pp_size - 2 - back] += 1
+    start = sum(counts[:pp_rank])
+    return start, start + counts[pp_rank]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Sizes of the axes. `Topology(dp=2, tp=2).world_size == 4`."""
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("dp", "pp", "tp"):
+            if getattr(self, axis) < 1:
+                raise ConfigError(f"the size of axis {axis} must be at least 1, not {getattr(self, axis)}")
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.dp * self.pp * self.tp
+
+    @property
+    def ep(self) -> int:
+        """Ranks that share the experts of one layer."""
+        return self.dp * self.tp
+
+    def rank(self, *, dp: int, pp: int = 0, tp: int = 0) -> int:
+        """The global rank at these coordinates."""
+        for value, size, axis in ((dp, self.dp, "dp"), (pp, self.pp, "pp"), (tp, self.tp, "tp")):
+            if not 0 <= value < size:
+                raise ValueError(f"{axis} rank {value} is outside [0, {size})")
+        return (dp * self.pp + pp) * self.tp + tp
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(dp, pp, tp) of a global rank."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside [0, {self.world_size})")
+        rest, tp = divmod(rank, self.tp)
+        dp, pp = divmod(rest, self.pp)
+        return dp, pp, tp
+
+    def ep_rank(self, rank: int) -> int:
+        """Place of a global rank among those that share its layers' experts."""
+        dp, _, tp = self.coordinates(rank)
+        return dp * self.tp + tp
+
+    def tp_group(self, rank: int) -> tuple[int, ...]:
+        """Global ranks of this rank's tensor-parallel group, in order."""
+        dp, pp, _ = self.coordinates(rank)
+        return tuple(self.rank(dp=dp, pp=pp, tp=tp) for tp in range(self.tp))
+
+    def dp_group(self, rank: int) -> tuple[int, ...]:
+        """Global ranks with the same pp and tp as this one, in order of dp."""
+        _, pp, tp = self.coordinates(rank)
+        return tuple(self.rank(dp=dp, pp=pp, tp=tp) for dp in range(self.dp))
+
+    def ep_group(self, rank: int) -> tuple[int, ...]:
+        """Global ranks that share this rank's experts, in order of ep rank."""
+        _, pp, _ = self.coordinates(rank)
+        return tuple(self.rank(dp=dp, pp=pp, tp=tp) for dp in range(self.dp) for tp in range(self.tp))
+
+    def describe(self, rank: int) -> str:
+        """A global rank for people: `rank 3 (dp 1, tp 1)`."""
+        dp, pp, tp = self.coordinates(rank)
+        middle = f", pp {pp}" if self.pp > 1 else ""
+        return f"rank {rank} (dp {dp}{middle}, tp {tp})"

@@ -1,0 +1,48 @@
+"""How a command reaches an engine's workers. Torch-free; implementations are reached through base.config.EXECUTORS."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from moe_serve.base.commands import Command, Reply, WorkerFacts
+from moe_serve.base.config import Config
+from moe_serve.base.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where this engine's workers find everybody: the world's store and coordinator, and the world's token."""
+
+    dp_rank: int
+    store_host: str
+    store_port: int
+    coordinator_host: str
+    coordinator_port: int
+    token: str
+    threads_per_rank: int
+
+
+class Executor(Protocol):
+    """Made as `Executor(config, meeting, progress)`; `config` is resolved (its model is a folder)."""
+
+    def __init__(self, config: Config, meeting: Meeting, progress: Progress) -> None: ...
+
+    def start(self) -> WorkerFacts:
+        """Start the workers and load the model. Facts are the least (blocks) or the sum (bytes) over the workers.
+
+        Raises ConfigError for the operator's mistakes, EngineError otherwise.
+        """
+        ...
+
+    def submit(self, command: Command) -> Future[Reply]:
+        """Send a command to every worker; the future holds tp rank 0's reply once all have answered.
+
+        Its exception is WorkerDied when a worker is gone, EngineError when one failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the workers; bounded; safe to call twice."""
+        ...

@@ -1,0 +1,45 @@
+"""The attention interface: store this step's keys and values in the paged cache, then attend. And its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from moe_serve.base.registry import Registry
+from moe_serve.model.context import LayerKV
+
+ATTENTION = Registry("attention backend", "--attention-backend", {"sdpa": "moe_serve.model.attention.sdpa:SDPA"})
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceShape:
+    """One sequence's part in a step: rows [start, start + num_tokens) of it are computed; earlier ones are cached.
+
+    `block_ids` covers positions [0, start + num_tokens).
+    """
+
+    start: int
+    num_tokens: int
+    block_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The sequences of a step in the order of their rows; empty for a dummy step."""
+
+    sequences: list[SequenceShape]
+    block_size: int
+
+
+class AttentionBackend(Protocol):
+    """Made once per worker: `Backend(num_heads, num_kv_heads, head_dim, device)` with this rank's head counts."""
+
+    def plan(self, step: StepShape) -> object:
+        """Once per step, on the host: index tensors that every layer uses."""
+        ...
+
+    def forward(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, kv: LayerKV, plan: object) -> Tensor:
+        """Write k and v to their slots, attend causally over each sequence's whole past. Returns (T, H, d)."""
+        ...

@@ -1,0 +1,43 @@
+"""ForwardContext: all that a layer may know about the step it is in. Passed as an argument, never looked up.
+
+Shape letters: T tokens on this rank, D hidden, H query heads, G KV heads, d head dimension, N KV slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moe_serve.base.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer's KV cache on this rank: k and v, each (N, G, d), N = blocks x block size. Slot = block * size + offset."""
+
+    k_NGd: Tensor
+    v_NGd: Tensor
+
+
+@dataclass(slots=True)
+class StepClock:
+    """Seconds spent in exchanges between ranks during one step."""
+
+    all2all_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """`positions_T` int64; `attention` what the attention backend's plan() made; `kv` one per layer of this stage.
+
+    `rows_by_ep_rank[i]` rows EP rank i brings to every MoE layer of this step (each engine's tokens cut over its TP
+    ranks by topology.split_range); known to all ranks from the step plan, so sizes need no exchange.
+    """
+
+    positions_T: Tensor
+    attention: object
+    kv: tuple[LayerKV, ...]
+    rows_by_ep_rank: tuple[int, ...]
+    progress: Progress = field(default_factory=Progress)
+    clock: StepClock = field(default_factory=StepClock)
