@@ -100,10 +100,14 @@ class Leaving(msgspec.Struct, frozen=True, tag="leaving"):
 
 
 class Failure(msgspec.Struct, frozen=True, tag="failure"):
-    """This member cannot go on. `config` marks the operator's mistake (exit code 2)."""
+    """This member cannot go on. `config` marks the operator's mistake (exit code 2).
+
+    `suspects_peer`: an exchange with other ranks failed, so probably one of them died; whoever did is blamed first.
+    """
 
     message: str
     config: bool = False
+    suspects_peer: bool = False
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):

@@ -1,0 +1,145 @@
+"""A member's line to the coordinator: one TCP connection that says hello, beats once a second and hears orders.
+
+A closed connection is the sign of death on both sides: the kernel closes it the moment a process is gone. Silence
+is the sign of a stopped one: beats are acknowledged, and whoever hears nothing for `patience` seconds gives up.
+Frames are a four-byte big-endian length and msgpack of a record from base.messages.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from moe_serve.base.errors import ConfigError, RankTimeout
+from moe_serve.base.messages import Ack, FromMember, Heartbeat, Hello, Leaving, Refused, ToMember, Welcome
+from moe_serve.base.progress import Progress
+
+MAX_FRAME = 1 << 20
+HEADER = struct.Struct(">I")
+BEAT_SECONDS = 1.0
+PATIENCE_SECONDS = 8.0
+
+_encoder = msgspec.msgpack.Encoder()
+_to_member: msgspec.msgpack.Decoder[ToMember] = msgspec.msgpack.Decoder(ToMember)
+
+
+def frame(message: FromMember | ToMember) -> bytes:
+    """A record as bytes for the line."""
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+class Link:
+    """Connects in the constructor (retrying for `connect_seconds`) and waits for the coordinator's welcome.
+
+    `on_message` and `on_lost` are called from the reading thread; `on_lost` at most once, and not after close().
+    Raises RankTimeout if nobody answers, ConfigError if the coordinator refuses this member.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        hello: Hello,
+        *,
+        on_message: Callable[[ToMember], None],
+        on_lost: Callable[[str], None],
+        progress: Progress,
+        connect_seconds: float = 5.0,
+    ) -> None:
+        self._where = f"the coordinator at {host}:{port}"
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._socket = _connect(host, port, connect_seconds, self._where)
+        self._socket.settimeout(PATIENCE_SECONDS)
+        self.send(hello)
+        first = self._first_answer()
+        if isinstance(first, Refused):
+            self._socket.close()
+            raise ConfigError(first.reason)
+        threading.Thread(target=self._read, name="link-read", daemon=True).start()
+        threading.Thread(target=self._beat, name="link-beat", daemon=True).start()
+
+    def send(self, message: FromMember) -> None:
+        """Send a record; a broken line is reported by the reading thread, not here."""
+        try:
+            with self._lock:
+                self._socket.sendall(frame(message))
+        except OSError:
+            return
+
+    def close(self, reason: str = "") -> None:
+        """Leave on purpose."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self.send(Leaving(reason))
+            self._socket.close()
+
+    def _first_answer(self) -> Welcome | Refused:
+        try:
+            answer = _to_member.decode(self._receive())
+        except (OSError, EOFError) as error:
+            self._socket.close()
+            raise RankTimeout(f"{self._where} did not welcome this process: {error or 'no answer'}") from error
+        if not isinstance(answer, Welcome | Refused):
+            raise RankTimeout(f"{self._where} answered a hello with {type(answer).__name__}")
+        return answer
+
+    def _receive(self) -> bytes:
+        (length,) = HEADER.unpack(_exactly(self._socket, HEADER.size))
+        if length > MAX_FRAME:
+            raise EOFError(f"a frame of {length} bytes is longer than {MAX_FRAME}")
+        return _exactly(self._socket, length)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = _to_member.decode(self._receive())
+                if not isinstance(message, Ack):
+                    self._on_message(message)
+        except TimeoutError:
+            self._lost(f"{self._where} was silent for {PATIENCE_SECONDS:g} s")
+        except (OSError, EOFError, msgspec.MsgspecError) as error:
+            self._lost(f"{self._where} is gone ({error})")
+
+    def _beat(self) -> None:
+        progress = self._progress
+        while not self._closed.wait(BEAT_SECONDS):
+            self.send(Heartbeat(step=progress.step, phase=progress.phase, seconds=progress.seconds()))
+
+    def _lost(self, why: str) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            self._on_lost(why)
+
+
+def _connect(host: str, port: int, seconds: float, where: str) -> socket.socket:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            made = socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic()))
+        except OSError as error:
+            if time.monotonic() + 0.2 > deadline:
+                raise RankTimeout(f"{where} could not be reached within {seconds:g} s: {error}") from error
+            time.sleep(0.2)
+        else:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return made
+
+
+def _exactly(source: socket.socket, count: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        part = source.recv(count - len(parts))
+        if not part:
+            raise EOFError("connection closed")
+        parts += part
+    return bytes(parts)
