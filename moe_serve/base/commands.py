@@ -5,9 +5,24 @@ Every TP worker of an engine gets the same command; only tp rank 0's reply to a 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import msgspec
 
 from moe_serve.base.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where an engine's workers find everybody: the store and coordinator of the world, and its token."""
+
+    dp_rank: int
+    store_host: str
+    store_port: int
+    coordinator_host: str
+    coordinator_port: int
+    token: str
+    threads_per_rank: int
 
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True):

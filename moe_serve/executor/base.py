@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
 
 from moe_serve.base.commands import Command, Reply, WorkerFacts
+from moe_serve.base.commands import Meeting as Meeting
 from moe_serve.base.config import Config
 from moe_serve.base.progress import Progress
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where this engine's workers find everybody: the world's store and coordinator, and the world's token."""
-
-    dp_rank: int
-    store_host: str
-    store_port: int
-    coordinator_host: str
-    coordinator_port: int
-    token: str
-    threads_per_rank: int
 
 
 class Executor(Protocol):
