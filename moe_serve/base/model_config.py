@@ -1,0 +1,302 @@
+"""What the checkpoint says: config.json and generation_config.json -> a frozen ModelConfig. Knows no torch.
+
+Whatever changes the mathematics and is not computed here is refused by name. A field that config.json leaves out has
+the default of base/architectures.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_serve.base.architectures import ARCHITECTURES, HARMLESS, Defaults, QKNorm
+from moe_serve.base.errors import CheckpointError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A checkpoint in numbers. `expert_size` is the width F of one routed expert.
+
+    `qk_norm`: "head" norms each head's q and k by itself, "full" over all heads at once. `dtype` as saved.
+    `eos_token_ids` from generation_config.json, else config.json; only ids inside the vocabulary.
+    `generation_defaults` sampling options under SamplingParams' names.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    num_experts: int
+    top_k: int
+    expert_size: int
+    norm_topk_prob: bool
+    shared_expert_size: int | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: QKNorm = "none"
+    tie_word_embeddings: bool = False
+    dtype: str = "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    generation_defaults: Mapping[str, float] = field(default_factory=dict)
+
+
+class Fields:
+    """Typed access to one JSON object of a model folder; every complaint names the file and the field."""
+
+    def __init__(self, path: Path, values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+        self.path = path
+        self.values = values
+        self._defaults = defaults
+
+    def raw(self, *names: str) -> object:
+        """The value under the first of several names that is there and not null, else the default."""
+        found = {name: self.values[name] for name in names if self.values.get(name) is not None}
+        if len(set(map(repr, found.values()))) > 1:
+            raise CheckpointError(f"{self.path}: {' and '.join(found)} differ: {found}")
+        for value in found.values():
+            return value
+        return next((self._defaults[name] for name in names if name in self._defaults), None)
+
+    def wrong(self, name: str, value: object, wanted: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {name} must be {wanted}, not {value!r}")
+
+    def integer(self, *names: str) -> int:
+        value = self.raw(*names)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.wrong(names[0], value, "an integer of at least 1")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self.raw(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.wrong(name, value, "a number greater than 0")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.raw(name)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise self.wrong(name, value, "true or false")
+        return value
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """One id, a list of ids or nothing."""
+        value = self.raw(name)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+            raise self.wrong(name, value, "a token id or a list of them")
+        return tuple(ids)
+
+
+def load_model_config(folder: Path | str) -> ModelConfig:
+    """Read a model folder's config.json (and generation_config.json if there); raises CheckpointError."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise CheckpointError(f"there is no model folder {folder} (option MODEL)")
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder; MODEL must name a folder in the Hugging Face layout"
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json; MODEL must name a folder in the Hugging Face layout"
+        )
+    values = _read_object(path)
+    architecture = _architecture(path, values)
+    defaults = ARCHITECTURES[architecture]
+    fields = Fields(path, values, defaults.fields)
+    _refuse_unsupported(fields, defaults)
+    generation_path = folder / "generation_config.json"
+    generation = _read_object(generation_path) if generation_path.is_file() else {}
+    return _build(architecture, fields, Fields(generation_path, generation, {}))
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def _architecture(path: Path, values: Mapping[str, object]) -> str:
+    names = values.get("architectures")
+    supported = f"supported are: {', '.join(ARCHITECTURES)}"
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(
+            f"{path}: architectures must name the model's class, not {names!r}; {supported}"
+        )
+    if names[0] not in ARCHITECTURES:
+        raise CheckpointError(f"{path}: architecture {names[0]} is not supported; {supported}")
+    return names[0]
+
+
+def _refuse_unsupported(fields: Fields, defaults: Defaults) -> None:
+    for name, harmless in HARMLESS.items():
+        value = fields.values.get(name, harmless[0])
+        if value not in harmless or (isinstance(value, bool) and not any(value is each for each in harmless)):
+            raise CheckpointError(
+                f"{fields.path}: {name} = {_brief(value)} is not supported"
+                + (f"; supported: {', '.join(map(str, harmless))}" if harmless != (None,) else "")
+            )
+    layer_types = fields.values.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    ):
+        raise CheckpointError(
+            f"{fields.path}: layer_types = {_brief(layer_types)} is not supported; "
+            "every layer must be full_attention"
+        )
+    _refuse_sliding_window(fields, switched=defaults.sliding_window_switch)
+
+
+def _refuse_sliding_window(fields: Fields, *, switched: bool) -> None:
+    """A window as long as the context changes nothing; the Qwens write one and switch it off elsewhere."""
+    window = fields.values.get("sliding_window", 4096 if switched else None)
+    if (switched and not fields.flag("use_sliding_window")) or window in (None, 0):
+        return
+    longest = fields.integer("max_position_embeddings")
+    if isinstance(window, bool) or not isinstance(window, int) or window < longest:
+        raise CheckpointError(
+            f"{fields.path}: sliding_window = {window!r}, shorter than max_position_embeddings ({longest}), "
+            "is not supported"
+        )
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _rope_theta(fields: Fields) -> float:
+    """From rope_parameters (or rope_scaling) or from the top level; scaled kinds are refused by name."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = fields.values.get(name)
+        if not rope:
+            continue
+        if not isinstance(rope, dict):
+            raise fields.wrong(name, rope, "an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(
+                f"{fields.path}: {name} of type {kind!r} is not supported; supported: default"
+            )
+        if rope.get("partial_rotary_factor") not in (None, 1.0):
+            raise CheckpointError(
+                f"{fields.path}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported"
+            )
+        unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+        if unknown:
+            raise CheckpointError(f"{fields.path}: {name} holds {', '.join(unknown)}, which is not supported")
+        if rope.get("rope_theta") is not None:
+            return Fields(fields.path, rope, {}).number("rope_theta")
+    return fields.number("rope_theta")
+
+
+def _dtype(fields: Fields) -> str:
+    value = fields.raw("dtype", "torch_dtype")
+    if value is None:
+        return "float32"
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name not in DTYPES:
+        raise CheckpointError(
+            f"{fields.path}: dtype {value!r} is not supported; supported: {', '.join(DTYPES)}"
+        )
+    return str(name)
+
+
+def _generation_defaults(generation: Fields) -> dict[str, float]:
+    """Sampling options; an explicit `"do_sample": false` means greedy, as in transformers."""
+    found = {name: generation.values.get(name) for name in SAMPLING_FIELDS}
+    for name, value in found.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise generation.wrong(name, value, "a number")
+    defaults = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    if generation.values.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+def _heads(fields: Fields, hidden: int, *, free_head_dim: bool) -> tuple[int, int, int]:
+    """(query heads, KV heads, head dimension), each checked against the others."""
+    heads = fields.integer("num_attention_heads")
+    kv_heads = heads if fields.raw("num_key_value_heads") is None else fields.integer("num_key_value_heads")
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{fields.path}: num_key_value_heads ({kv_heads}) must divide num_attention_heads ({heads})"
+        )
+    given = fields.raw("head_dim") is not None
+    if hidden % heads and not given:
+        raise CheckpointError(
+            f"{fields.path}: num_attention_heads ({heads}) must divide hidden_size ({hidden})"
+        )
+    head_dim = fields.integer("head_dim") if given else hidden // heads
+    if head_dim % 2:
+        raise CheckpointError(f"{fields.path}: head_dim ({head_dim}) must be even for rotary positions")
+    if not free_head_dim and head_dim * heads != hidden:
+        raise CheckpointError(
+            f"{fields.path}: head_dim ({head_dim}) x num_attention_heads ({heads}) must be hidden_size ({hidden})"
+        )
+    return heads, kv_heads, head_dim
+
+
+def _build(architecture: str, fields: Fields, generation: Fields) -> ModelConfig:
+    defaults = ARCHITECTURES[architecture]
+    hidden = fields.integer("hidden_size")
+    heads, kv_heads, head_dim = _heads(fields, hidden, free_head_dim=defaults.free_head_dim)
+    experts, top_k = fields.integer("num_experts", "num_local_experts"), fields.integer("num_experts_per_tok")
+    if top_k > experts:
+        raise CheckpointError(
+            f"{fields.path}: num_experts_per_tok ({top_k}) is more than num_experts ({experts})"
+        )
+    vocab_size = fields.integer("vocab_size")
+    biased = defaults.bias_field is not None and fields.flag(defaults.bias_field)
+    normed = defaults.norm_topk_prob
+    eos = generation.token_ids("eos_token_id") or fields.token_ids("eos_token_id")
+    bos = generation.token_ids("bos_token_id") or fields.token_ids("bos_token_id")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_layers=fields.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        rope_theta=_rope_theta(fields),
+        max_position_embeddings=fields.integer("max_position_embeddings"),
+        num_experts=experts,
+        top_k=top_k,
+        expert_size=fields.integer(defaults.expert_size_field),
+        norm_topk_prob=fields.flag("norm_topk_prob") if normed is None else normed,
+        shared_expert_size=fields.integer("shared_expert_intermediate_size")
+        if defaults.shared_expert
+        else None,
+        qkv_bias=biased,
+        o_bias=biased and defaults.output_bias,
+        qk_norm=defaults.qk_norm,
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        dtype=_dtype(fields),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=tuple(token for token in eos if 0 <= token < vocab_size),
+        generation_defaults=_generation_defaults(generation),
+    )
