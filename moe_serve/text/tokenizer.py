@@ -1,0 +1,150 @@
+"""A checkpoint's tokenizer: text -> ids, ids -> text, and the text and bytes of single tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from moe_serve.base.errors import CheckpointError, RequestError
+from moe_serve.text.chat_template import ChatTemplates
+from moe_serve.text.decoding import ByteDecoding, UnitDecoding, choose_decoding
+
+LARGEST_ID = 2**32 - 1
+
+
+class Tokenizer:
+    """Loaded from a model folder in the Hugging Face layout. Raises CheckpointError naming the file.
+
+    `eos_token`, `bos_token` as the folder names them, None where it does not.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._core = _load_core(self.folder / "tokenizer.json")
+        config = _read_json(self.folder / "tokenizer_config.json")
+        named = {name: _content(value) for name, value in config.items() if re.fullmatch(r"[a-z]+_token", name)}
+        special_tokens = {name: text for name, text in named.items() if text is not None}
+        self.bos_token = special_tokens.get("bos_token")
+        self.eos_token = special_tokens.get("eos_token")
+        self.chat_templates = _load_chat_templates(self.folder, config, special_tokens)
+        self._special = {token.content for token in self._core.get_added_tokens_decoder().values() if token.special}
+        self.decoding: ByteDecoding | UnitDecoding = choose_decoding(
+            self._core, self._special, self.folder / "tokenizer.json"
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return None if self.bos_token is None else self._core.token_to_id(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return None if self.eos_token is None else self._core.token_to_id(self.eos_token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text; with special tokens as the tokenizer's own post-processor adds them (a BOS or not)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not valid Unicode: {error}", param="prompt") from error
+        ids: list[int] = self._core.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids; ids that no token has are left out."""
+        known = [token_id for token_id in ids if 0 <= token_id <= LARGEST_ID]
+        return self._core.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, object] | None = None,
+    ) -> str:
+        """The prompt text of a conversation by the chat template; encode it with add_special_tokens=False."""
+        return self.chat_templates.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, options=options
+        )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, special tokens shown; empty for an id that no token has."""
+        return self.decoding.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """A token by itself, as log-probabilities name it: `bytes:\\xe2\\x82` where it is part of a character."""
+        found = self.decoding.token_bytes(token_id)
+        if not found and self._core.id_to_token(token_id) is None:
+            return f"token_id:{token_id}"
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+
+def _load_core(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: a model folder needs its tokenizer in this file")
+    try:
+        core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+    except Exception as error:  # noqa: BLE001 (the library raises plain Exception)
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+    # A folder may carry the cutting and filling its training used; a prompt must arrive whole.
+    core.no_truncation()
+    core.no_padding()
+    return core
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _content(token: object) -> str | None:
+    """A token given as text or as an object with its text."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _load_chat_templates(
+    folder: Path, config: Mapping[str, object], special_tokens: Mapping[str, str]
+) -> ChatTemplates:
+    """chat_template.jinja wins over tokenizer_config.json's chat_template (one text, or a list of named ones)."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return ChatTemplates({"default": file.read_text(encoding="utf-8")}, special_tokens, file)
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is not UTF-8 text: {error}") from error
+    origin = folder / "tokenizer_config.json"
+    given = config.get("chat_template")
+    if given is None:
+        return ChatTemplates({}, special_tokens, origin)
+    if isinstance(given, str):
+        return ChatTemplates({"default": given}, special_tokens, origin)
+    named = (
+        [(e.get("name"), e.get("template")) for e in given if isinstance(e, dict)] if isinstance(given, list) else []
+    )
+    sources = {name: text for name, text in named if isinstance(name, str) and isinstance(text, str)}
+    if not isinstance(given, list) or len(sources) != len(given):
+        raise CheckpointError(f"chat_template in {origin} must be text or a list of objects with name and template")
+    return ChatTemplates(sources, special_tokens, origin)
