@@ -85,7 +85,7 @@ class StopMatcher:
         self._first = {stop[0] for stop in self.stops}
 
     def feed(self, text: str) -> tuple[int, str] | None:
-        """Position in `text` just after the first stop string, and that string; of several that end there, the longest."""
+        """Where in `text` the first stop string ends, and that string: the longest of those that end there."""
         if not self.partial and self._first.isdisjoint(text):
             return None
         for position, character in enumerate(text):

@@ -11,9 +11,7 @@ import tokenizers
 
 from moe_serve.base.errors import CheckpointError, RequestError
 from moe_serve.text.chat_template import ChatTemplates
-from moe_serve.text.decoding import ByteDecoding, UnitDecoding, choose_decoding
-
-LARGEST_ID = 2**32 - 1
+from moe_serve.text.decoding import LARGEST_ID, ByteDecoding, UnitDecoding, choose_decoding
 
 
 class Tokenizer:
@@ -98,7 +96,7 @@ def _load_core(path: Path) -> tokenizers.Tokenizer:
         core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    except Exception as error:  # noqa: BLE001 (the library raises plain Exception)
+    except Exception as error:  # the library raises no narrower kind
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
     # A folder may carry the cutting and filling its training used; a prompt must arrive whole.
     core.no_truncation()
