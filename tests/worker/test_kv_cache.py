@@ -1,0 +1,102 @@
+"""How much memory a KV cache may take, and what is said when it is too little."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_serve.base.config import Config
+from moe_serve.base.errors import ConfigError
+from moe_serve.worker.device import choose_device, choose_dtype
+from moe_serve.worker.kv_cache import CPU_CAP_BYTES, KVShape, available_memory, cpu_share_bytes, fitting_blocks
+
+SHAPE = KVShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=16, dtype=torch.float32)
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A root folder that says 8 GiB are available and that there are no control groups."""
+    write(tmp_path / "proc/meminfo", f"MemTotal: {2**24} kB\nMemFree: 100 kB\nMemAvailable: {8 * 2**20} kB\n")
+    write(tmp_path / "proc/self/cgroup", "0::/a/b\n")
+    return tmp_path
+
+
+def test_a_block_holds_keys_and_values_of_all_layers():
+    assert SHAPE.block_bytes == 2 * 2 * 3 * 8 * 4 * 16
+    kv = SHAPE.allocate(5, torch.device("cpu"))
+    assert len(kv) == 2
+    assert kv[0].k_NGd.shape == kv[1].v_NGd.shape == (80, 3, 8)
+    assert sum(layer.k_NGd.nbytes + layer.v_NGd.nbytes for layer in kv) == 5 * SHAPE.block_bytes
+
+
+def test_available_bytes_are_filled_with_whole_blocks():
+    assert fitting_blocks(SHAPE, Config(), max_model_len=32, available_bytes=10 * SHAPE.block_bytes + 1) == 10
+
+
+def test_no_more_blocks_than_all_sequences_at_full_length_need():
+    config = Config.from_flat({"max_num_seqs": 3})
+    assert fitting_blocks(SHAPE, config, max_model_len=33, available_bytes=2**40) == 9
+
+
+def test_asked_bytes_count_instead_of_the_available_ones():
+    config = Config.from_flat({"kv_cache_memory_bytes": 4 * SHAPE.block_bytes})
+    assert fitting_blocks(SHAPE, config, max_model_len=32, available_bytes=0) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "source"),
+    [({"kv_cache_memory_bytes": 1000}, "kv_cache_memory_bytes is 1,000"), ({}, "gpu_memory_utilization 0.9")],
+)
+def test_too_little_for_one_sequence_says_how_much_is_needed_and_what_to_change(options, source):
+    with pytest.raises(ConfigError, match=source) as caught:
+        fitting_blocks(SHAPE, Config.from_flat(options), max_model_len=33, available_bytes=1000)
+    assert f"{3 * SHAPE.block_bytes:,}" in str(caught.value)
+    for option in ("--kv-cache-memory-bytes", "--max-model-len", "33"):
+        assert option in str(caught.value)
+
+
+def test_ranks_of_a_machine_share_what_is_available(machine):
+    assert cpu_share_bytes(0.5, 4, machine) == 2**30
+    assert cpu_share_bytes(0.9, 1, machine) == CPU_CAP_BYTES
+
+
+def test_a_control_group_above_this_process_limits_it(machine):
+    group = machine / "sys/fs/cgroup/a"
+    write(group / "memory.max", str(3 * 2**30))
+    write(group / "memory.current", str(2 * 2**30))
+    write(group / "memory.stat", f"anon 5\ninactive_file {2**29}\n")
+    write(group / "b/memory.max", "max\n")
+    assert available_memory(machine) == 3 * 2**29
+
+
+def test_a_version_1_control_group_of_a_container_limits_it(machine):
+    write(machine / "proc/self/cgroup", "4:cpu,cpuacct:/\n7:memory:/docker/xyz\n")
+    top = machine / "sys/fs/cgroup/memory"
+    write(top / "memory.limit_in_bytes", str(2**30))
+    write(top / "memory.usage_in_bytes", str(2**28))
+    write(top / "memory.stat", "total_inactive_file 0\n")
+    assert available_memory(machine) == 3 * 2**28
+
+
+def test_memory_can_be_read_on_this_machine():
+    assert available_memory() > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device_is_refused():
+    assert choose_device("auto", 0) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="--device"):
+        choose_device("cuda", 0)
+
+
+def test_auto_takes_the_checkpoints_type():
+    cpu = torch.device("cpu")
+    assert choose_dtype("auto", "bfloat16", cpu) == torch.bfloat16
+    assert choose_dtype("float32", "bfloat16", cpu) == torch.float32
+    with pytest.raises(ConfigError, match="float8"):
+        choose_dtype("auto", "float8", cpu)
