@@ -1,0 +1,32 @@
+"""moe-serve: Mixture-of-Experts language models with wide expert parallelism. This is the only re-export."""
+
+from moe_serve.base.config import Config
+from moe_serve.base.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    MoEServeError,
+    Overloaded,
+    RequestError,
+)
+from moe_serve.base.registry import import_target
+from moe_serve.base.sampling import SamplingParams
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "EngineError",
+    "MoEServeError",
+    "Overloaded",
+    "RequestError",
+    "SamplingParams",
+]
+
+
+def __getattr__(name: str) -> object:
+    """LLM is imported when it is asked for: it needs torch, which most of the package does without."""
+    if name == "LLM":
+        return import_target("moe_serve.llm:LLM", "name", name)
+    raise AttributeError(f"module 'moe_serve' has no attribute {name!r}")

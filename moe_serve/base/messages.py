@@ -72,7 +72,7 @@ class Frontends(msgspec.Struct, frozen=True, tag="frontends"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """This member can serve (an engine: loaded and its KV cache made; a front-end: listening)."""
+    """This member can serve (an engine: loaded and its KV cache made; a front-end: listening, at host:port `note`)."""
 
     note: str = ""
 

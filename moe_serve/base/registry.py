@@ -14,7 +14,9 @@ from moe_serve.base.errors import ConfigError, MissingExtra
 class Registry:
     """`names()` lists what is built, `planned` what is known but not built yet; both are refused by name."""
 
-    def __init__(self, kind: str, option: str, table: Mapping[str, str], planned: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, kind: str, option: str, table: Mapping[str, str], planned: tuple[str, ...] = ()
+    ) -> None:
         self.kind = kind
         self.option = option
         self.planned = planned
@@ -56,6 +58,8 @@ def import_target(target: str, kind: str, name: str) -> object:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("moe_serve"):
             raise
-        raise MissingExtra(f"{kind} {name!r} needs the Python package {error.name!r}, which is not installed") from error
+        raise MissingExtra(
+            f"{kind} {name!r} needs the Python package {error.name!r}, which is not installed"
+        ) from error
     found: object = getattr(module, attribute)
     return found

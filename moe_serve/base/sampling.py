@@ -62,16 +62,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if any(not text for text in self.stop):
             raise RequestError("stop must not hold an empty string", param="stop")
 
+    def choices(self) -> list[SamplingParams]:
+        """The n single generations these params ask for; with a seed, choice i has seed + i (wrapping at 2^63)."""
+        if self.n == 1:
+            return [self]
+        seeds = [None if self.seed is None else (self.seed + i + 2**63) % 2**64 - 2**63 for i in range(self.n)]
+        return [msgspec.structs.replace(self, n=1, seed=seed) for seed in seeds]
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
 
-def _within(
-    name: str, value: float, low: float, high: float | None, *, open_low: bool = False
-) -> None:
+def _within(name: str, value: float, low: float, high: float | None, *, open_low: bool = False) -> None:
     """RequestError unless low <= value <= high (low < value if open_low); NaN never passes."""
     inside = (value > low if open_low else value >= low) and (high is None or value <= high)
     if not inside:
-        bound = f"{'greater than' if open_low else 'at least'} {low}" + (f" and at most {high}" if high is not None else "")
+        bound = f"{'greater than' if open_low else 'at least'} {low}" + (
+            f" and at most {high}" if high is not None else ""
+        )
         raise RequestError(f"{name} must be {bound}, not {value}", param=name)

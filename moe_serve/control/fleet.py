@@ -44,6 +44,7 @@ class Member:
     hello: Hello
     heard: float
     ready: bool = False
+    note: str = ""
     leaving: bool = False
     step: int = 0
     phase: str = "starting"
@@ -106,20 +107,24 @@ class Fleet:
                 self._store = message
                 return [Send(other, message) for other in self._role("engine") if other != member]
             case Ready():
-                known.ready = True
+                known.ready, known.note = True, message.note
                 return self._ready()
             case Wake():
                 return [Send(other, message) for other in self._role("engine") if other != member]
             case Leaving():
                 known.leaving = True
-                return self.end(Stop(message.reason or f"{known.name} left", 0)) if known.hello.role == "api" else []
+                return (
+                    self.end(Stop(message.reason or f"{known.name} left", 0))
+                    if known.hello.role == "api"
+                    else []
+                )
             case Failure():
                 return self._failure(known, message, now)
 
     def lost(self, member: int, now: float) -> list[Send]:
         """A connection closed."""
         known = self.members.pop(member, None)
-        if known is None or known.leaving:
+        if known is None or known.leaving or self.ended is not None:
             return []
         return self.end(Stop(f"{known.name} died; last seen in step {known.step}, phase {known.phase!r}", 1))
 
@@ -158,12 +163,18 @@ class Fleet:
         for role, dp, tp in self._expected():
             known = arrived.get((role, dp, tp))
             if known is None:
-                names.append({"engine": f"engine dp {dp}", "worker": f"worker dp {dp} tp {tp}"}.get(role, "API server"))
+                names.append(
+                    {"engine": f"engine dp {dp}", "worker": f"worker dp {dp} tp {tp}"}.get(role, "API server")
+                )
             elif not known.ready and role != "worker":
                 names.append(f"{known.name} (phase {known.phase!r})")
         if len(self._role("api")) < self.num_frontends:
             names.append("API server")
         return names
+
+    def front_door(self) -> str:
+        """Where the first API server says it listens, as host:port."""
+        return next((known.note for known in self.members.values() if known.hello.role == "api"), "")
 
     def _expected(self) -> list[tuple[str, int, int]]:
         ranks = self.topology

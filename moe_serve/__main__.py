@@ -1,0 +1,8 @@
+"""`python -m moe_serve` is the `moe-serve` command."""
+
+import sys
+
+from moe_serve.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The API server process: joins the world as a front-end, listens for engines and for HTTP, drains, reports.
+
+Started as `python -m moe_serve.api.server` with a MemberSpec in the environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import uvicorn
+
+from moe_serve.api.app import ApiState, create_app
+from moe_serve.base.errors import ConfigError, RankTimeout
+from moe_serve.base.log import setup_logging
+from moe_serve.base.member import MemberSpec
+from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, ToMember
+from moe_serve.base.model_config import load_model_config
+from moe_serve.base.progress import Progress
+from moe_serve.control.link import Link
+from moe_serve.engine.client import EngineClient
+from moe_serve.text.tokenizer import Tokenizer
+
+FAREWELL_SECONDS = 1.5
+POLL_SECONDS = 0.05
+log = logging.getLogger(__name__)
+
+
+class ApiServer:
+    """One front-end; everything in it belongs to one event loop but the link's threads."""
+
+    def __init__(self, spec: MemberSpec) -> None:
+        self._spec = spec
+        self._config = spec.load_config()
+        self._engines = EngineClient(token=spec.token, data_parallel_size=self._config.parallel.data_parallel_size)
+        self._orders: asyncio.Queue[Drain | Stop] = asyncio.Queue()
+
+    async def run(self) -> int:
+        """Serve until drained, stopped or orphaned; the exit code."""
+        loop = asyncio.get_running_loop()
+
+        def hear(message: ToMember) -> None:
+            if isinstance(message, Drain | Stop):
+                loop.call_soon_threadsafe(self._orders.put_nowait, message)
+
+        def orphaned(why: str) -> None:
+            loop.call_soon_threadsafe(self._orders.put_nowait, Stop(why, 1))
+
+        spec = self._spec
+        address = self._engines.bind(self._config.parallel.data_parallel_master_ip)
+        hello = Hello(
+            token=spec.token,
+            role="api",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            address=address,
+            agreement=self._config.agreement(),
+        )
+        link = Link(
+            spec.host,
+            spec.port,
+            hello,
+            on_message=hear,
+            on_lost=orphaned,
+            progress=Progress(),
+            connect_seconds=spec.connect_seconds,
+        )
+        try:
+            listening = listen(self._config.server.host, self._config.server.port)
+            state = self._make_state()
+        except ConfigError as error:
+            link.send(Failure(str(error), config=True))
+            await self._orders.get()
+            return 2
+        return await self._serve(link, listening, state)
+
+    def _make_state(self) -> ApiState:
+        folder = Path(self._config.model.model or "")
+        return ApiState(
+            config=self._config,
+            model_name=self._config.model.served_model_name or str(folder),
+            tokenizer=Tokenizer(folder),
+            engines=self._engines,
+            generation_defaults=load_model_config(folder).generation_defaults,
+            created=int(time.time()),
+        )
+
+    async def _serve(self, link: Link, listening: socket.socket, state: ApiState) -> int:
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(state), log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off"
+            )
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        receiving = asyncio.create_task(self._engines.run())
+        announcing = asyncio.create_task(self._announce(link, listening))
+        ordered = asyncio.create_task(self._orders.get())
+        done, _ = await asyncio.wait({serving, receiving, ordered}, return_when=asyncio.FIRST_COMPLETED)
+        if ordered in done:
+            order = ordered.result()
+        elif receiving in done:
+            receiving.result()
+            order = Stop("the engine socket closed", 1)
+        else:
+            order = Stop("the API server was asked to end", 0)
+        if isinstance(order, Drain):
+            order = await self._drain(order, state)
+        code = await self._end(order)
+        link.close(order.reason)
+        announcing.cancel()
+        receiving.cancel()
+        server.should_exit = True
+        await serving
+        self._engines.close()
+        return code
+
+    async def _announce(self, link: Link, listening: socket.socket) -> None:
+        await self._engines.wait_ready()
+        host, port = listening.getsockname()[:2]
+        link.send(Ready(f"{host}:{port}"))
+
+    async def _drain(self, order: Drain, state: ApiState) -> Stop:
+        """No new requests; those in flight get their time. A Stop meanwhile wins."""
+        state.start_draining()
+        deadline = time.monotonic() + order.timeout
+        while self._engines.num_unfinished and time.monotonic() < deadline:
+            try:
+                async with asyncio.timeout(POLL_SECONDS):
+                    newer = await self._orders.get()
+            except TimeoutError:
+                continue
+            if isinstance(newer, Stop):
+                return newer
+        if self._engines.num_unfinished:
+            log.warning("%d answers did not finish within %g s", self._engines.num_unfinished, order.timeout)
+        return Stop("drained", 0)
+
+    async def _end(self, order: Stop) -> int:
+        """End open streams with an error event and give them a moment to be written."""
+        if order.code:
+            log.error("ending: %s", order.reason)
+        self._engines.fail(order.reason if order.code else "the server is shutting down")
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while self._engines.num_unfinished and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)
+        return order.code
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; ConfigError names the port that is taken or the address that is not ours."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(2048)
+    except OSError as error:
+        raise ConfigError(
+            f"the HTTP server cannot listen on {host}:{port}: {error.strerror or error} (options --host and --port)"
+        ) from error
+    return made
+
+
+def main() -> int:
+    spec = MemberSpec.from_environment()
+    setup_logging("api", spec.load_config().server.log_level)
+    try:
+        return asyncio.run(ApiServer(spec).run())
+    except (ConfigError, RankTimeout) as error:
+        log.error("%s", error)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What a process is told when it is started: which member of which world it is. Everything else it asks for there.
+
+It travels in one environment variable (not on the command line, where everybody could read the token), so that a
+launcher on this machine, a pod or a Ray actor can start a member alike.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from moe_serve.base.config import Config
+
+ENVIRONMENT = "MOE_SERVE_MEMBER"
+
+
+class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """`host` and `port` of the coordinator; `connect_seconds` to keep trying it; `config` is Config.to_json()."""
+
+    host: str
+    port: int
+    token: str
+    config: str
+    dp: int = -1
+    threads: int = 1
+    connect_seconds: float = 5.0
+
+    def to_environment(self) -> dict[str, str]:
+        """Environment for the child: this one's, the spec and the share of the cores."""
+        threads = str(self.threads)
+        return {
+            **os.environ,
+            ENVIRONMENT: msgspec.json.encode(self).decode(),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    @classmethod
+    def from_environment(cls) -> MemberSpec:
+        return msgspec.json.decode(os.environ[ENVIRONMENT], type=cls)
+
+    def load_config(self) -> Config:
+        return Config.model_validate_json(self.config)
+
+
+def threads_per_rank(ranks_here: int) -> int:
+    """A rank's share of the cores this process may use, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)

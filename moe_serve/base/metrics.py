@@ -1,0 +1,83 @@
+"""Every metric: name, type, help, labels, buckets, in one table. Names get the prefix `moe_serve:`; counters end in
+`_total` where they are exposed. All carry the labels model_name and engine (the DP rank)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PREFIX = "moe_serve:"
+COMMON_LABELS = ("model_name", "engine")
+
+_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """`labels` beyond the common ones. A summary is a sum and a count, without quantiles."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram", "summary"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return PREFIX + self.name
+
+
+# Observed where answers are sent.
+PROMPT_TOKENS = Metric("prompt_tokens", "counter", "Prompt tokens of requests whose answer began.")
+GENERATION_TOKENS = Metric("generation_tokens", "counter", "Tokens generated.")
+REQUEST_SUCCESS = Metric("request_success", "counter", "Answers that ended, by how.", ("finished_reason",))
+TIME_TO_FIRST_TOKEN = Metric(
+    "time_to_first_token_seconds", "histogram", "From a request's arrival to its first token.", buckets=_LATENCY
+)
+INTER_TOKEN_LATENCY = Metric(
+    "inter_token_latency_seconds", "histogram", "Between two tokens of an answer.", buckets=_LATENCY
+)
+E2E_REQUEST_LATENCY = Metric(
+    "e2e_request_latency_seconds", "histogram", "From a request's arrival to its last token.", buckets=_LATENCY
+)
+
+# Read from each engine's latest report.
+NUM_REQUESTS_RUNNING = Metric("num_requests_running", "gauge", "Requests being computed.")
+NUM_REQUESTS_WAITING = Metric("num_requests_waiting", "gauge", "Requests that wait for room.")
+NUM_TOKENS_WAITING = Metric("num_tokens_waiting", "gauge", "Prompt tokens of waiting requests.")
+KV_CACHE_USAGE = Metric("kv_cache_usage_perc", "gauge", "Share of KV blocks in use, 0 to 1.")
+NUM_PREEMPTIONS = Metric("num_preemptions", "counter", "Requests set back because KV blocks ran out.")
+PREFIX_CACHE_QUERIES = Metric("prefix_cache_queries", "counter", "Prompt tokens looked up in the prefix cache.")
+PREFIX_CACHE_HITS = Metric("prefix_cache_hits", "counter", "Prompt tokens found in the prefix cache.")
+STEPS = Metric("steps", "counter", "Steps, dummy steps included.")
+DUMMY_STEPS = Metric("dummy_steps", "counter", "Steps without work of its own, run for the other DP ranks.")
+NAPS = Metric("naps", "counter", "Times this engine went to sleep.")
+DP_VOTE_SECONDS = Metric("dp_vote_seconds", "summary", "Waiting for the DP ranks' votes before a step.")
+DP_PADDING_TOKENS = Metric("dp_padding_tokens", "counter", "Rows computed only to make DP ranks equal.")
+ALL2ALL_SECONDS = Metric("all2all_seconds", "summary", "Exchanging tokens between expert-parallel ranks, per step.")
+LOAD_PHASE_SECONDS = Metric("load_phase_seconds", "gauge", "How long each phase of starting took.", ("phase",))
+
+REQUEST_METRICS = (
+    PROMPT_TOKENS,
+    GENERATION_TOKENS,
+    REQUEST_SUCCESS,
+    TIME_TO_FIRST_TOKEN,
+    INTER_TOKEN_LATENCY,
+    E2E_REQUEST_LATENCY,
+)
+ENGINE_METRICS = (
+    NUM_REQUESTS_RUNNING,
+    NUM_REQUESTS_WAITING,
+    NUM_TOKENS_WAITING,
+    KV_CACHE_USAGE,
+    NUM_PREEMPTIONS,
+    PREFIX_CACHE_QUERIES,
+    PREFIX_CACHE_HITS,
+    STEPS,
+    DUMMY_STEPS,
+    NAPS,
+    DP_VOTE_SECONDS,
+    DP_PADDING_TOKENS,
+    ALL2ALL_SECONDS,
+    LOAD_PHASE_SECONDS,
+)

@@ -1,0 +1,200 @@
+"""A front-end's async handle on all engines: submit, stream, abort, liveness. Torch-free.
+
+It listens, the engines connect and show the world's token; requests go out and events come in on one socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from moe_serve.base.errors import EngineDead, EngineError
+from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent
+from moe_serve.base.sampling import SamplingParams
+from moe_serve.control.balancer import Balancer
+
+log = logging.getLogger(__name__)
+
+
+class AsyncEngines(Protocol):
+    """What the HTTP floor needs of the engines."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def dead_reason(self) -> str | None: ...
+
+    @property
+    def data_parallel_size(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def reports(self) -> Mapping[int, LoadReport]: ...
+
+    def rank_of(self, request_id: str) -> int | None:
+        """The DP rank that serves a request now."""
+        ...
+
+    def generate(
+        self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
+    ) -> AsyncIterator[TokenEvent]:
+        """Events of one sequence, the last with a finish_reason. Closing the iterator early aborts the request.
+
+        Raises EngineDead when the world breaks and RequestError for what cannot be.
+        """
+        ...
+
+
+class EngineClient:
+    """AsyncEngines over ZMQ. `bind()`, `run()` as a task, then `wait_ready()`."""
+
+    def __init__(self, *, token: str, data_parallel_size: int) -> None:
+        self._token = token
+        self._size = data_parallel_size
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._balancer = Balancer(data_parallel_size)
+        self._hellos: dict[int, EngineHello] = {}
+        self._identities: dict[int, bytes] = {}
+        self._ranks: dict[bytes, int] = {}
+        self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
+        self._placed: dict[str, int] = {}
+        self._reports: dict[int, LoadReport] = {}
+        self._all_here = asyncio.Event()
+        self._dead_reason: str | None = None
+
+    def bind(self, host: str) -> str:
+        """Listen on a free port of `host`; the address engines must connect to."""
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        return f"tcp://{host}:{port}"
+
+    @property
+    def ready(self) -> bool:
+        return self._all_here.is_set() and self.alive
+
+    @property
+    def alive(self) -> bool:
+        return self._dead_reason is None
+
+    @property
+    def dead_reason(self) -> str | None:
+        return self._dead_reason
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self._size
+
+    @property
+    def max_model_len(self) -> int:
+        return min(hello.max_model_len for hello in self._hellos.values())
+
+    @property
+    def reports(self) -> Mapping[int, LoadReport]:
+        return self._reports
+
+    def rank_of(self, request_id: str) -> int | None:
+        return self._placed.get(request_id)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._queues)
+
+    async def wait_ready(self) -> None:
+        """Until every engine has connected."""
+        await self._all_here.wait()
+
+    async def run(self) -> None:
+        """Receive for ever; records from strangers are dropped."""
+        while True:
+            identity, body = await self._socket.recv_multipart()
+            try:
+                message = self._decoder.decode(body)
+            except msgspec.MsgspecError as error:
+                log.warning("dropped a malformed record from an engine socket: %s", error)
+                continue
+            if isinstance(message, EngineHello):
+                self._welcome(identity, message)
+            elif self._ranks.get(identity) == message.dp:
+                self._deliver(message)
+
+    async def generate(
+        self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
+    ) -> AsyncIterator[TokenEvent]:
+        """See AsyncEngines.generate."""
+        self._check_alive()
+        rank = self._balancer.choose(len(token_ids), self._reports, pinned=dp_rank)
+        events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        self._queues[request_id] = events
+        self._placed[request_id] = rank
+        self._balancer.sent(request_id, rank, len(token_ids))
+        finished = False
+        try:
+            await self._send(rank, Generate(request_id=request_id, token_ids=token_ids, sampling=sampling))
+            while not finished:
+                event = await events.get()
+                if event is None:
+                    self._check_alive()
+                    raise EngineDead("the engines are gone")
+                finished = event.finish_reason is not None
+                if event.finish_reason == "error":
+                    raise EngineError(event.error or "the engine refused this request")
+                yield event
+        finally:
+            del self._queues[request_id], self._placed[request_id]
+            self._balancer.finished(request_id)
+            if not finished and self.alive:
+                await self._send(rank, Abort([request_id]))
+
+    def fail(self, reason: str) -> None:
+        """The world broke: end every stream with EngineDead(reason)."""
+        if self._dead_reason is None:
+            self._dead_reason = reason
+            for events in self._queues.values():
+                events.put_nowait(None)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._context.destroy(linger=0)
+
+    def _check_alive(self) -> None:
+        if self._dead_reason is not None:
+            raise EngineDead(self._dead_reason)
+
+    def _welcome(self, identity: bytes, hello: EngineHello) -> None:
+        if not hmac.compare_digest(hello.token.encode(), self._token.encode()) or hello.dp in self._hellos:
+            log.warning("refused a process that said it was engine %d", hello.dp)
+            return
+        self._hellos[hello.dp] = hello
+        self._identities[hello.dp] = identity
+        self._ranks[identity] = hello.dp
+        if len(self._hellos) == self._size:
+            self._all_here.set()
+
+    def _deliver(self, message: Events) -> None:
+        self._reports[message.dp] = message.report
+        for event in message.events:
+            self._balancer.progressed(event.request_id, len(event.token_ids))
+            events = self._queues.get(event.request_id)
+            if events is not None:
+                events.put_nowait(event)
+
+    async def _send(self, rank: int, message: Generate | Abort) -> None:
+        await self._socket.send_multipart([self._identities[rank], self._encoder.encode(message)])

@@ -1,0 +1,70 @@
+"""A core among the data-parallel ranks: each turn is a vote, then a real step, a dummy step or falling asleep.
+
+All ranks take the same turns: a rank without work still brings zero rows to every layer of a step, because the
+others' tokens need its experts.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from moe_serve.base.messages import LoadReport, TokenEvent
+from moe_serve.base.progress import Progress
+from moe_serve.control.lockstep import Naps, Vote, decide
+from moe_serve.engine.core import EngineCore
+from moe_serve.parallel.groups import ControlGroup
+
+
+class DPRank:
+    """`pads`: the all2all backend pads ragged shares, so that wasted rows can be counted."""
+
+    def __init__(self, core: EngineCore, votes: ControlGroup, *, progress: Progress, pads: bool) -> None:
+        self.core = core
+        self.naps = Naps()
+        self._group = votes
+        self._progress = progress
+        self._pads = pads
+        self._step = 0
+        self._undelivered: list[str] = []
+        self._num_votes = 0
+        self._vote_seconds = 0.0
+        self._padding_tokens = 0
+
+    def turn(self) -> list[TokenEvent]:
+        """Vote, then do what all ranks do; events of the step if there was one."""
+        plan = self.core.schedule()
+        self._step += 1
+        verdict = decide(self._exchange(Vote(self._step, self.naps.taken, self.core.has_work, plan.num_tokens)))
+        dropped = self._undelivered + plan.dropped
+        if not verdict.run:
+            # Workers hear of forgotten requests with the next step.
+            self._undelivered = dropped
+            self.naps.fall_asleep()
+            return []
+        self._undelivered = []
+        self._padding_tokens += verdict.padding if self._pads else 0
+        self._progress.enter("step", self._step)
+        return self.core.run(
+            msgspec.structs.replace(plan, step=self._step, dropped=dropped, tokens_by_dp_rank=verdict.tokens_by_dp_rank)
+        )
+
+    def report(self) -> LoadReport:
+        """The core's report with what only this floor knows."""
+        return msgspec.structs.replace(
+            self.core.report(),
+            step=self._step,
+            padding_tokens=self._padding_tokens,
+            votes=self._num_votes,
+            vote_seconds=self._vote_seconds,
+            naps=self.naps.taken,
+        )
+
+    def _exchange(self, vote: Vote) -> list[Vote]:
+        self._progress.enter("vote", self._step)
+        started = time.perf_counter()
+        votes = [Vote.from_ints(values) for values in self._group.all_gather_ints(vote.to_ints())]
+        self._num_votes += 1
+        self._vote_seconds += time.perf_counter() - started
+        return votes

@@ -1,0 +1,285 @@
+"""The engine process of one DP rank: joins the world, loads, agrees on the KV size, then takes turns for ever.
+
+One loop thread; the link's and the front-ends' threads only put records into its inbox. Started as
+`python -m moe_serve.engine.process` with a MemberSpec in the environment, by whoever likes.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import socket
+import sys
+import time
+from pathlib import Path
+
+from moe_serve.base.config import ALL2ALL
+from moe_serve.base.commands import AllocateKV, WorkerFacts
+from moe_serve.base.errors import ConfigError, EngineDead, EngineError, RankTimeout, RequestError, WorkerDied
+from moe_serve.base.log import setup_logging
+from moe_serve.base.member import MemberSpec
+from moe_serve.base.messages import (
+    Abort,
+    EngineHello,
+    Events,
+    Failure,
+    Frontends,
+    Generate,
+    Hello,
+    Ready,
+    Stop,
+    StoreAt,
+    ToEngine,
+    TokenEvent,
+    ToMember,
+    Wake,
+)
+from moe_serve.base.model_config import load_model_config
+from moe_serve.base.progress import Progress
+from moe_serve.control.link import Link
+from moe_serve.engine.core import EngineCore
+from moe_serve.engine.dp import DPRank
+from moe_serve.engine.sockets import FrontendSockets
+from moe_serve.executor.base import Executor, Meeting
+from moe_serve.executor.choose import choose_executor
+from moe_serve.parallel.groups import ControlGroup, control_group
+from moe_serve.parallel.stateless import open_store
+
+MEET_SECONDS = 300.0
+FAREWELL_SECONDS = 5.0
+log = logging.getLogger(__name__)
+
+
+class EngineProcess:
+    """`run()` returns only on failure; an orderly end comes from the coordinator and ends the process at once."""
+
+    def __init__(self, spec: MemberSpec) -> None:
+        self._spec = spec
+        self._config = spec.load_config()
+        self._progress = Progress()
+        self._inbox: queue.SimpleQueue[ToMember | tuple[str, ToEngine]] = queue.SimpleQueue()
+        self._frontends: list[str] = []
+        self._owners: dict[str, str] = {}
+        self._executor: Executor | None = None
+        self._link: Link | None = None
+
+    def run(self) -> int:
+        """Join, load, serve. The exit code, after the coordinator has been told what went wrong."""
+        try:
+            self._link = self._join()
+        except (ConfigError, RankTimeout) as error:
+            log.error("%s", error)
+            return 2 if isinstance(error, ConfigError) else 1
+        try:
+            self._serve(*self._load())
+        except ConfigError as error:
+            return self._fail(Failure(str(error), config=True), 2)
+        except EngineError as error:
+            peer = not isinstance(error, WorkerDied | EngineDead)
+            return self._fail(Failure(str(error), suspects_peer=peer), 1)
+        except Exception as error:  # noqa: BLE001 - the outermost loop of a process: log, report, end
+            log.exception("the engine failed")
+            return self._fail(Failure(f"{type(error).__name__}: {error}"), 1)
+
+    def _join(self) -> Link:
+        spec = self._spec
+        hello = Hello(
+            token=spec.token,
+            role="engine",
+            dp=spec.dp,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            agreement=self._config.agreement(),
+        )
+        return Link(
+            spec.host,
+            spec.port,
+            hello,
+            on_message=self._hear,
+            on_lost=self._orphaned,
+            progress=self._progress,
+            connect_seconds=spec.connect_seconds,
+        )
+
+    def _hear(self, message: ToMember) -> None:
+        """In the link's thread. Stop cannot wait for the loop, which may sit in a collective that never ends."""
+        if isinstance(message, Stop):
+            os._exit(0 if message.code == 0 else 1)
+        self._inbox.put(message)
+
+    def _orphaned(self, why: str) -> None:
+        log.error("%s; this engine ends", why)
+        os._exit(1)
+
+    def _fail(self, failure: Failure, code: int) -> int:
+        assert self._link is not None
+        self._link.send(failure)
+        time.sleep(FAREWELL_SECONDS)  # the coordinator's Stop normally ends this process first
+        return code
+
+    def _load(self) -> tuple[DPRank, EngineHello]:
+        """Meet at the store, load the model on the workers, agree on the KV cache."""
+        config, spec = self._config, self._spec
+        parallel = config.parallel
+        store = self._meet()
+        meeting = Meeting(
+            dp_rank=spec.dp,
+            store_host=store.host,
+            store_port=store.port,
+            coordinator_host=spec.host,
+            coordinator_port=spec.port,
+            token=spec.token,
+            threads_per_rank=spec.threads,
+        )
+        model_config = load_model_config(Path(config.model.model or ""))
+        self._executor = choose_executor(config)(config, meeting, self._progress)
+        facts = self._executor.start()
+        self._progress.enter("meet the other engines")
+        votes = control_group(
+            parallel.topology,
+            spec.dp,
+            store_host=store.host,
+            store_port=store.port,
+            token=spec.token,
+            timeout_seconds=config.scheduler.step_timeout_seconds * 1.5,
+        )
+        num_blocks = votes.sync_kv_cache_blocks(facts.kv_blocks)
+        self._executor.submit(AllocateKV(num_blocks)).result(timeout=MEET_SECONDS)
+        core = EngineCore(
+            self._executor,
+            config=config,
+            num_blocks=num_blocks,
+            max_model_len=config.model.max_model_len or model_config.max_position_embeddings,
+            eos_token_ids=model_config.eos_token_ids,
+            vocab_size=model_config.vocab_size,
+            load_seconds=facts.load_seconds,
+        )
+        backend = ALL2ALL.load(parallel.all2all_backend)
+        pads = bool(getattr(backend, "pads", False))
+        return DPRank(core, votes, progress=self._progress, pads=pads), self._describe(
+            facts, num_blocks, core
+        )
+
+    def _meet(self) -> StoreAt:
+        """Engine 0 opens the store and tells; the others are told."""
+        parallel = self._config.parallel
+        assert self._link is not None
+        if self._spec.dp == 0:
+            port = parallel.data_parallel_master_port if parallel.meets_at_given_address else 0
+            self._store, bound = open_store(parallel.data_parallel_master_ip, port, is_master=True)
+            found = StoreAt(parallel.data_parallel_master_ip, bound)
+            self._link.send(found)
+            return found
+        self._progress.enter("wait for rank 0's store")
+        deadline = time.monotonic() + MEET_SECONDS
+        while True:
+            try:
+                message = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise RankTimeout(f"engine dp 0 opened no store within {MEET_SECONDS:g} s") from None
+            if isinstance(message, StoreAt):
+                return message
+            self._take(message)
+
+    def _describe(self, facts: WorkerFacts, num_blocks: int, core: EngineCore) -> EngineHello:
+        tokens = num_blocks * self._config.cache.block_size
+        log.info(
+            "loaded %.1f MiB of weights as %s on %s (read %.1f of %.1f MiB on disk); KV cache: %d tokens, %.1f MiB; %s",
+            facts.weight_bytes / 2**20,
+            facts.dtype,
+            facts.device,
+            facts.checkpoint_bytes_read / 2**20,
+            facts.checkpoint_bytes_total / 2**20,
+            tokens,
+            num_blocks * facts.kv_block_bytes / 2**20,
+            ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in facts.load_seconds.items()),
+        )
+        return EngineHello(
+            token=self._spec.token,
+            dp=self._spec.dp,
+            num_blocks=num_blocks,
+            block_size=self._config.cache.block_size,
+            max_model_len=core.max_model_len,
+            facts={"device": facts.device, "dtype": facts.dtype},
+        )
+
+    def _serve(self, rank: DPRank, hello: EngineHello) -> int:
+        assert self._link is not None
+        sockets = FrontendSockets(hello, lambda address, message: self._inbox.put((address, message)))
+        for address in self._frontends:
+            sockets.connect(address)
+        self._link.send(Ready())
+        gc.collect()
+        gc.freeze()
+        while True:
+            self._take_in(rank, sockets)
+            if not rank.naps.asleep:
+                self._tell(rank.turn(), rank, sockets)
+
+    def _take_in(self, rank: DPRank, sockets: FrontendSockets) -> None:
+        """Everything in the inbox; while asleep, wait for something."""
+        if rank.naps.asleep:
+            self._progress.enter("asleep")
+        while rank.naps.asleep or not self._inbox.empty():
+            message = self._inbox.get()
+            match message:
+                case (str() as address, Generate() as request):
+                    self._accept(address, request, rank, sockets)
+                case (str(), Abort() as abort):
+                    rank.core.abort(abort.request_ids)
+                    for request_id in abort.request_ids:
+                        self._owners.pop(request_id, None)
+                case Wake():
+                    rank.naps.hear(message.nap)
+                case Frontends():
+                    self._frontends = message.addresses
+                    for address in message.addresses:
+                        sockets.connect(address)
+                case _:
+                    self._take(message)
+            if rank.naps.asleep and rank.core.has_work:
+                assert self._link is not None
+                self._link.send(Wake(rank.naps.wake_up()))
+
+    def _take(self, message: ToMember | tuple[str, ToEngine]) -> None:
+        """What may arrive before this engine serves."""
+        if isinstance(message, Frontends):
+            self._frontends = message.addresses
+
+    def _accept(self, address: str, request: Generate, rank: DPRank, sockets: FrontendSockets) -> None:
+        try:
+            rank.core.add(request.request_id, request.token_ids, request.sampling)
+            self._owners[request.request_id] = address
+        except RequestError as error:
+            refusal = TokenEvent(
+                request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error)
+            )
+            sockets.send(address, Events(self._spec.dp, [refusal], rank.report()))
+
+    def _tell(self, events: list[TokenEvent], rank: DPRank, sockets: FrontendSockets) -> None:
+        """Each front-end gets its own requests' events; all get the report when this rank falls asleep."""
+        by_owner: dict[str, list[TokenEvent]] = {}
+        for event in events:
+            owner = self._owners.get(event.request_id)
+            if event.finish_reason is not None:
+                self._owners.pop(event.request_id, None)
+            if owner is not None:
+                by_owner.setdefault(owner, []).append(event)
+        if rank.naps.asleep:
+            by_owner |= {address: by_owner.get(address, []) for address in self._frontends}
+        if by_owner:
+            report = rank.report()
+            for owner, own in by_owner.items():
+                sockets.send(owner, Events(self._spec.dp, own, report))
+
+
+def main() -> int:
+    spec = MemberSpec.from_environment()
+    setup_logging(f"engine dp={spec.dp}", spec.load_config().server.log_level)
+    return EngineProcess(spec).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""An engine's sockets to the front-ends: one thread owns them, since ZMQ sockets must not be shared between threads."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from moe_serve.base.messages import EngineHello, FromEngine, ToEngine
+
+
+class FrontendSockets:
+    """`connect()` and `send()` may be called from any thread; `on_message(frontend address, record)` from the owner.
+
+    Each connection opens with `hello`, which carries the world's token; a front-end that was never told to us cannot
+    talk to us, since it is the engine that connects.
+    """
+
+    def __init__(self, hello: EngineHello, on_message: Callable[[str, ToEngine], None]) -> None:
+        self._hello = hello
+        self._on_message = on_message
+        self._orders: queue.SimpleQueue[tuple[str, FromEngine | None]] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        threading.Thread(target=self._run, name="frontends", daemon=True).start()
+
+    def connect(self, address: str) -> None:
+        """Connect to a front-end; connecting twice is fine."""
+        self._order(address, None)
+
+    def send(self, address: str, message: FromEngine) -> None:
+        """Queue a record for a front-end."""
+        self._order(address, message)
+
+    def _order(self, address: str, message: FromEngine | None) -> None:
+        self._orders.put((address, message))
+        try:
+            self._wake_write.send(b"\0")
+        except BlockingIOError:
+            return  # the thread has unread wake-ups already
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        encoder = msgspec.msgpack.Encoder()
+        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+        sockets: dict[str, zmq.Socket[bytes]] = {}
+        poller = zmq.Poller()
+        poller.register(self._wake_read, zmq.POLLIN)
+        while True:
+            events = dict(poller.poll())
+            if self._wake_read.fileno() in events:
+                self._wake_read.recv(4096)
+            while not self._orders.empty():
+                address, message = self._orders.get()
+                if address not in sockets:
+                    sockets[address] = self._open(context, address, encoder)
+                    poller.register(sockets[address], zmq.POLLIN)
+                if message is not None:
+                    sockets[address].send(encoder.encode(message))
+            for address, socket_ in sockets.items():
+                if socket_ in events:
+                    self._on_message(address, decoder.decode(socket_.recv()))
+
+    def _open(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, encoder: msgspec.msgpack.Encoder
+    ) -> zmq.Socket[bytes]:
+        made = context.socket(zmq.DEALER)
+        made.setsockopt(zmq.SNDHWM, 0)
+        made.setsockopt(zmq.RCVHWM, 0)
+        made.connect(address)
+        made.send(encoder.encode(self._hello))
+        return made

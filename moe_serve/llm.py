@@ -1,0 +1,374 @@
+"""LLM: the engine without HTTP. One rank runs in this process; a larger world is started like a server's.
+
+`LLM(model, tensor_parallel_size=2)` takes every option under its flag's name with underscores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_serve.base.commands import AllocateKV, Meeting, TokenLogprob
+from moe_serve.base.config import Config
+from moe_serve.base.errors import ConfigError, EngineDead, RequestError
+from moe_serve.base.log import setup_logging
+from moe_serve.base.member import threads_per_rank
+from moe_serve.base.messages import FinishReason, Generate, Hello, Ready, Stop, ToMember, TokenEvent
+from moe_serve.base.model_config import ModelConfig
+from moe_serve.base.progress import Progress as RankProgress
+from moe_serve.base.sampling import SamplingParams
+from moe_serve.control.link import Link
+from moe_serve.engine.client import EngineClient
+from moe_serve.engine.core import EngineCore
+from moe_serve.engine.core import check_request
+from moe_serve.executor.choose import choose_executor
+from moe_serve.launch import World
+from moe_serve.parallel.stateless import open_store
+from moe_serve.resolve import resolve
+from moe_serve.text.detokenizer import IncrementalDetokenizer
+from moe_serve.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, object]
+OnEvent = Callable[[TokenEvent], bool]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One choice. `logprobs` one per token, if asked for; `stop_reason` the stop string or token that ended it."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    logprobs: list[TokenLogprob] | None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What became of one prompt. `prompt` is None where token ids were given; `outputs` has n choices."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprob] | None
+
+
+class Engines(Protocol):
+    """What LLM needs: run sequences to their end. `on_event` says whether a sequence has reached its end early."""
+
+    def run(self, sequences: list[Generate], on_event: OnEvent) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LLM:
+    """A model ready to generate. Use as a context manager, or call close(). Raises ConfigError."""
+
+    def __init__(self, model: str | None = None, **options: object) -> None:
+        given = options if model is None else {"model": model, **options}
+        config, model_config = resolve(Config.from_flat({"log_level": "warning", **given}))
+        setup_logging("llm", config.server.log_level)
+        self.config = config
+        self.tokenizer = Tokenizer(Path(config.model.model or ""))
+        self._max_model_len = config.model.max_model_len or model_config.max_position_embeddings
+        self._vocab_size = model_config.vocab_size
+        self._ids = itertools.count()
+        alone = config.parallel.world_size_across_dp == 1
+        self._engines: Engines = OneEngine(config, model_config) if alone else EngineWorld(config)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        show_progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers in the order of the prompts (texts or token ids). `params` one for all, or one per prompt.
+
+        Raises RequestError before anything is started if one of the requests cannot be.
+        """
+        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
+        if len(each) != len(many):
+            raise RequestError(f"{len(each)} sampling params for {len(many)} prompts", param="params")
+        answers = [self._prepare(prompt, wanted) for prompt, wanted in zip(many, each, strict=True)]
+        choices = {choice.request.request_id: choice for answer in answers for choice in answer.choices}
+        with _bar(len(choices), show_progress) as advance:
+
+            def on_event(event: TokenEvent) -> bool:
+                choice = choices[event.request_id]
+                ended = choice.take(event)
+                if ended:
+                    advance()
+                return ended
+
+            self._engines.run([choice.request for choice in choices.values()], on_event)
+        return [answer.output() for answer in answers]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        show_progress: bool = True,
+    ) -> list[RequestOutput]:
+        """generate() on one conversation or several, rendered by the model's chat template."""
+        several = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        texts = [self.tokenizer.render_chat(conversation) for conversation in several]  # type: ignore[arg-type]
+        prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        outputs = self.generate(prompts, params, show_progress=show_progress)
+        for output, text in zip(outputs, texts, strict=True):
+            output.prompt = text
+        return outputs
+
+    def close(self) -> None:
+        """End the engines; safe to call twice."""
+        self._engines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _prepare(self, prompt: Prompt, sampling: SamplingParams) -> Answer:
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        check_request(token_ids, sampling, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
+        name = f"llm-{next(self._ids)}"
+        return Answer(
+            prompt if isinstance(prompt, str) else None,
+            token_ids,
+            [
+                Choice(self.tokenizer, Generate(request_id=f"{name}-{i}", token_ids=token_ids, sampling=single), i)
+                for i, single in enumerate(sampling.choices())
+            ],
+        )
+
+
+class Choice:
+    """One choice while it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Generate, index: int) -> None:
+        self.request = request
+        self.prompt_logprobs: list[TokenLogprob] | None = None
+        sampling = request.sampling
+        self._index = index
+        self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
+        self._token_ids: list[int] = []
+        self._pieces: list[str] = []
+        self._finish: FinishReason | None = None
+        self._stop_token: int | None = None
+        self._text = IncrementalDetokenizer(
+            tokenizer,
+            skip_special_tokens=sampling.skip_special_tokens,
+            stop=sampling.stop,
+            include_stop=sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
+        )
+
+    def take(self, event: TokenEvent) -> bool:
+        """Book an event; whether the choice has ended."""
+        self._pieces.append(self._text.push(event.token_ids))
+        self._token_ids += event.token_ids[: self._text.num_tokens - len(self._token_ids)]
+        if self._logprobs is not None:
+            self._logprobs += event.logprobs or []
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+        self._stop_token = event.stop_token
+        self._finish = "stop" if self._text.stopped_by is not None else event.finish_reason
+        return self._finish is not None
+
+    def output(self) -> CompletionOutput:
+        """The finished choice."""
+        return CompletionOutput(
+            index=self._index,
+            text="".join(self._pieces) + self._text.finish(),
+            token_ids=self._token_ids,
+            finish_reason=self._finish,
+            stop_reason=self._text.stopped_by or self._stop_token,
+            logprobs=None if self._logprobs is None else self._logprobs[: len(self._token_ids)],
+        )
+
+
+@dataclass(slots=True)
+class Answer:
+    """One prompt and its choices."""
+
+    prompt: str | None
+    token_ids: list[int]
+    choices: list[Choice]
+
+    def output(self) -> RequestOutput:
+        outputs = [choice.output() for choice in self.choices]
+        return RequestOutput(self.prompt, self.token_ids, outputs, self.choices[0].prompt_logprobs)
+
+
+class OneEngine:
+    """Engines of a world of one rank: a core in this process, stepped by the caller."""
+
+    def __init__(self, config: Config, model: ModelConfig) -> None:
+        store, port = open_store("127.0.0.1", 0, is_master=True)
+        meeting = Meeting(
+            dp_rank=0,
+            store_host="127.0.0.1",
+            store_port=port,
+            coordinator_host="",
+            coordinator_port=0,
+            token=secrets.token_hex(16),
+            threads_per_rank=threads_per_rank(1),
+        )
+        self._store = store
+        self._executor = choose_executor(config)(config, meeting, RankProgress())
+        facts = self._executor.start()
+        self._executor.submit(AllocateKV(facts.kv_blocks)).result()
+        self.core = EngineCore(
+            self._executor,
+            config=config,
+            num_blocks=facts.kv_blocks,
+            max_model_len=config.model.max_model_len or model.max_position_embeddings,
+            eos_token_ids=model.eos_token_ids,
+            vocab_size=model.vocab_size,
+        )
+
+    def run(self, sequences: list[Generate], on_event: OnEvent) -> None:
+        core = self.core
+        names = [sequence.request_id for sequence in sequences]
+        try:
+            for sequence in sequences:
+                core.add(sequence.request_id, sequence.token_ids, sequence.sampling)
+            while core.has_work:
+                for event in core.step():
+                    if on_event(event) and event.finish_reason is None:
+                        core.abort([event.request_id])
+        except BaseException:
+            core.abort(names)
+            raise
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+class EngineWorld:
+    """Engines of a larger world: started like a server's, this process being its front-end."""
+
+    def __init__(self, config: Config) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engines", daemon=True)
+        self._thread.start()
+        self._world: World | None = None
+        self._link: Link | None = None
+        self._client: EngineClient | None = None
+        try:
+            self._call(self._start(config))
+        except BaseException:
+            self.close()
+            raise
+
+    async def _start(self, config: Config) -> None:
+        parallel = config.parallel
+        world = self._world = World(config, serve_http=False)
+        await world.start()
+        client = self._client = EngineClient(token=world.token, data_parallel_size=parallel.data_parallel_size)
+        self._receiving = asyncio.create_task(client.run())
+        hello = Hello(
+            token=world.token,
+            role="api",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            address=client.bind(parallel.data_parallel_master_ip),
+        )
+        link = self._link = await asyncio.to_thread(
+            Link,
+            world.host,
+            world.port,
+            hello,
+            on_message=self._hear,
+            on_lost=self._lost,
+            progress=RankProgress(),
+        )
+        connected = asyncio.create_task(client.wait_ready())
+        connected.add_done_callback(lambda _: link.send(Ready()))
+        await world.until_ready()
+        if world.ended is not None:
+            connected.cancel()
+            raise ConfigError(world.ended.reason) if world.ended.code == 2 else EngineDead(world.ended.reason)
+        self._watching = asyncio.create_task(world.until_ended())
+
+    def _hear(self, message: ToMember) -> None:
+        if isinstance(message, Stop):
+            self._lost(message.reason)
+
+    def _lost(self, why: str) -> None:
+        if self._client is not None:
+            self._loop.call_soon_threadsafe(self._client.fail, why)
+
+    def run(self, sequences: list[Generate], on_event: OnEvent) -> None:
+        self._call(self._run(sequences, on_event))
+
+    async def _run(self, sequences: list[Generate], on_event: OnEvent) -> None:
+        async with asyncio.TaskGroup() as group:
+            for sequence in sequences:
+                group.create_task(self._stream(sequence, on_event))
+
+    async def _stream(self, sequence: Generate, on_event: OnEvent) -> None:
+        assert self._client is not None
+        async with contextlib.aclosing(
+            self._client.generate(sequence.request_id, sequence.token_ids, sequence.sampling)
+        ) as events:
+            async for event in events:
+                if on_event(event):
+                    return
+
+    def close(self) -> None:
+        if not self._loop.is_running():
+            return
+        self._call(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+
+    async def _end(self) -> None:
+        if self._link is not None:
+            self._link.close("LLM closed")
+        if self._world is not None:
+            self._world.coordinator.end(Stop("LLM closed", 0))
+            await self._world.close()
+        if self._client is not None:
+            self._client.close()
+
+    def _call(self, work: Coroutine[object, object, None]) -> None:
+        """Run in the loop's thread; a group of one failure is that failure."""
+        future: Future[None] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            future.result()
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+
+def _is_ids(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return len(prompts) > 0 and isinstance(prompts[0], int)
+
+
+@contextlib.contextmanager
+def _bar(total: int, show: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error that counts finished choices."""
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+        task = progress.add_task("generating", total=total)
+        yield lambda: progress.advance(task)

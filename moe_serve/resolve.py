@@ -1,0 +1,103 @@
+"""From what the operator said to what will be run: after this no option is "auto" or "worked out later".
+
+The exception is `device`, which only a process that has torch can settle; the engines report it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from moe_serve.base.config import Config
+from moe_serve.base.errors import CheckpointError, ConfigError
+from moe_serve.base.model_config import ModelConfig, load_model_config
+
+DEFAULT_MODEL = "moe-serve-default"
+
+
+def resolve(config: Config) -> tuple[Config, ModelConfig]:
+    """A config in which the model is a folder and sizes are settled, and what that folder says.
+
+    Raises ConfigError for everything that can be known before a process is started.
+    """
+    config.parallel.check_built()
+    folder = model_folder(config.model.model, config.model.revision)
+    model = load_model_config(folder)
+    limit = model.max_position_embeddings
+    asked = config.model.max_model_len
+    if asked is not None and asked > limit:
+        raise ConfigError(
+            f"max_model_len {asked} is more than the checkpoint allows ({limit}); lower --max-model-len"
+        )
+    parallel = config.parallel
+    return (
+        config.with_(
+            "model",
+            model=str(folder),
+            served_model_name=config.model.served_model_name or config.model.model or DEFAULT_MODEL,
+            max_model_len=asked or limit,
+            dtype=model.dtype if config.model.dtype == "auto" else config.model.dtype,
+        ).with_(
+            "parallel",
+            data_parallel_size_local=parallel.data_parallel_size,
+            distributed_executor_backend=parallel.distributed_executor_backend
+            or ("uni" if parallel.world_size == 1 else "mp"),
+        ),
+        model,
+    )
+
+
+def model_folder(model: str | None, revision: str | None) -> Path:
+    """The folder of a model: the default one, a folder as given, or a download from the Hugging Face hub."""
+    if model is None:
+        return default_model()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise CheckpointError(f"{model} is a file; the model must be a folder in the Hugging Face layout")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(
+            f"no such model folder: {model} (nor is it an owner/name on the Hugging Face hub)"
+        )
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{model} is no folder here and could not be had from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def default_model() -> Path:
+    """The default model: a small random-weight checkpoint, made on first use in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moe-serve"
+    folder = cache / f"tiny-{version('moe-serve')}"
+    if (folder / "config.json").exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    staging = cache / f"tiny-{os.getpid()}.part"
+    made = subprocess.run(
+        [sys.executable, "-m", "moe_serve", "make-model", str(staging), "--preset", "tiny"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if made.returncode:
+        raise ConfigError(f"the default model could not be made in {cache}: {made.stderr.strip()}")
+    try:
+        staging.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():
+            raise
+    return folder

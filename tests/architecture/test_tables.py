@@ -1,0 +1,43 @@
+"""Every entry of every table of pluggable parts resolves, has a file of its own and declares what it must."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_serve.base.config import ALL2ALL, EXECUTORS
+from moe_serve.base.errors import ConfigError
+from moe_serve.base.registry import Registry
+from moe_serve.model.attention.base import ATTENTION
+
+ROOT = Path(__file__).parents[2]
+ENTRIES = [(table, name) for table in (ALL2ALL, EXECUTORS, ATTENTION) for name in table]
+
+
+@pytest.mark.parametrize(("table", "name"), ENTRIES, ids=lambda value: getattr(value, "kind", value))
+def test_an_entry_resolves_to_a_class_in_a_file_of_its_own(table: Registry, name: str) -> None:
+    module, _, attribute = table.target(name).partition(":")
+    assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+    found = table.load(name)
+    assert isinstance(found, type)
+    assert found.__name__ == attribute
+    others = [table.target(other).partition(":")[0] for other in table if other != name]
+    assert module not in others
+
+
+@pytest.mark.parametrize("name", list(ALL2ALL))
+def test_an_all2all_backend_declares_its_capabilities(name: str) -> None:
+    backend = ALL2ALL.load(name)
+    assert backend.layout in ("flat", "padded")  # type: ignore[attr-defined]
+    for capability in ("capturable", "exact", "pads"):
+        assert isinstance(getattr(backend, capability), bool)
+
+
+@pytest.mark.parametrize("table", [ALL2ALL, EXECUTORS], ids=lambda table: table.kind)
+def test_names_that_are_not_built_are_refused_differently_from_unknown_ones(table: Registry) -> None:
+    for name in table.planned:
+        with pytest.raises(ConfigError, match="not built yet"):
+            table.check(name)
+    with pytest.raises(ConfigError, match="unknown"):
+        table.check("no-such-thing")
