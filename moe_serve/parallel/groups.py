@@ -1,0 +1,137 @@
+"""Topology -> the groups one rank belongs to: owned by who made them, passed as arguments, closed by their owner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from moe_serve.base.topology import Topology
+from moe_serve.parallel.collectives import Group, alone
+from moe_serve.parallel.stateless import join_process_group
+from moe_serve.parallel.store import Store, local_address, open_store
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """A worker's groups. Axes with the same ranks share one group. `control` is over the world, on the CPU."""
+
+    world: Group
+    dp: Group
+    tp: Group
+    ep: Group
+    control: Group
+    _owned: list[Group] = field(repr=False)
+
+    def close(self) -> None:
+        """Leave every group. Safe to call twice."""
+        for group in self._owned:
+            group.close()
+
+
+def build_groups(
+    topology: Topology,
+    rank: int,
+    *,
+    store_host: str,
+    store_port: int,
+    token: str,
+    device: torch.device,
+    timeout_seconds: float = 300.0,
+) -> Groups:
+    """Join the groups of a global rank through the world's store, which rank 0's engine keeps open elsewhere."""
+    if topology.world_size == 1:
+        one = alone("world", rank, device)
+        return Groups(one, one, one, one, one if device.type == "cpu" else alone("control", rank, CPU), [])
+    store, _ = open_store(store_host, store_port, is_master=False, token=token, timeout_seconds=timeout_seconds)
+    meeting = _Meeting(store, rank, local_address(store_host, store_port), timeout_seconds)
+    axes = {
+        "world": range(topology.world_size),
+        "dp": topology.dp_group(rank),
+        "tp": topology.tp_group(rank),
+        "ep": topology.ep_group(rank),
+    }
+    made: dict[tuple[int, ...], Group] = {}
+    for axis, ranks in axes.items():
+        if tuple(ranks) not in made:
+            made[tuple(ranks)] = meeting.join(axis, ranks, device)
+    world, dp, tp, ep = (made[tuple(ranks)] for ranks in axes.values())
+    control = world if device.type == "cpu" else meeting.join("control", axes["world"], CPU)
+    return Groups(world, dp, tp, ep, control, [*made.values(), control])
+
+
+@dataclass(frozen=True, slots=True)
+class _Meeting:
+    store: Store
+    rank: int
+    listen_host: str
+    timeout_seconds: float
+
+    def join(self, name: str, ranks: Sequence[int], device: torch.device) -> Group:
+        """Form one group of these global ranks, all of which do the same."""
+        if len(ranks) == 1:
+            return alone(name, self.rank, device)
+        backend: Literal["gloo", "nccl"] = "nccl" if device.type == "cuda" else "gloo"
+        position = tuple(ranks).index(self.rank)
+        process_group = join_process_group(
+            self.store,
+            name=f"{name} {backend} of ranks {' '.join(map(str, ranks))}",
+            rank=position,
+            size=len(ranks),
+            backend=backend,
+            listen_host=self.listen_host,
+            timeout_seconds=self.timeout_seconds,
+        )
+        return Group(
+            process_group,
+            name=name,
+            rank=position,
+            ranks=ranks,
+            device=device,
+            timeout_seconds=self.timeout_seconds,
+        )
+
+
+class ControlGroup:
+    """The DP ranks' engines: one small exchange of integers per step. Used by one thread."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.rank = group.rank
+        self.size = group.size
+        self._buffers: dict[int, torch.Tensor] = {}
+
+    def all_gather_ints(self, values: list[int]) -> list[list[int]]:
+        """Every rank's integers (as many each), in order of rank. RankTimeout or EngineError if one is missing."""
+        if self.size == 1:
+            return [list(values)]
+        table = self._buffers.get(len(values))
+        if table is None:
+            table = self._buffers[len(values)] = torch.empty((self.size, len(values)), dtype=torch.int64)
+        table[:] = torch.tensor(values, dtype=torch.int64)
+        gathered: list[list[int]] = self.group.exchange_rows(table).tolist()
+        return gathered
+
+    def sync_kv_cache_blocks(self, blocks: int) -> int:
+        """The least over the ranks; -1 means no opinion (and is the answer if nobody has one)."""
+        opinions = [row[0] for row in self.all_gather_ints([blocks]) if row[0] != -1]
+        return min(opinions, default=-1)
+
+    def close(self) -> None:
+        """Leave the group. Safe to call twice."""
+        self.group.close()
+
+
+def control_group(
+    dp_rank: int, dp_size: int, *, store_host: str, store_port: int, token: str, timeout_seconds: float = 300.0
+) -> ControlGroup:
+    """The gloo group over the DP ranks' engines, one member per engine, met at the world's store."""
+    if dp_size == 1:
+        return ControlGroup(alone("engines", dp_rank, CPU))
+    store, _ = open_store(store_host, store_port, is_master=False, token=token, timeout_seconds=timeout_seconds)
+    meeting = _Meeting(store, dp_rank, local_address(store_host, store_port), timeout_seconds)
+    return ControlGroup(meeting.join("engines", range(dp_size), CPU))
