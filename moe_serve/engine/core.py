@@ -1,0 +1,159 @@
+"""One engine's loop: schedule, run, update. Knows no sockets and no other ranks; one thread uses it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import msgspec
+
+from moe_serve.base.commands import Failed, Reply, StepPlan, StepResult
+from moe_serve.base.config import Config
+from moe_serve.base.errors import ConfigError, ContextTooLong, EngineError, RankTimeout, RequestError
+from moe_serve.base.messages import LoadReport, TokenEvent
+from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.block_pool import BlockPool
+from moe_serve.engine.request import make_request
+from moe_serve.engine.scheduler import Scheduler
+from moe_serve.executor.base import Executor
+
+
+def draw_seed() -> int:
+    """A seed for a request that brings none; not guessable from other requests' seeds."""
+    return secrets.randbits(63)
+
+
+class EngineCore:
+    """`name` is how messages call this engine's workers. After an EngineError the core is of no more use."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        config: Config,
+        num_blocks: int,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+        step_timeout: float | None = None,
+        name: str = "this engine",
+        load_seconds: Mapping[str, float] | None = None,
+        draw_seed: Callable[[], int] = draw_seed,
+    ) -> None:
+        block_size = config.cache.block_size
+        if num_blocks * block_size < max_model_len:
+            raise ConfigError(
+                f"{num_blocks} KV blocks of {block_size} tokens cannot hold one sequence of max_model_len "
+                f"({max_model_len}) tokens; lower --max-model-len or raise --kv-cache-memory-bytes"
+            )
+        self.executor = executor
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
+        self.step_timeout = step_timeout or config.scheduler.step_timeout_seconds
+        self.name = name
+        self.draw_seed = draw_seed
+        self.pool = BlockPool(num_blocks, block_size, caching=config.cache.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        )
+        self._load = LoadReport(num_blocks=num_blocks, load_seconds=dict(load_seconds or {}))
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[TokenEvent]:
+        """One step without other DP ranks; does nothing where there is nothing to do."""
+        if not self.has_work:
+            return []
+        return self.run(msgspec.structs.replace(self.schedule(), step=self._load.step + 1))
+
+    def schedule(self) -> StepPlan:
+        return self.scheduler.schedule()
+
+    def run(self, plan: StepPlan) -> list[TokenEvent]:
+        """Have the workers carry out a plan (a dummy one too) and book what came of it."""
+        result = self._wait(plan)
+        load = self._load
+        self._load = msgspec.structs.replace(
+            load,
+            step=plan.step,
+            steps=load.steps + 1,
+            dummy_steps=load.dummy_steps + (not plan.scheduled),
+            all2all_seconds=load.all2all_seconds + result.all2all_seconds,
+        )
+        return self.scheduler.update(plan, result)
+
+    def add(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> None:
+        """Queue a request; RequestError says why it cannot be served. Others are not disturbed."""
+        self._check(request_id, token_ids, sampling)
+        self.scheduler.add(
+            make_request(
+                request_id,
+                token_ids,
+                sampling,
+                max_model_len=self.max_model_len,
+                eos_token_ids=self.eos_token_ids,
+                draw_seed=self.draw_seed,
+            )
+        )
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget requests and free their blocks at once; unknown ones are ignored. Gives no event."""
+        self.scheduler.abort(request_ids)
+
+    def report(self) -> LoadReport:
+        """How this engine stands; what belongs to the DP group (votes, naps, padding) is left at 0."""
+        return msgspec.structs.replace(
+            self._load,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            waiting_tokens=self.scheduler.waiting_tokens,
+            free_blocks=self.pool.num_free,
+            num_preemptions=self.scheduler.num_preemptions,
+            prefix_cache_queries=self.pool.prefix_queries,
+            prefix_cache_hits=self.pool.prefix_hits,
+        )
+
+    def _wait(self, plan: StepPlan) -> StepResult:
+        future = self.executor.submit(plan)
+        try:
+            reply: Reply = future.result(timeout=self.step_timeout)
+        except EngineError:
+            raise  # a RankTimeout of the executor's own is a TimeoutError too, and knows more
+        except TimeoutError as error:
+            raise RankTimeout(
+                f"the workers of {self.name} did not answer step {plan.step} ({plan.num_tokens} tokens) "
+                f"within {self.step_timeout:g} s (--step-timeout-seconds)"
+            ) from error
+        if isinstance(reply, Failed):
+            raise EngineError(f"the workers of {self.name} could not run step {plan.step}: {reply.message}")
+        if not isinstance(reply, StepResult):
+            raise EngineError(f"the workers of {self.name} sent {type(reply).__name__} for step {plan.step}")
+        return reply
+
+    def _check(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> None:
+        if self.scheduler.knows(request_id):
+            raise RequestError(f"request id {request_id!r} is already in use", param="request_id")
+        if not token_ids:
+            raise RequestError("the prompt must have at least one token", param="prompt")
+        if len(token_ids) + 1 > self.max_model_len:
+            raise ContextTooLong(
+                f"the prompt has {len(token_ids)} tokens, which leaves no room for an answer within the "
+                f"context of {self.max_model_len} tokens (--max-model-len)",
+                param="prompt",
+            )
+        self._check_vocabulary("prompt", token_ids)
+        self._check_vocabulary("stop_token_ids", sampling.stop_token_ids)
+        self._check_vocabulary("logit_bias", sampling.logit_bias)
+
+    def _check_vocabulary(self, param: str, token_ids: Collection[int]) -> None:
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
+            outside = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+            raise RequestError(
+                f"{param} holds token id {outside}, outside the vocabulary [0, {self.vocab_size})",
+                param=param,
+            )

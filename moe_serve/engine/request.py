@@ -1,0 +1,99 @@
+"""One request's life inside an engine: its tokens, its blocks, how far it is computed, and why it ended."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from moe_serve.base.commands import NewRequest, TokenLogprob
+from moe_serve.base.messages import FinishReason
+from moe_serve.base.sampling import SamplingParams
+
+
+class State(enum.Enum):
+    WAITING = "waiting"  # holds no blocks; the workers do not know it
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """`token_ids` prompt and answer so far; `stop_ids` the tokens that end it; at `max_total` it ends anyway.
+
+    `sent_tokens`, `sent_blocks`: how many the workers know. `num_cached`: prompt tokens found in the prefix
+    cache when it first ran. `chain`: the names of its full blocks (see block_pool), `num_published` of them
+    shared. `prompt_logprobs`: what the workers gave so far; None if not asked for or already passed on.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt: int
+    sampling: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    max_total: int
+    state: State = State.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed: int = 0
+    num_cached: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    chain: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    sent_tokens: int = 0
+    sent_blocks: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take the next token; says why the request ends with it, if it does."""
+        self.token_ids.append(token_id)
+        if token_id in self.stop_ids and self.num_generated > self.sampling.min_tokens:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_total else None
+
+    def rewind(self) -> None:
+        """Back to waiting: nothing computed or known to the workers. Its blocks are released already."""
+        self.state = State.WAITING
+        self.blocks = []
+        self.num_computed = self.num_published = self.sent_tokens = self.sent_blocks = 0
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs = []  # the whole prompt is computed again and gives them again
+
+    def as_new(self) -> NewRequest:
+        """All the workers must know; lists are copied, since a worker in this process keeps what it gets."""
+        return NewRequest(
+            request_id=self.request_id,
+            token_ids=self.token_ids.copy(),
+            num_prompt_tokens=self.num_prompt,
+            block_ids=self.blocks.copy(),
+            sampling=self.sampling,
+            sampling_seed=self.seed,
+            stop_ids=sorted(self.stop_ids),
+        )
+
+
+def make_request(
+    request_id: str,
+    token_ids: list[int],
+    sampling: SamplingParams,
+    *,
+    max_model_len: int,
+    eos_token_ids: Collection[int],
+    draw_seed: Callable[[], int],
+) -> Request:
+    """A waiting request. With ignore_eos an eos id is a token like any other, also for min_tokens."""
+    limit = max_model_len if sampling.max_tokens is None else len(token_ids) + sampling.max_tokens
+    return Request(
+        request_id=request_id,
+        token_ids=list(token_ids),
+        num_prompt=len(token_ids),
+        sampling=sampling,
+        seed=draw_seed() if sampling.seed is None else sampling.seed,
+        stop_ids=frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else eos_token_ids),
+        max_total=min(limit, max_model_len),
+        prompt_logprobs=None if sampling.prompt_logprobs is None else [],
+    )

@@ -1,0 +1,244 @@
+"""Decides what an engine computes next: so many tokens of each request. No phases, no tensors, no clock.
+
+First come, first served: running requests go first, oldest first; everything running is older than
+everything waiting. A request is admitted only when blocks for all its known tokens are free; when a running
+one cannot grow, the youngest gives up its blocks and is computed again later. So the oldest always moves on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from moe_serve.base.commands import NewRequest, Sampled, Scheduled, StepPlan, StepResult
+from moe_serve.base.errors import EngineError
+from moe_serve.base.messages import FinishReason, TokenEvent
+from moe_serve.engine.block_pool import BlockPool, extend_chain
+from moe_serve.engine.request import Request, State
+
+
+class Scheduler:
+    """`schedule()` makes a plan, `update()` books its result; one plan is in flight at a time.
+
+    Requests may come and be aborted at any moment, also between the two.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.running: dict[str, Request] = {}  # oldest first
+        self.waiting: OrderedDict[str, Request] = OrderedDict()  # oldest first
+        self.num_preemptions = 0
+        self._waiting_tokens = 0
+        self._dropped: list[str] = []  # the workers still know these
+        self._in_flight: list[Request] = []  # in the order of plan.scheduled
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Known tokens still to compute, of waiting requests and of prompts under way; not a decode's one."""
+        behind = (len(request.token_ids) - request.num_computed for request in self.running.values())
+        return self._waiting_tokens + sum(tokens for tokens in behind if tokens > 1)
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self.running or request_id in self.waiting
+
+    def add(self, request: Request) -> None:
+        assert not self.knows(request.request_id)
+        self.waiting[request.request_id] = request
+        self._waiting_tokens += len(request.token_ids)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget requests; unknown ones are ignored. A step in flight still computes them, for nobody."""
+        for request_id in request_ids:
+            request = self.running.get(request_id) or self.waiting.get(request_id)
+            if request is not None:
+                self._finish(request, "abort")
+
+    def schedule(self) -> StepPlan:
+        """The next step. The caller fills in `step` and the other ranks' `tokens_by_dp_rank`.
+
+        A plan with nothing scheduled may be thrown away; any other must be run and handed to update().
+        """
+        assert not self._in_flight, "a plan is still in flight"
+        parts: list[Scheduled] = []
+        new: list[NewRequest] = []
+        preemptions = self.num_preemptions
+        budget = self._schedule_running(parts, self.max_num_batched_tokens)
+        if preemptions == self.num_preemptions:  # else the head of the queue just had to leave
+            budget = self._schedule_waiting(parts, new, budget)
+        dropped: list[str] = []
+        if parts:  # an empty plan may never reach the workers, so it must not carry news
+            dropped, self._dropped = self._dropped, dropped
+        return StepPlan(
+            step=0,
+            scheduled=parts,
+            new=new,
+            dropped=dropped,
+            tokens_by_dp_rank=[self.max_num_batched_tokens - budget],
+        )
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Book what the workers computed: tokens, ends, blocks to share; nothing for aborted requests."""
+        if result.step != plan.step:
+            raise EngineError(f"the workers answered step {result.step} while step {plan.step} was run")
+        in_flight, self._in_flight = self._in_flight, []
+        sampled = {token.request_id: token for token in result.sampled}
+        events = []
+        for request, part in zip(in_flight, plan.scheduled, strict=True):
+            if request.state is not State.RUNNING:
+                continue
+            request.num_computed = part.start + part.num_tokens
+            if part.prompt_logprobs is not None and request.prompt_logprobs is not None:
+                request.prompt_logprobs += result.prompt_logprobs.get(request.request_id, [])
+            self._publish(request)
+            if part.sample:
+                events.append(self._advance(request, sampled.get(request.request_id)))
+        return events
+
+    def _schedule_running(self, parts: list[Scheduled], budget: int) -> int:
+        """Give each running request its next tokens; returns what is left of the budget."""
+        for request in tuple(self.running.values()):
+            num_tokens = min(len(request.token_ids) - request.num_computed, budget)
+            if not num_tokens:
+                break
+            if request.state is not State.RUNNING:
+                break  # preempted, and so are all younger ones
+            if not self._make_room(request, request.num_computed + num_tokens):
+                break
+            parts.append(self._part(request, num_tokens))
+            budget -= num_tokens
+        return budget
+
+    def _schedule_waiting(self, parts: list[Scheduled], new: list[NewRequest], budget: int) -> int:
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+            request = next(iter(self.waiting.values()))
+            if not self._admit(request):
+                break
+            num_tokens = min(len(request.token_ids) - request.num_computed, budget)
+            new.append(request.as_new())
+            request.sent_tokens, request.sent_blocks = len(request.token_ids), len(request.blocks)
+            parts.append(self._part(request, num_tokens))
+            budget -= num_tokens
+        return budget
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Have blocks for `num_tokens`, at the cost of younger requests; False if it had to go itself."""
+        missing = -(-num_tokens // self.pool.block_size) - len(request.blocks)
+        if missing <= 0:
+            return True
+        while (blocks := self.pool.allocate(missing)) is None:
+            victim = next(reversed(self.running.values()))
+            self._preempt(victim)
+            if victim is request:
+                return False
+        request.blocks += blocks
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        request.rewind()
+        del self.running[request.request_id]
+        self.waiting[request.request_id] = request
+        self.waiting.move_to_end(request.request_id, last=False)
+        self._waiting_tokens += len(request.token_ids)
+        self._dropped.append(request.request_id)
+        self.num_preemptions += 1
+
+    def _admit(self, request: Request) -> bool:
+        """Start a waiting request if blocks for all its known tokens can be had."""
+        shared = self._find_prefix(request)
+        num_blocks = -(-len(request.token_ids) // self.pool.block_size)
+        blocks = self.pool.allocate(num_blocks - len(shared), shared)
+        if blocks is None:
+            return False
+        request.blocks = blocks
+        request.num_published = len(shared)
+        request.num_computed = len(shared) * self.pool.block_size
+        if request.num_cached is None:  # a preempted request that finds its own blocks again is no hit
+            request.num_cached = request.num_computed
+            if self.pool.caching and request.prompt_logprobs is None:
+                self.pool.count_query(request.num_prompt, request.num_cached)
+        del self.waiting[request.request_id]
+        self._waiting_tokens -= len(request.token_ids)
+        request.state = State.RUNNING
+        self.running[request.request_id] = request
+        return True
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Published blocks the request can use; its last token is always computed, to give the next one."""
+        if not self.pool.caching or request.prompt_logprobs is not None:
+            return []
+        usable = (len(request.token_ids) - 1) // self.pool.block_size
+        extend_chain(request.chain, request.token_ids, usable, self.pool.block_size)
+        return self.pool.find(request.chain[:usable])
+
+    def _part(self, request: Request, num_tokens: int) -> Scheduled:
+        """The request's line in the plan, with what the workers do not know yet."""
+        start, end = request.num_computed, request.num_computed + num_tokens
+        part = Scheduled(
+            request_id=request.request_id,
+            start=start,
+            num_tokens=num_tokens,
+            new_token_ids=request.token_ids[request.sent_tokens :],
+            new_block_ids=request.blocks[request.sent_blocks :],
+            sample=end == len(request.token_ids),
+            prompt_logprobs=(
+                request.sampling.prompt_logprobs
+                if request.prompt_logprobs is not None and start + 1 < request.num_prompt
+                else None
+            ),
+        )
+        request.sent_tokens, request.sent_blocks = len(request.token_ids), len(request.blocks)
+        self._in_flight.append(request)
+        return part
+
+    def _publish(self, request: Request) -> None:
+        """Share the blocks that are now full."""
+        full = request.num_computed // self.pool.block_size
+        if full > request.num_published and self.pool.caching:
+            extend_chain(request.chain, request.token_ids, full, self.pool.block_size)
+            for index in range(request.num_published, full):
+                self.pool.publish(request.blocks[index], request.chain[index])
+            request.num_published = full
+
+    def _advance(self, request: Request, sampled: Sampled | None) -> TokenEvent:
+        """Append the sampled token; end the request if it is the last."""
+        if sampled is None:
+            raise EngineError(f"the workers gave no next token for request {request.request_id}")
+        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        if prompt_logprobs is not None and len(prompt_logprobs) != request.num_prompt - 1:
+            raise EngineError(
+                f"the workers gave {len(prompt_logprobs)} prompt logprobs for request {request.request_id}, "
+                f"not {request.num_prompt - 1}"
+            )
+        if sampled.logprob is None and request.sampling.logprobs is not None:
+            raise EngineError(f"the workers gave no logprob for request {request.request_id}")
+        reason = request.append(sampled.token_id)
+        if reason is not None:
+            self._finish(request, reason)
+        return TokenEvent(
+            request_id=request.request_id,
+            token_ids=[sampled.token_id],
+            finish_reason=reason,
+            stop_token=sampled.token_id if reason == "stop" else None,
+            logprobs=None if sampled.logprob is None else [sampled.logprob],
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=request.num_cached or 0,
+        )
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.state is State.RUNNING:
+            del self.running[request.request_id]
+            self.pool.release(request.blocks)
+            request.blocks = []
+            self._dropped.append(request.request_id)
+        else:
+            del self.waiting[request.request_id]
+            self._waiting_tokens -= len(request.token_ids)
+        request.state = State.FINISHED
+        request.finish_reason = reason
