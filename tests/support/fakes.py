@@ -180,7 +180,7 @@ class FakeExecutor:
     def _learn(self, new: NewRequest) -> None:
         assert new.request_id not in self._known, f"{new.request_id} is new but already known"
         assert 0 < new.num_prompt_tokens <= len(new.token_ids)
-        self._known[new.request_id] = Known(new, new.token_ids, [])
+        self._known[new.request_id] = Known(new, new.token_ids.copy(), [])
         self._hold(new.request_id, new.block_ids)
 
     def _extend(self, part: Scheduled, *, is_new: bool) -> None:
