@@ -87,9 +87,7 @@ def serve_options() -> type[Options]:
 class MakeModelOptions(Options):
     folder: CliPositionalArg[Path] = Field(description="Folder to write; must be empty or absent.")
     preset: Literal["tiny", "small"] = Field("tiny", description="Size of the model.")
-    arch: Literal["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"] = Field(
-        "qwen3_moe", description="Architecture."
-    )
+    arch: Literal["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"] = Field("qwen3_moe", description="Architecture.")
     seed: int = Field(0, description="Seed of the random weights.")
 
 
@@ -123,7 +121,7 @@ def _parse(
 ) -> dict[str, Any]:
     """The options that were set, anywhere; `initial` come last."""
     try:
-        source: CliSettingsSource[Any] = CliSettingsSource(
+        source: CliSettingsSource = CliSettingsSource(
             options, cli_parse_args=arguments, cli_prog_name=f"moe-serve {command}"
         )
         parsed = options(_cli_settings_source=source, **(initial or {}))  # type: ignore[call-arg]
@@ -176,9 +174,7 @@ def _shorts() -> dict[str, str]:
 
 def _describe(name: str) -> str:
     return next(
-        section.model_fields[name].description or ""
-        for section in SECTIONS.values()
-        if name in section.model_fields
+        section.model_fields[name].description or "" for section in SECTIONS.values() if name in section.model_fields
     )
 
 

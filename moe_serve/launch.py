@@ -236,9 +236,7 @@ def describe(config: Config, model: ModelConfig) -> str:
 
 def ready_line(config: Config, address: str) -> str:
     """A curl line that works as it stands (given the key, where one is needed). `address` is host:port."""
-    body = json.dumps(
-        {"model": config.model.served_model_name, "prompt": "In the beginning", "max_tokens": 32}
-    )
+    body = json.dumps({"model": config.model.served_model_name, "prompt": "In the beginning", "max_tokens": 32})
     host, _, port = address.rpartition(":")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     host = f"[{host}]" if ":" in host else host

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import secrets
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -26,17 +25,15 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineDead, RequestError
 from moe_serve.base.log import setup_logging
 from moe_serve.base.member import threads_per_rank
-from moe_serve.base.messages import FinishReason, Generate, Hello, Ready, Stop, ToMember, TokenEvent
+from moe_serve.base.messages import FinishReason, Generate, Hello, Ready, Stop, TokenEvent, ToMember
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.control.link import Link
 from moe_serve.engine.client import EngineClient
-from moe_serve.engine.core import EngineCore
-from moe_serve.engine.core import check_request
+from moe_serve.engine.core import EngineCore, check_request
 from moe_serve.executor.choose import choose_executor
 from moe_serve.launch import World
-from moe_serve.parallel.stateless import open_store
 from moe_serve.resolve import resolve
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer
@@ -85,8 +82,6 @@ class LLM:
         setup_logging("llm", config.server.log_level)
         self.config = config
         self.tokenizer = Tokenizer(Path(config.model.model or ""))
-        self._max_model_len = config.model.max_model_len or model_config.max_position_embeddings
-        self._vocab_size = model_config.vocab_size
         self._ids = itertools.count()
         alone = config.parallel.world_size_across_dp == 1
         self._engines: Engines = OneEngine(config, model_config) if alone else EngineWorld(config)
@@ -100,9 +95,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers in the order of the prompts (texts or token ids). `params` one for all, or one per prompt.
 
-        Raises RequestError before anything is started if one of the requests cannot be.
+        Raises RequestError if one of the requests cannot be; the others are given up with it.
         """
-        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        many = _as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
         if len(each) != len(many):
             raise RequestError(f"{len(each)} sampling params for {len(many)} prompts", param="params")
@@ -148,7 +143,6 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, sampling: SamplingParams) -> Answer:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        check_request(token_ids, sampling, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
         name = f"llm-{next(self._ids)}"
         return Answer(
             prompt if isinstance(prompt, str) else None,
@@ -221,17 +215,16 @@ class OneEngine:
     """Engines of a world of one rank: a core in this process, stepped by the caller."""
 
     def __init__(self, config: Config, model: ModelConfig) -> None:
-        store, port = open_store("127.0.0.1", 0, is_master=True)
+        # A world of one rank meets nobody.
         meeting = Meeting(
             dp_rank=0,
-            store_host="127.0.0.1",
-            store_port=port,
+            store_host="",
+            store_port=0,
             coordinator_host="",
             coordinator_port=0,
-            token=secrets.token_hex(16),
+            token="",
             threads_per_rank=threads_per_rank(1),
         )
-        self._store = store
         self._executor = choose_executor(config)(config, meeting, RankProgress())
         facts = self._executor.start()
         self._executor.submit(AllocateKV(facts.kv_blocks)).result()
@@ -282,7 +275,7 @@ class EngineWorld:
         parallel = config.parallel
         world = self._world = World(config, serve_http=False)
         await world.start()
-        client = self._client = EngineClient(token=world.token, data_parallel_size=parallel.data_parallel_size)
+        client = self._client = EngineClient(config, token=world.token)
         self._receiving = asyncio.create_task(client.run())
         hello = Hello(
             token=world.token,
@@ -361,8 +354,15 @@ class EngineWorld:
             raise
 
 
-def _is_ids(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return len(prompts) > 0 and isinstance(prompts[0], int)
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [item for item in prompts if isinstance(item, int)]
+    texts = [item for item in prompts if not isinstance(item, int)]
+    if ids and texts:
+        raise RequestError("prompts mix token ids with texts or lists", param="prompts")
+    return [ids] if ids else list(texts)
 
 
 @contextlib.contextmanager

@@ -32,9 +32,7 @@ def resolve(config: Config) -> tuple[Config, ModelConfig]:
     limit = model.max_position_embeddings
     asked = config.model.max_model_len
     if asked is not None and asked > limit:
-        raise ConfigError(
-            f"max_model_len {asked} is more than the checkpoint allows ({limit}); lower --max-model-len"
-        )
+        raise ConfigError(f"max_model_len {asked} is more than the checkpoint allows ({limit}); lower --max-model-len")
     parallel = config.parallel
     return (
         config.with_(
@@ -63,13 +61,9 @@ def model_folder(model: str | None, revision: str | None) -> Path:
     if folder.exists():
         raise CheckpointError(f"{model} is a file; the model must be a folder in the Hugging Face layout")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CheckpointError(
-            f"no such model folder: {model} (nor is it an owner/name on the Hugging Face hub)"
-        )
+        raise CheckpointError(f"no such model folder: {model} (nor is it an owner/name on the Hugging Face hub)")
     try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-        )
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -37,7 +37,7 @@ class ApiServer:
     def __init__(self, spec: MemberSpec) -> None:
         self._spec = spec
         self._config = spec.load_config()
-        self._engines = EngineClient(token=spec.token, data_parallel_size=self._config.parallel.data_parallel_size)
+        self._engines = EngineClient(self._config, token=spec.token)
         self._orders: asyncio.Queue[Drain | Stop] = asyncio.Queue()
 
     async def run(self) -> int:

@@ -53,9 +53,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 class Section(BaseModel):
     """A frozen group of options; unknown names are errors."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 def short(*names: str) -> dict[str, Any]:
@@ -143,9 +141,7 @@ class ParallelConfig(Section):
 
     @property
     def topology(self) -> Topology:
-        return Topology(
-            dp=self.data_parallel_size, pp=self.pipeline_parallel_size, tp=self.tensor_parallel_size
-        )
+        return Topology(dp=self.data_parallel_size, pp=self.pipeline_parallel_size, tp=self.tensor_parallel_size)
 
     @property
     def world_size(self) -> int:
@@ -181,9 +177,7 @@ class ParallelConfig(Section):
                 f"data_parallel_rank_local ({self.data_parallel_rank_local}) must lie in [0, {local or dp})"
             )
         if (self.data_parallel_external_lb or self.data_parallel_hybrid_lb) and dp == 1:
-            raise ValueError(
-                "data_parallel_external_lb and data_parallel_hybrid_lb need data_parallel_size > 1"
-            )
+            raise ValueError("data_parallel_external_lb and data_parallel_hybrid_lb need data_parallel_size > 1")
         if self.tensor_parallel_size % self.decode_context_parallel_size:
             raise ValueError(
                 f"decode_context_parallel_size ({self.decode_context_parallel_size}) must divide "
@@ -229,9 +223,7 @@ class ParallelConfig(Section):
                     f"{name}={getattr(self, name)!r} is known but not built yet; leave {flag} at its default"
                 )
         if self.eplb_config != EPLBConfig():
-            raise ConfigError(
-                "eplb_config is known but load balancing is not built yet; leave --eplb-config out"
-            )
+            raise ConfigError("eplb_config is known but load balancing is not built yet; leave --eplb-config out")
         if {"dbo_decode_token_threshold", "dbo_prefill_token_threshold"} & self.model_fields_set:
             raise ConfigError("dbo thresholds are known but --enable-dbo is not built yet; leave them out")
 

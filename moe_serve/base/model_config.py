@@ -110,14 +110,10 @@ def load_model_config(folder: Path | str) -> ModelConfig:
     if not folder.exists():
         raise CheckpointError(f"there is no model folder {folder} (option MODEL)")
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder; MODEL must name a folder in the Hugging Face layout"
-        )
+        raise CheckpointError(f"{folder} is not a folder; MODEL must name a folder in the Hugging Face layout")
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json; MODEL must name a folder in the Hugging Face layout"
-        )
+        raise CheckpointError(f"{folder} has no config.json; MODEL must name a folder in the Hugging Face layout")
     values = _read_object(path)
     architecture = _architecture(path, values)
     defaults = ARCHITECTURES[architecture]
@@ -142,9 +138,7 @@ def _architecture(path: Path, values: Mapping[str, object]) -> str:
     names = values.get("architectures")
     supported = f"supported are: {', '.join(ARCHITECTURES)}"
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise CheckpointError(
-            f"{path}: architectures must name the model's class, not {names!r}; {supported}"
-        )
+        raise CheckpointError(f"{path}: architectures must name the model's class, not {names!r}; {supported}")
     if names[0] not in ARCHITECTURES:
         raise CheckpointError(f"{path}: architecture {names[0]} is not supported; {supported}")
     return names[0]
@@ -163,8 +157,7 @@ def _refuse_unsupported(fields: Fields, defaults: Defaults) -> None:
         not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
     ):
         raise CheckpointError(
-            f"{fields.path}: layer_types = {_brief(layer_types)} is not supported; "
-            "every layer must be full_attention"
+            f"{fields.path}: layer_types = {_brief(layer_types)} is not supported; every layer must be full_attention"
         )
     _refuse_sliding_window(fields, switched=defaults.sliding_window_switch)
 
@@ -197,9 +190,7 @@ def _rope_theta(fields: Fields) -> float:
             raise fields.wrong(name, rope, "an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise CheckpointError(
-                f"{fields.path}: {name} of type {kind!r} is not supported; supported: default"
-            )
+            raise CheckpointError(f"{fields.path}: {name} of type {kind!r} is not supported; supported: default")
         if rope.get("partial_rotary_factor") not in (None, 1.0):
             raise CheckpointError(
                 f"{fields.path}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported"
@@ -218,9 +209,7 @@ def _dtype(fields: Fields) -> str:
         return "float32"
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     if name not in DTYPES:
-        raise CheckpointError(
-            f"{fields.path}: dtype {value!r} is not supported; supported: {', '.join(DTYPES)}"
-        )
+        raise CheckpointError(f"{fields.path}: dtype {value!r} is not supported; supported: {', '.join(DTYPES)}")
     return str(name)
 
 
@@ -246,9 +235,7 @@ def _heads(fields: Fields, hidden: int, *, free_head_dim: bool) -> tuple[int, in
         )
     given = fields.raw("head_dim") is not None
     if hidden % heads and not given:
-        raise CheckpointError(
-            f"{fields.path}: num_attention_heads ({heads}) must divide hidden_size ({hidden})"
-        )
+        raise CheckpointError(f"{fields.path}: num_attention_heads ({heads}) must divide hidden_size ({hidden})")
     head_dim = fields.integer("head_dim") if given else hidden // heads
     if head_dim % 2:
         raise CheckpointError(f"{fields.path}: head_dim ({head_dim}) must be even for rotary positions")
@@ -265,9 +252,7 @@ def _build(architecture: str, fields: Fields, generation: Fields) -> ModelConfig
     heads, kv_heads, head_dim = _heads(fields, hidden, free_head_dim=defaults.free_head_dim)
     experts, top_k = fields.integer("num_experts", "num_local_experts"), fields.integer("num_experts_per_tok")
     if top_k > experts:
-        raise CheckpointError(
-            f"{fields.path}: num_experts_per_tok ({top_k}) is more than num_experts ({experts})"
-        )
+        raise CheckpointError(f"{fields.path}: num_experts_per_tok ({top_k}) is more than num_experts ({experts})")
     vocab_size = fields.integer("vocab_size")
     biased = defaults.bias_field is not None and fields.flag(defaults.bias_field)
     normed = defaults.norm_topk_prob
@@ -288,9 +273,7 @@ def _build(architecture: str, fields: Fields, generation: Fields) -> ModelConfig
         top_k=top_k,
         expert_size=fields.integer(defaults.expert_size_field),
         norm_topk_prob=fields.flag("norm_topk_prob") if normed is None else normed,
-        shared_expert_size=fields.integer("shared_expert_intermediate_size")
-        if defaults.shared_expert
-        else None,
+        shared_expert_size=fields.integer("shared_expert_intermediate_size") if defaults.shared_expert else None,
         qkv_bias=biased,
         o_bias=biased and defaults.output_bias,
         qk_norm=defaults.qk_norm,

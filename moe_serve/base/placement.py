@@ -70,7 +70,7 @@ class Placement:
 
 
 def initial_placement(strategy: str, *, num_layers: int, num_experts: int, num_ranks: int) -> Placement:
-    """One slot per expert. `linear`: neighbours together; `round_robin`: expert e on rank e mod ranks. May be ragged."""
+    """One slot per expert. `linear`: neighbours together; `round_robin`: expert e on rank e mod ranks; ragged or not."""
     if strategy == "linear":
         order = [list(split_range(num_experts, num_ranks, rank)) for rank in range(num_ranks)]
     elif strategy == "round_robin":

@@ -14,9 +14,7 @@ from moe_serve.base.errors import ConfigError, MissingExtra
 class Registry:
     """`names()` lists what is built, `planned` what is known but not built yet; both are refused by name."""
 
-    def __init__(
-        self, kind: str, option: str, table: Mapping[str, str], planned: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, kind: str, option: str, table: Mapping[str, str], planned: tuple[str, ...] = ()) -> None:
         self.kind = kind
         self.option = option
         self.planned = planned

@@ -1,4 +1,4 @@
-"""The coordinator's whole state: who belongs to the world, who is alive, when it is ready, why it ends. No I/O, no clock.
+"""The coordinator's whole state: who belongs to the world, who is alive, when it is ready, why it ends. No I/O.
 
 `hear(member, message, now)`, `lost(member, now)` and `tick(now)` return what to send to whom. Once `ended` is set
 the world is over: every member is told to stop, and the first reason stays.
@@ -15,8 +15,8 @@ from moe_serve.base.messages import (
     Ack,
     Drain,
     Failure,
-    Frontends,
     FromMember,
+    Frontends,
     Heartbeat,
     Hello,
     Leaving,
@@ -113,11 +113,7 @@ class Fleet:
                 return [Send(other, message) for other in self._role("engine") if other != member]
             case Leaving():
                 known.leaving = True
-                return (
-                    self.end(Stop(message.reason or f"{known.name} left", 0))
-                    if known.hello.role == "api"
-                    else []
-                )
+                return self.end(Stop(message.reason or f"{known.name} left", 0)) if known.hello.role == "api" else []
             case Failure():
                 return self._failure(known, message, now)
 
@@ -163,9 +159,7 @@ class Fleet:
         for role, dp, tp in self._expected():
             known = arrived.get((role, dp, tp))
             if known is None:
-                names.append(
-                    {"engine": f"engine dp {dp}", "worker": f"worker dp {dp} tp {tp}"}.get(role, "API server")
-                )
+                names.append({"engine": f"engine dp {dp}", "worker": f"worker dp {dp} tp {tp}"}.get(role, "API server"))
             elif not known.ready and role != "worker":
                 names.append(f"{known.name} (phase {known.phase!r})")
         if len(self._role("api")) < self.num_frontends:

@@ -88,9 +88,7 @@ class Link:
             answer = _to_member.decode(self._receive())
         except (OSError, EOFError) as error:
             self._socket.close()
-            raise RankTimeout(
-                f"{self._where} did not welcome this process: {error or 'no answer'}"
-            ) from error
+            raise RankTimeout(f"{self._where} did not welcome this process: {error or 'no answer'}") from error
         if not isinstance(answer, Welcome | Refused):
             raise RankTimeout(f"{self._where} answered a hello with {type(answer).__name__}")
         return answer

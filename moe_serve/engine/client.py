@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from moe_serve.base.errors import EngineDead, EngineError
+from moe_serve.base.config import Config
+from moe_serve.base.errors import EngineDead, RequestError
 from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.control.balancer import Balancer
@@ -50,7 +51,7 @@ class AsyncEngines(Protocol):
 
     def generate(
         self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
-    ) -> AsyncIterator[TokenEvent]:
+    ) -> AsyncGenerator[TokenEvent, None]:
         """Events of one sequence, the last with a finish_reason. Closing the iterator early aborts the request.
 
         Raises EngineDead when the world breaks and RequestError for what cannot be.
@@ -61,9 +62,9 @@ class AsyncEngines(Protocol):
 class EngineClient:
     """AsyncEngines over ZMQ. `bind()`, `run()` as a task, then `wait_ready()`."""
 
-    def __init__(self, *, token: str, data_parallel_size: int) -> None:
+    def __init__(self, config: Config, *, token: str) -> None:
         self._token = token
-        self._size = data_parallel_size
+        self._size = config.parallel.data_parallel_size
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -71,7 +72,12 @@ class EngineClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-        self._balancer = Balancer(data_parallel_size)
+        self._balancer = Balancer(
+            self._size,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            block_size=config.cache.block_size,
+        )
         self._hellos: dict[int, EngineHello] = {}
         self._identities: dict[int, bytes] = {}
         self._ranks: dict[bytes, int] = {}
@@ -137,7 +143,7 @@ class EngineClient:
 
     async def generate(
         self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
-    ) -> AsyncIterator[TokenEvent]:
+    ) -> AsyncGenerator[TokenEvent, None]:
         """See AsyncEngines.generate."""
         self._check_alive()
         rank = self._balancer.choose(len(token_ids), self._reports, pinned=dp_rank)
@@ -155,7 +161,7 @@ class EngineClient:
                     raise EngineDead("the engines are gone")
                 finished = event.finish_reason is not None
                 if event.finish_reason == "error":
-                    raise EngineError(event.error or "the engine refused this request")
+                    raise RequestError(event.error or "the engine refused this request")
                 yield event
         finally:
             del self._queues[request_id], self._placed[request_id]

@@ -14,9 +14,10 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
+from moe_serve.base.commands import AllocateKV, Meeting, WorkerFacts
 from moe_serve.base.config import ALL2ALL
-from moe_serve.base.commands import AllocateKV, WorkerFacts
 from moe_serve.base.errors import ConfigError, EngineDead, EngineError, RankTimeout, RequestError, WorkerDied
 from moe_serve.base.log import setup_logging
 from moe_serve.base.member import MemberSpec
@@ -42,9 +43,9 @@ from moe_serve.control.link import Link
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank
 from moe_serve.engine.sockets import FrontendSockets
-from moe_serve.executor.base import Executor, Meeting
+from moe_serve.executor.base import Executor
 from moe_serve.executor.choose import choose_executor
-from moe_serve.parallel.groups import ControlGroup, control_group
+from moe_serve.parallel.groups import control_group
 from moe_serve.parallel.stateless import open_store
 
 MEET_SECONDS = 300.0
@@ -66,7 +67,7 @@ class EngineProcess:
         self._link: Link | None = None
 
     def run(self) -> int:
-        """Join, load, serve. The exit code, after the coordinator has been told what went wrong."""
+        """Join, load, serve. The exit code of a failure, after the coordinator has been told what went wrong."""
         try:
             self._link = self._join()
         except (ConfigError, RankTimeout) as error:
@@ -79,7 +80,7 @@ class EngineProcess:
         except EngineError as error:
             peer = not isinstance(error, WorkerDied | EngineDead)
             return self._fail(Failure(str(error), suspects_peer=peer), 1)
-        except Exception as error:  # noqa: BLE001 - the outermost loop of a process: log, report, end
+        except Exception as error:
             log.exception("the engine failed")
             return self._fail(Failure(f"{type(error).__name__}: {error}"), 1)
 
@@ -138,8 +139,8 @@ class EngineProcess:
         facts = self._executor.start()
         self._progress.enter("meet the other engines")
         votes = control_group(
-            parallel.topology,
             spec.dp,
+            parallel.data_parallel_size,
             store_host=store.host,
             store_port=store.port,
             token=spec.token,
@@ -158,9 +159,7 @@ class EngineProcess:
         )
         backend = ALL2ALL.load(parallel.all2all_backend)
         pads = bool(getattr(backend, "pads", False))
-        return DPRank(core, votes, progress=self._progress, pads=pads), self._describe(
-            facts, num_blocks, core
-        )
+        return DPRank(core, votes, progress=self._progress, pads=pads), self._describe(facts, num_blocks, core)
 
     def _meet(self) -> StoreAt:
         """Engine 0 opens the store and tells; the others are told."""
@@ -168,7 +167,9 @@ class EngineProcess:
         assert self._link is not None
         if self._spec.dp == 0:
             port = parallel.data_parallel_master_port if parallel.meets_at_given_address else 0
-            self._store, bound = open_store(parallel.data_parallel_master_ip, port, is_master=True)
+            self._store, bound = open_store(
+                parallel.data_parallel_master_ip, port, is_master=True, token=self._spec.token
+            )
             found = StoreAt(parallel.data_parallel_master_ip, bound)
             self._link.send(found)
             return found
@@ -205,7 +206,7 @@ class EngineProcess:
             facts={"device": facts.device, "dtype": facts.dtype},
         )
 
-    def _serve(self, rank: DPRank, hello: EngineHello) -> int:
+    def _serve(self, rank: DPRank, hello: EngineHello) -> NoReturn:
         assert self._link is not None
         sockets = FrontendSockets(hello, lambda address, message: self._inbox.put((address, message)))
         for address in self._frontends:
@@ -253,9 +254,7 @@ class EngineProcess:
             rank.core.add(request.request_id, request.token_ids, request.sampling)
             self._owners[request.request_id] = address
         except RequestError as error:
-            refusal = TokenEvent(
-                request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error)
-            )
+            refusal = TokenEvent(request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error))
             sockets.send(address, Events(self._spec.dp, [refusal], rank.report()))
 
     def _tell(self, events: list[TokenEvent], rank: DPRank, sockets: FrontendSockets) -> None:

@@ -140,7 +140,8 @@ def _edit(logits_SV: Tensor, states: Sequence[SamplingState], rows: Sequence[int
         logits_SV[index] += torch.tensor(biases, dtype=torch.float32, device=logits_SV.device)
     banned = [(row, token) for row in rows if states[row].bans_stop for token in states[row].stop_ids]
     if banned:
-        logits_SV[_index(*zip(*banned, strict=True), logits_SV.device)] = -torch.inf
+        at_row, at_token = zip(*banned, strict=True)
+        logits_SV[_index(at_row, at_token, logits_SV.device)] = -torch.inf
     penalized = [(row, counts) for row in rows if (counts := states[row].counts) is not None]
     if penalized:
         _penalize(logits_SV, states, penalized)

@@ -68,7 +68,9 @@ def test_a_module_imports_only_downward(path: Path) -> None:
         if target == room:
             continue
         assert frozenset({room, target}) not in APART, f"{room} and {target} must not know each other ({imported})"
-        assert FLOORS[target] < FLOORS[room] or (FLOORS[target] == FLOORS[room] == 7), f"{path} reaches up to {imported}"
+        assert FLOORS[target] < FLOORS[room] or (FLOORS[target] == FLOORS[room] == 7), (
+            f"{path} reaches up to {imported}"
+        )
 
 
 def test_imports_have_no_cycle() -> None:

@@ -44,7 +44,13 @@ class Running:
         lost: queue.Queue[str] = queue.Queue()
         hello = Hello(token=token, role="engine", dp=dp, pid=os.getpid(), host="here", agreement=AGREEMENT)
         link = Link(
-            "127.0.0.1", self.port, hello, on_message=heard.put, on_lost=lost.put, progress=Progress(), connect_seconds=2
+            "127.0.0.1",
+            self.port,
+            hello,
+            on_message=heard.put,
+            on_lost=lost.put,
+            progress=Progress(),
+            connect_seconds=2,
         )
         return link, heard, lost
 

@@ -1,0 +1,275 @@
+"""The HTTP surface: create_app(state) -> FastAPI. Routes check, hand over to generation, and answer.
+
+Every path but the probes, /version and /metrics needs the API key when one is set (api/middleware.py).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
+from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from moe_serve.api import prepare
+from moe_serve.api.errors import problem_of
+from moe_serve.api.generation import Answer, Choice
+from moe_serve.api.metrics import Metrics, RequestClock
+from moe_serve.api.middleware import LimitBody, RequireKey
+from moe_serve.api.responses import ChatForm, CompletionForm, Form, Heading, event_stream, whole_body
+from moe_serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from moe_serve.api.streaming import EventStream, unless_disconnected
+from moe_serve.base.config import Config
+from moe_serve.base.errors import EngineDead, MoEServeError, Overloaded, UnknownModel
+from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.client import AsyncEngines
+from moe_serve.text.tokenizer import Tokenizer
+
+RANK_HEADER = "X-data-parallel-rank"
+CLIENT_CLOSED = 499  # nobody reads it; it is what logs say
+
+
+@dataclass(slots=True)
+class ApiState:
+    """What the routes work with. `vocab_size` the model's, where it is not the tokenizer's."""
+
+    config: Config
+    model_name: str
+    tokenizer: Tokenizer
+    engines: AsyncEngines
+    generation_defaults: Mapping[str, float] = field(default_factory=dict)
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+    retry_after: int = 5
+    vocab_size: int | None = None
+
+    def start_draining(self, retry_after: int = 5) -> None:
+        """Refuse new requests from now on."""
+        self.draining = True
+        self.retry_after = retry_after
+
+    def why_not_ready(self) -> str | None:
+        """Why a request could not be served now; None when it could."""
+        if not self.engines.alive:
+            return self.engines.dead_reason or "the engines are gone"
+        if not self.engines.ready:
+            return "the engines are still starting"
+        return "the server is shutting down" if self.draining else None
+
+    def check_ready(self) -> None:
+        """Raise EngineDead or Overloaded unless a request could be served now."""
+        reason = self.why_not_ready()
+        if reason is not None:
+            raise Overloaded(reason, retry_after=self.retry_after) if self.engines.alive else EngineDead(reason)
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model_name:
+            raise UnknownModel(
+                f"the model {name[:200]!r} does not exist here; served is {self.model_name!r} "
+                "(server option --served-model-name)",
+                param="model",
+            )
+
+
+def create_app(state: ApiState) -> FastAPI:
+    """The application; it owns its metrics and nothing else."""
+    app = FastAPI(title="moe-serve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    metrics = Metrics(state.model_name, lambda: state.engines.reports)
+    routes = Routes(state, metrics)
+    for path in ("/livez", "/readyz", "/health", "/version", "/metrics", "/config", "/v1/models"):
+        app.add_api_route(path, getattr(routes, path.rsplit("/", 1)[1]), methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"], response_model=None)
+    posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/v1/completions": routes.completions,
+        "/v1/chat/completions": routes.chat,
+        "/tokenize": routes.tokenize,
+        "/detokenize": routes.detokenize,
+    }
+    for path, route in posts.items():
+        app.add_api_route(path, route, methods=["POST"], response_model=None)
+    key = state.config.server.api_key
+    app.add_middleware(LimitBody, max_bytes=state.config.server.max_body_bytes)
+    app.add_middleware(RequireKey, key=None if key is None else key.get_secret_value())
+    for kind in (MoEServeError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    return app
+
+
+class Routes:
+    """The handlers. Those under /v1 that generate refuse work while the engines are not ready."""
+
+    def __init__(self, state: ApiState, metrics: Metrics) -> None:
+        self._state = state
+        self._metrics = metrics
+        self._fingerprint = f"fp_{state.config.compute_hash()[:12]}"
+
+    async def livez(self) -> Response:
+        return _json({"alive": True})
+
+    async def readyz(self) -> Response:
+        reason = self._state.why_not_ready()
+        return _json({"ready": True}) if reason is None else _json({"ready": False, "reason": reason}, 503)
+
+    async def health(self) -> Response:
+        engines = self._state.engines
+        if engines.alive:
+            return _json({"healthy": True})
+        return _json({"healthy": False, "reason": engines.dead_reason or "the engines are gone"}, 503)
+
+    async def version(self) -> Response:
+        return _json({"version": package_version()})
+
+    async def metrics(self) -> Response:
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def config(self) -> Response:
+        return _json(self._state.config.model_dump(mode="json"))
+
+    async def models(self) -> Response:
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def model(self, name: str) -> Response:
+        self._state.check_model(name)
+        return _json(self._card())
+
+    async def completions(self, request: Request) -> Response:
+        arrival = time.monotonic()
+        self._state.check_ready()
+        body = parse(CompletionBody, await request.body())
+        self._state.check_model(body.model)
+        sampling = body.to_sampling(self._state.generation_defaults)
+        prompts = await prepare.completion_prompts(self._state.tokenizer, body)
+        heading = self._heading("cmpl")
+        choices = self._choices(heading.id, prompts, sampling, arrival, param="prompt", discard=body.only_scores)
+        echo = {}
+        if body.echo:
+            echoed = [prepare.echo_of(self._state.tokenizer, *pair) for pair in zip(body.prompt, prompts, strict=True)]
+            echo = {choice.index: echoed[choice.index // sampling.n] for choice in choices}
+        form = CompletionForm(heading, self._state.tokenizer, sampling.logprobs, echo)
+        return await self._answer(request, choices, form, bool(body.stream), body.include_usage)
+
+    async def chat(self, request: Request) -> Response:
+        arrival = time.monotonic()
+        self._state.check_ready()
+        body = parse(ChatBody, await request.body())
+        self._state.check_model(body.model)
+        sampling = body.to_sampling(self._state.generation_defaults)
+        prompt = await prepare.chat_prompt(self._state.tokenizer, body)
+        heading = self._heading("chatcmpl")
+        choices = self._choices(heading.id, [prompt], sampling, arrival, param="messages")
+        form = ChatForm(heading, self._state.tokenizer, sampling.logprobs)
+        return await self._answer(request, choices, form, bool(body.stream), body.include_usage)
+
+    async def tokenize(self, request: Request) -> Response:
+        body = parse(TokenizeBody, await request.body())
+        self._state.check_model(body.model)
+        ids = await prepare.tokenized(self._state.tokenizer, body)
+        engines = self._state.engines
+        answer = {"count": len(ids), "max_model_len": engines.max_model_len if engines.ready else None, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = [self._state.tokenizer.token_text(token_id) for token_id in ids]
+        return _json(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        body = parse(DetokenizeBody, await request.body())
+        self._state.check_model(body.model)
+        return _json({"prompt": self._state.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    def _card(self) -> dict[str, object]:
+        state = self._state
+        return {
+            "id": state.model_name,
+            "object": "model",
+            "created": state.created,
+            "owned_by": "moe-serve",
+            "max_model_len": state.engines.max_model_len if state.engines.ready else None,
+        }
+
+    def _heading(self, kind: str) -> Heading:
+        return Heading(f"{kind}-{uuid.uuid4().hex}", int(time.time()), self._state.model_name, self._fingerprint)
+
+    def _choices(
+        self,
+        answer_id: str,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        arrival: float,
+        *,
+        param: str,
+        discard: bool = False,
+    ) -> list[Choice]:
+        """n choices per prompt, in order; RequestError for what does not fit."""
+        state = self._state
+        vocab_size = state.vocab_size or state.tokenizer.vocab_size
+        prepare.check_sampling_ids(sampling, vocab_size)
+        choices = []
+        for token_ids in prompts:
+            prepare.check_ids(token_ids, vocab_size, param)
+            settled = prepare.settled(sampling, len(token_ids), state.engines.max_model_len, param)
+            for number in range(sampling.n):
+                choices.append(
+                    Choice(
+                        index=len(choices),
+                        request_id=f"{answer_id}-{len(choices)}",
+                        token_ids=token_ids,
+                        sampling=prepare.one_choice(settled, number),
+                        tokenizer=state.tokenizer,
+                        clock=RequestClock(self._metrics, len(token_ids), arrival),
+                        discard=discard,
+                    )
+                )
+        return choices
+
+    async def _answer(
+        self, request: Request, choices: list[Choice], form: Form, stream: bool, include_usage: bool
+    ) -> Response:
+        engines = self._state.engines
+        rank = prepare.pinned_rank(request.headers.get(RANK_HEADER), engines.data_parallel_size, RANK_HEADER)
+        answer = Answer(engines, choices, dp_rank=rank)
+        await answer.start()
+        headers = {"X-Request-Id": form.heading.id}
+        if stream:
+            events: AsyncIterator[bytes] = event_stream(answer, form, include_usage=include_usage)
+            return EventStream(events, headers=headers | _rank_header(answer), on_close=answer.aclose)
+        try:
+            body = await unless_disconnected(request, whole_body(answer, form))
+        finally:
+            await answer.aclose()
+        if body is None:
+            return Response(status_code=CLIENT_CLOSED)
+        return Response(body, headers=headers | _rank_header(answer), media_type="application/json")
+
+
+def package_version() -> str:
+    try:
+        return version("moe-serve")
+    except PackageNotFoundError:  # run from the source tree
+        return "0.0.0+source"
+
+
+def _rank_header(answer: Answer) -> dict[str, str]:
+    """Which DP ranks served, several with commas."""
+    return {RANK_HEADER: ",".join(map(str, answer.ranks))} if answer.ranks else {}
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        what = "no such path" if error.status_code == 404 else "method not allowed"
+        error = HTTPException(error.status_code, f"{what}: {request.method} {request.url.path[:200]}", error.headers)
+    return problem_of(error).response()
+
+
+async def _answer_nobody(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED)

@@ -1,0 +1,167 @@
+"""One HTTP request's sequences at the engines: their events as text, merged in order of arrival."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from moe_serve.api.metrics import RequestClock
+from moe_serve.base.commands import TokenLogprob
+from moe_serve.base.errors import EngineDead, EngineError, MoEServeError
+from moe_serve.base.messages import TokenEvent
+from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.client import AsyncEngines
+from moe_serve.text.detokenizer import IncrementalDetokenizer
+from moe_serve.text.tokenizer import Tokenizer
+
+YIELDS_UNTIL_PLACED = 4
+
+
+@dataclass(slots=True)
+class Delta:
+    """News of one choice: text, and where it was asked for, log-probabilities of tokens with their text offsets."""
+
+    index: int
+    text: str
+    first: bool
+    logprobs: list[tuple[TokenLogprob, int]] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Choice:
+    """One sequence: what was asked and how far it is. `discard` drops what is generated (only the prompt counts)."""
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        request_id: str,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        tokenizer: Tokenizer,
+        clock: RequestClock,
+        discard: bool = False,
+    ) -> None:
+        self.index = index
+        self.request_id = request_id
+        self.token_ids = token_ids
+        self.sampling = sampling
+        self.clock = clock
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.rank: int | None = None
+        self.finished = False
+        self._discard = discard
+        self._began = False
+        self._text = IncrementalDetokenizer(
+            tokenizer,
+            skip_special_tokens=sampling.skip_special_tokens,
+            stop=sampling.stop,
+            include_stop=sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
+        )
+
+    def take(self, event: TokenEvent) -> Delta:
+        """What an event means for the client; EngineError when it means failure."""
+        if event.finish_reason == "error":
+            raise EngineError(event.error or "the engine could not go on with this request")
+        if event.finish_reason == "abort":
+            raise EngineError("the server ended this request before it was finished")
+        before = self._text.num_tokens
+        text = self._text.push(event.token_ids)
+        taken = self._text.num_tokens - before
+        if event.finish_reason is not None:
+            text += self._text.finish()
+        stopped = self._text.stopped_by is not None
+        self.finished = stopped or event.finish_reason is not None
+        self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
+        self.clock.tokens(taken, self.rank)
+        delta = Delta(self.index, text, not self._began, prompt_logprobs=event.prompt_logprobs)
+        self._began = True
+        if self.finished:
+            delta.finish_reason = "stop" if stopped or event.finish_reason == "stop" else "length"
+        if self._discard:
+            delta.text = ""
+            return delta
+        self.num_tokens += taken
+        if self.sampling.logprobs is not None:
+            delta.logprobs = list(zip((event.logprobs or [])[:taken], self._text.offsets[before:], strict=False))
+        return delta
+
+
+class Answer:
+    """All choices of a request. Iterate once for their deltas; `aclose()` aborts what is unfinished."""
+
+    def __init__(self, engines: AsyncEngines, choices: Sequence[Choice], *, dp_rank: int | None) -> None:
+        self.choices = choices
+        self._engines = engines
+        self._dp_rank = dp_rank
+        # Bounded: a client that reads slowly slows its own choices' pumps, nothing else.
+        self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue(maxsize=4 * len(choices) + 4)
+        self._failure: Exception | None = None
+        self._pumps: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Submit everything; raises at once what the engines refuse at once."""
+        self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
+        for _ in range(YIELDS_UNTIL_PLACED):
+            await asyncio.sleep(0)
+        if self._failure is not None:
+            await self.aclose()
+            raise self._failure
+
+    @property
+    def ranks(self) -> list[int]:
+        """The DP ranks that serve this request, as far as known."""
+        return sorted({choice.rank for choice in self.choices if choice.rank is not None})
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """News of all choices until each has finished; raises the first failure."""
+        unfinished = len(self.choices)
+        while unfinished:
+            news = await self._news.get()
+            if isinstance(news, Exception):
+                raise news
+            unfinished -= news.finish_reason is not None
+            yield news
+
+    async def aclose(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _pump(self, choice: Choice) -> None:
+        try:
+            await self._follow(choice)
+        except MoEServeError as error:
+            choice.clock.end("error")
+            self._failure = self._failure or error
+            await self._news.put(error)
+        finally:
+            choice.clock.end("abort")  # unless it ended some other way before
+
+    async def _follow(self, choice: Choice) -> None:
+        events = self._engines.generate(choice.request_id, choice.token_ids, choice.sampling, dp_rank=self._dp_rank)
+        # An async generator, whose closing aborts the request; the protocol promises only iteration.
+        async with aclosing(cast("AsyncGenerator[TokenEvent, None]", events)):
+            placing = asyncio.get_running_loop().call_soon(self._note_rank, choice)
+            try:
+                async for event in events:
+                    self._note_rank(choice)
+                    delta = choice.take(event)
+                    if delta.finish_reason is not None:
+                        choice.clock.end(delta.finish_reason)
+                    await self._news.put(delta)
+                    if choice.finished:
+                        return
+            finally:
+                placing.cancel()
+        raise EngineDead("the engine ended an answer without a reason")
+
+    def _note_rank(self, choice: Choice) -> None:
+        if choice.rank is None:
+            choice.rank = self._engines.rank_of(choice.request_id)

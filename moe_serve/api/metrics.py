@@ -1,0 +1,146 @@
+"""Prometheus objects made from the table in base/metrics.py, in a registry of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from moe_serve.base import metrics as table
+from moe_serve.base.messages import LoadReport
+from moe_serve.base.metrics import COMMON_LABELS, Metric
+
+Family = CounterMetricFamily | GaugeMetricFamily | SummaryMetricFamily
+UNKNOWN_RANK = "unknown"
+
+
+class Metrics:
+    """Request metrics are observed here; engine metrics are read from `reports()` when somebody scrapes."""
+
+    def __init__(self, model_name: str, reports: Callable[[], Mapping[int, LoadReport]]) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(EngineCollector(model_name, reports))
+        self._model_name = model_name
+        self._counters = {m: self._counter(m) for m in table.REQUEST_METRICS if m.kind == "counter"}
+        self._histograms = {m: self._histogram(m) for m in table.REQUEST_METRICS if m.kind == "histogram"}
+
+    def render(self) -> bytes:
+        """The text a scraper gets."""
+        return generate_latest(self._registry)
+
+    def add(self, metric: Metric, amount: float, rank: int | None, *labels: str) -> None:
+        self._counters[metric].labels(self._model_name, _engine(rank), *labels).inc(amount)
+
+    def observe(self, metric: Metric, value: float, rank: int | None) -> None:
+        self._histograms[metric].labels(self._model_name, _engine(rank)).observe(value)
+
+    def _counter(self, metric: Metric) -> Counter:
+        return Counter(metric.full_name, metric.help, (*COMMON_LABELS, *metric.labels), registry=self._registry)
+
+    def _histogram(self, metric: Metric) -> Histogram:
+        labels = (*COMMON_LABELS, *metric.labels)
+        return Histogram(metric.full_name, metric.help, labels, registry=self._registry, buckets=metric.buckets)
+
+
+class RequestClock:
+    """One sequence's times and counts on their way into the metrics."""
+
+    def __init__(self, metrics: Metrics, num_prompt_tokens: int, arrival: float) -> None:
+        self._metrics = metrics
+        self._num_prompt_tokens = num_prompt_tokens
+        self._arrival = arrival
+        self._last: float | None = None
+        self._rank: int | None = None
+        self._ended = False
+
+    def tokens(self, count: int, rank: int | None) -> None:
+        """Some tokens came from DP rank `rank`."""
+        if not count:
+            return
+        now = time.monotonic()
+        self._rank = rank
+        if self._last is None:
+            self._metrics.add(table.PROMPT_TOKENS, self._num_prompt_tokens, rank)
+            self._metrics.observe(table.TIME_TO_FIRST_TOKEN, now - self._arrival, rank)
+        else:
+            self._metrics.observe(table.INTER_TOKEN_LATENCY, (now - self._last) / count, rank)
+        self._metrics.add(table.GENERATION_TOKENS, count, rank)
+        self._last = now
+
+    def end(self, reason: str) -> None:
+        """The sequence ended; only the first call counts."""
+        if self._ended:
+            return
+        self._ended = True
+        self._metrics.add(table.REQUEST_SUCCESS, 1, self._rank, reason)
+        if reason in ("stop", "length"):
+            self._metrics.observe(table.E2E_REQUEST_LATENCY, time.monotonic() - self._arrival, self._rank)
+
+
+class EngineCollector(Collector):
+    """The engines' latest reports as metrics."""
+
+    def __init__(self, model_name: str, reports: Callable[[], Mapping[int, LoadReport]]) -> None:
+        self._model_name = model_name
+        self._reports = reports
+
+    def collect(self) -> Iterator[Family]:
+        reports = dict(self._reports())
+        for metric in table.ENGINE_METRICS:
+            labels = (*COMMON_LABELS, *metric.labels)
+            family = _FAMILIES[metric.kind](metric.full_name, metric.help, labels=labels)
+            for rank, report in sorted(reports.items()):
+                for extra, value in _values(metric, report):
+                    _add(family, [self._model_name, str(rank), *extra], value)
+            yield family
+
+
+_FAMILIES: Mapping[str, type[Family]] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "summary": SummaryMetricFamily,
+}
+
+# Metric -> how a report tells its value.
+_READERS: Mapping[Metric, Callable[[LoadReport], float]] = {
+    table.NUM_REQUESTS_RUNNING: lambda report: report.num_running,
+    table.NUM_REQUESTS_WAITING: lambda report: report.num_waiting,
+    table.NUM_TOKENS_WAITING: lambda report: report.waiting_tokens,
+    table.KV_CACHE_USAGE: lambda report: 1 - report.free_blocks / report.num_blocks if report.num_blocks else 0.0,
+    table.NUM_PREEMPTIONS: lambda report: report.num_preemptions,
+    table.PREFIX_CACHE_QUERIES: lambda report: report.prefix_cache_queries,
+    table.PREFIX_CACHE_HITS: lambda report: report.prefix_cache_hits,
+    table.STEPS: lambda report: report.steps,
+    table.DUMMY_STEPS: lambda report: report.dummy_steps,
+    table.NAPS: lambda report: report.naps,
+    table.DP_PADDING_TOKENS: lambda report: report.padding_tokens,
+}
+_SUMMARIES: Mapping[Metric, Callable[[LoadReport], tuple[int, float]]] = {
+    table.DP_VOTE_SECONDS: lambda report: (report.votes, report.vote_seconds),
+    table.ALL2ALL_SECONDS: lambda report: (report.steps, report.all2all_seconds),
+}
+
+
+def _values(metric: Metric, report: LoadReport) -> list[tuple[list[str], float | tuple[int, float]]]:
+    """(extra labels, value) for each series of a metric; the value of a summary is (count, sum)."""
+    if metric is table.LOAD_PHASE_SECONDS:
+        return [([phase], seconds) for phase, seconds in sorted(report.load_seconds.items())]
+    if metric in _SUMMARIES:
+        return [([], _SUMMARIES[metric](report))]
+    return [([], _READERS[metric](report))]
+
+
+def _add(family: Family, labels: list[str], value: float | tuple[int, float]) -> None:
+    if isinstance(family, SummaryMetricFamily):
+        assert isinstance(value, tuple)
+        family.add_metric(labels, count_value=value[0], sum_value=value[1])
+    else:
+        assert not isinstance(value, tuple)
+        family.add_metric(labels, value)
+
+
+def _engine(rank: int | None) -> str:
+    return UNKNOWN_RANK if rank is None else str(rank)

@@ -1,0 +1,100 @@
+"""From a checked body to what an engine can take: ids that fit, settled sampling, the pinned rank. RequestErrors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from moe_serve.api.schemas import ChatBody, CompletionBody, TokenizeBody
+from moe_serve.base.errors import ContextTooLong, RequestError
+from moe_serve.base.sampling import SamplingParams
+from moe_serve.text.tokenizer import Tokenizer
+
+INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread, so that they hold up nobody else's stream
+
+
+async def encode_all(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    def encode() -> list[list[int]]:
+        return [tokenizer.encode(text, add_special_tokens) for text in texts]
+
+    if sum(map(len, texts)) <= INLINE_CHARACTERS:
+        return encode()
+    return await asyncio.to_thread(encode)
+
+
+async def completion_prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[list[int]]:
+    """The ids of each prompt."""
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    encoded = iter(await encode_all(tokenizer, texts, add_special_tokens=body.add_special_tokens is not False))
+    return [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+
+
+async def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> list[int]:
+    """The ids of a conversation; the template writes the special tokens itself."""
+    hidden = isinstance(body, ChatBody) and body.tool_choice == "none"
+    text = tokenizer.render_chat(
+        body.messages or [],
+        tools=None if hidden else body.tools,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        options=body.chat_template_kwargs,
+    )
+    return (await encode_all(tokenizer, [text], add_special_tokens=False))[0]
+
+
+async def tokenized(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
+    if body.prompt is None:
+        return await chat_prompt(tokenizer, body)
+    special = body.add_special_tokens is not False
+    return (await encode_all(tokenizer, [body.prompt], add_special_tokens=special))[0]
+
+
+def echo_of(tokenizer: Tokenizer, prompt: str | list[int], token_ids: list[int]) -> tuple[str, list[int]]:
+    """What `echo` puts in front of an answer: the prompt as given, or its ids as text."""
+    return (prompt if isinstance(prompt, str) else tokenizer.decode(token_ids)), token_ids
+
+
+def settled(sampling: SamplingParams, num_prompt: int, max_model_len: int, param: str) -> SamplingParams:
+    """`sampling` with a max_tokens that fits; ContextTooLong says both numbers."""
+    room = max_model_len - num_prompt
+    wanted = sampling.max_tokens
+    if room < 1 or (wanted is not None and wanted > room):
+        asked = "at least 1 token of answer was asked for" if wanted is None else f"max_tokens is {wanted}"
+        raise ContextTooLong(
+            f"the prompt has {num_prompt} tokens and {asked}: together more than the {max_model_len} tokens this "
+            "model is served with (server option --max-model-len)",
+            param=param if room < 1 else "max_tokens",
+        )
+    return sampling if wanted is not None else msgspec.structs.replace(sampling, max_tokens=room)
+
+
+def one_choice(sampling: SamplingParams, number: int) -> SamplingParams:
+    """Choice `number` of n: a request of its own, with a seed of its own if there is one."""
+    seed = None if sampling.seed is None else sampling.seed + number
+    return msgspec.structs.replace(sampling, n=1, seed=seed)
+
+
+def check_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """An engine computes with any id; one outside the vocabulary must never get there."""
+    if not token_ids:
+        raise RequestError("the prompt is empty: at least one token is needed", param=param)
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        raise RequestError(f"token id {low if low < 0 else high} is outside [0, {vocab_size})", param=param)
+
+
+def check_sampling_ids(sampling: SamplingParams, vocab_size: int) -> None:
+    for name in ("logit_bias", "stop_token_ids"):
+        for token_id in getattr(sampling, name):
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(f"{name} has token id {token_id}, outside [0, {vocab_size})", param=name)
+
+
+def pinned_rank(value: str | None, size: int, header: str) -> int | None:
+    """The DP rank a client asks for."""
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) < size):
+        raise RequestError(f"{header} must be a data-parallel rank in [0, {size}), not {value[:80]!r}", param=header)
+    return int(value)

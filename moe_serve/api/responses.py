@@ -1,0 +1,209 @@
+"""Token events -> response bodies and server-sent events, for completions and chat. Both are made from the same
+deltas, so a streamed answer and a whole one cannot differ."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from moe_serve.api.errors import problem_of
+from moe_serve.api.generation import Answer, Choice, Delta
+from moe_serve.api.logprobs import CompletionLogprobs, chat_logprobs
+from moe_serve.base.errors import MoEServeError
+from moe_serve.text.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """What every body and chunk of a response repeats."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    def fields(self, kind: str) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
+
+
+@dataclass(slots=True)
+class Part:
+    """A delta in the words of an API: text, and its log-probabilities as lists that can be joined."""
+
+    index: int
+    text: str
+    first: bool
+    logprobs: dict[str, list[Any]] | None
+    finish_reason: str | None
+
+
+class Form(Protocol):
+    """One of the two shapes of an answer."""
+
+    heading: Heading
+
+    def part(self, delta: Delta) -> Part: ...
+
+    def chunks(self, part: Part) -> list[Json]:
+        """A part as choices of streamed chunks, one per chunk."""
+        ...
+
+    def choice(self, whole: Part) -> Json:
+        """A finished choice of a body."""
+        ...
+
+    @property
+    def body_object(self) -> str: ...
+
+    @property
+    def chunk_object(self) -> str: ...
+
+
+@dataclass(slots=True)
+class CompletionForm:
+    """`prompts` by choice index: echoed text and ids, empty without echo."""
+
+    heading: Heading
+    tokenizer: Tokenizer
+    logprobs: int | None
+    echo: Mapping[int, tuple[str, list[int]]] = field(default_factory=dict)
+    body_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def part(self, delta: Delta) -> Part:
+        echoed, token_ids = self.echo.get(delta.index, ("", []))
+        text = echoed + delta.text if delta.first else delta.text
+        made: CompletionLogprobs | None = None
+        if self.logprobs is not None:
+            made = CompletionLogprobs(self.tokenizer, self.logprobs)
+            if delta.first and token_ids:
+                made.add_prompt(token_ids, delta.prompt_logprobs or [])
+            made.add(delta.logprobs or [], len(echoed))
+        fields = None if made is None else made.fields()
+        return Part(delta.index, text, delta.first, fields, delta.finish_reason)
+
+    def chunks(self, part: Part) -> list[Json]:
+        has_logprobs = part.logprobs is not None and bool(part.logprobs["tokens"])
+        if not (part.text or has_logprobs or part.finish_reason):
+            return []
+        return [self.choice(part)]
+
+    def choice(self, whole: Part) -> Json:
+        return {
+            "index": whole.index,
+            "text": whole.text,
+            "logprobs": whole.logprobs,
+            "finish_reason": whole.finish_reason,
+        }
+
+
+@dataclass(slots=True)
+class ChatForm:
+    heading: Heading
+    tokenizer: Tokenizer
+    logprobs: int | None
+    body_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def part(self, delta: Delta) -> Part:
+        fields = None
+        if self.logprobs is not None:
+            entries = [entry for entry, _ in delta.logprobs or []]
+            fields = {"content": chat_logprobs(self.tokenizer, entries, self.logprobs)}
+        return Part(delta.index, delta.text, delta.first, fields, delta.finish_reason)
+
+    def chunks(self, part: Part) -> list[Json]:
+        """The role by itself, then text, then the reason by itself, as OpenAI sends them."""
+        made = []
+        if part.first:
+            made.append(self._chunk(part, {"role": "assistant", "content": "", "refusal": None}))
+        has_logprobs = part.logprobs is not None and bool(part.logprobs["content"])
+        if part.text or has_logprobs:
+            made.append(self._chunk(part, {"content": part.text}, logprobs=_chat_fields(part.logprobs)))
+        if part.finish_reason:
+            made.append(self._chunk(part, {}, finish_reason=part.finish_reason))
+        return made
+
+    def _chunk(self, part: Part, delta: Json, **more: object) -> Json:
+        return {"index": part.index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+
+    def choice(self, whole: Part) -> Json:
+        return {
+            "index": whole.index,
+            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "logprobs": _chat_fields(whole.logprobs),
+            "finish_reason": whole.finish_reason,
+        }
+
+
+def _chat_fields(logprobs: dict[str, list[Any]] | None) -> Json | None:
+    return None if logprobs is None else {**logprobs, "refusal": None}
+
+
+async def whole_body(answer: Answer, form: Form) -> bytes:
+    """The JSON body of an answer that is not streamed."""
+    wholes: dict[int, Part] = {}
+    texts: dict[int, list[str]] = {}
+    async for delta in answer.deltas():
+        part = form.part(delta)
+        texts.setdefault(part.index, []).append(part.text)
+        whole = wholes.setdefault(part.index, part)
+        if whole is not part:
+            _join(whole, part)
+    for index, whole in wholes.items():
+        whole.text = "".join(texts[index])
+    choices = [form.choice(wholes[index]) for index in sorted(wholes)]
+    body = form.heading.fields(form.body_object) | {"choices": choices, "usage": usage(answer.choices)}
+    return msgspec.json.encode(body)
+
+
+def _join(whole: Part, part: Part) -> None:
+    whole.finish_reason = part.finish_reason
+    if whole.logprobs is not None and part.logprobs is not None:
+        for name, values in part.logprobs.items():
+            whole.logprobs[name] += values
+
+
+async def event_stream(answer: Answer, form: Form, *, include_usage: bool) -> AsyncIterator[bytes]:
+    """Server-sent events. A failure ends the stream with an event that holds the error, and without [DONE]."""
+    heading = form.heading.fields(form.chunk_object)
+    usage_field: Json = {"usage": None} if include_usage else {}
+    try:
+        async for delta in answer.deltas():
+            for choice in form.chunks(form.part(delta)):
+                yield event(heading | {"choices": [choice]} | usage_field)
+    except MoEServeError as error:
+        yield event(dict(problem_of(error).body()))
+        return
+    if include_usage:
+        yield event(heading | {"choices": [], "usage": usage(answer.choices)})
+    yield DONE
+
+
+def event(value: Json) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def usage(choices: Sequence[Choice]) -> Json:
+    """Token counts; a prompt counts once however many choices it has."""
+    prompts = {id(choice.token_ids): choice for choice in choices}
+    prompt_tokens = sum(len(choice.token_ids) for choice in prompts.values())
+    completion_tokens = sum(choice.num_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts.values())},
+    }

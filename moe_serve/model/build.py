@@ -1,0 +1,117 @@
+"""build_model: one rank's empty decoder out of a ModelConfig, the parallel options and the rank's groups."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from moe_serve.base.config import ALL2ALL, ParallelConfig
+from moe_serve.base.model_config import ModelConfig
+from moe_serve.model.all2all.base import All2All, ExpertLayout
+from moe_serve.model.attention.base import ATTENTION, AttentionBackend
+from moe_serve.model.decoder import Decoder, DecoderLayer
+from moe_serve.model.layers.embedding import VocabEmbedding, VocabHead
+from moe_serve.model.layers.gqa import Attention
+from moe_serve.model.layers.linear import weight
+from moe_serve.model.layers.mlp import SharedExpert
+from moe_serve.model.layers.norm import RMSNorm
+from moe_serve.model.moe.expert_map import ExpertMap
+from moe_serve.model.moe.experts import Experts
+from moe_serve.model.moe.layer import MoELayer
+from moe_serve.model.moe.router import Router
+from moe_serve.model.partition import Partition, make_partition
+from moe_serve.parallel.groups import Groups
+
+
+def build_model(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    rank: int,
+    groups: Groups,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+) -> Decoder:
+    """The part of global rank `rank`, its parameters not yet filled. ConfigError where the model cannot be cut so."""
+    partition = make_partition(config, parallel, rank)
+    backend_type = cast(type[AttentionBackend], ATTENTION.load(attention))
+    backend = backend_type(len(partition.heads), len(partition.kv_heads), config.head_dim, device)
+    all2all_type = cast(type[All2All], ALL2ALL.load(parallel.all2all_backend))
+    all2all = all2all_type(groups.ep, expert_layout(partition))
+    maker = _Maker(partition, groups, backend, all2all, dtype, device)
+    embedding = VocabEmbedding(partition.vocab, config.hidden_size, groups.tp, dtype=dtype, device=device)
+    rows = embedding.weight
+    if not config.tie_word_embeddings:
+        rows = weight(len(partition.vocab), config.hidden_size, dtype=dtype, device=device)
+    return Decoder(
+        partition,
+        [maker.layer(index) for index in range(config.num_layers)],
+        embedding,
+        maker.norm(),
+        VocabHead(rows, partition.vocab_sizes, groups.tp),
+        backend,
+        all2all,
+    )
+
+
+def expert_layout(partition: Partition) -> ExpertLayout:
+    """Who computes which expert: by the placement, or everybody a slice of all."""
+    placement = partition.placement
+    if placement is None:
+        return ExpertLayout(partition.config.num_experts, None)
+    return ExpertLayout(placement.num_physical, placement.offsets)
+
+
+class _Maker:
+    """Makes the layers, which share backends, type and device."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        groups: Groups,
+        backend: AttentionBackend,
+        all2all: All2All,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.partition, self.groups = partition, groups
+        self.backend, self.all2all = backend, all2all
+        self.dtype, self.device = dtype, device
+
+    def norm(self) -> RMSNorm:
+        config = self.partition.config
+        return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=self.dtype, device=self.device)
+
+    def layer(self, index: int) -> DecoderLayer:
+        attention = Attention(self.partition, self.groups.tp, self.backend, dtype=self.dtype, device=self.device)
+        return DecoderLayer(index, self.norm(), attention, self.norm(), self._moe(index))
+
+    def _moe(self, index: int) -> MoELayer:
+        config = self.partition.config
+        router = Router(
+            config.hidden_size,
+            config.num_experts,
+            config.top_k,
+            norm_topk_prob=config.norm_topk_prob,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        experts = Experts(
+            len(self.partition.experts_of(index)),
+            config.hidden_size,
+            len(self.partition.width),
+            self.dtype,
+            self.device,
+        )
+        return MoELayer(router, self._expert_map(index), experts, self.all2all, self.groups.tp, self._shared())
+
+    def _shared(self) -> SharedExpert | None:
+        config = self.partition.config
+        if config.shared_expert_size is None:
+            return None
+        return SharedExpert(config.hidden_size, config.shared_expert_size, dtype=self.dtype, device=self.device)
+
+    def _expert_map(self, index: int) -> ExpertMap:
+        return ExpertMap(index)

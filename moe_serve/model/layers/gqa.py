@@ -1,0 +1,87 @@
+"""Grouped-query attention of one rank: its query heads, the KV heads they share, and the sum over the TP ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe_serve.model.attention.base import AttentionBackend
+from moe_serve.model.context import ForwardContext, LayerKV
+from moe_serve.model.layers.linear import Linear, weight
+from moe_serve.model.layers.norm import rms_norm
+from moe_serve.model.layers.rope import Rotation, rotate
+from moe_serve.model.partition import Partition
+from moe_serve.parallel.collectives import Group
+
+
+class Attention(nn.Module):
+    """q, k and v come out of one product, in this order of heads: query, key, value."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        group: Group,
+        backend: AttentionBackend,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        config = partition.config
+        self.partition, self.group, self.backend = partition, group, backend
+        self.num_heads, self.num_kv_heads = len(partition.heads), len(partition.kv_heads)
+        self.head_dim, self.eps, self.qk_norm = config.head_dim, config.rms_norm_eps, config.qk_norm
+        rows = (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
+        self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias, dtype=dtype, device=device)
+        self.o = Linear(self.num_heads * config.head_dim, config.hidden_size, bias=False, dtype=dtype, device=device)
+        self.o_bias = weight(config.hidden_size, dtype=dtype, device=device) if config.o_bias else None
+        if self.qk_norm != "none":
+            whole = self.qk_norm == "full"
+            sizes = (self.num_heads, self.num_kv_heads) if whole else (1, 1)
+            self.q_norm = weight(sizes[0], self.head_dim, dtype=dtype, device=device)
+            self.k_norm = weight(sizes[1], self.head_dim, dtype=dtype, device=device)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> Tensor:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x_TD).view(-1, heads + 2 * kv_heads, self.head_dim)
+        if self.qk_norm == "none":
+            qk = rotate(qkv[:, : heads + kv_heads], rotation)
+            q_THd, k_TGd = qk[:, :heads], qk[:, heads:]
+        else:
+            q_THd, k_TGd = self._normed(qkv[:, :heads], qkv[:, heads : heads + kv_heads])
+            q_THd, k_TGd = rotate(q_THd, rotation), rotate(k_TGd, rotation)
+        out_THd = self.backend.forward(q_THd, k_TGd, qkv[:, heads + kv_heads :], kv, ctx.attention)
+        out_TD = self.group.all_reduce(self.o(out_THd.reshape(-1, heads * self.head_dim)))
+        return out_TD if self.o_bias is None else out_TD + self.o_bias
+
+    def _normed(self, q_THd: Tensor, k_TGd: Tensor) -> tuple[Tensor, Tensor]:
+        if self.qk_norm == "head":
+            return rms_norm(q_THd, self.q_norm, self.eps), rms_norm(k_TGd, self.k_norm, self.eps)
+        q_wide, k_wide = q_THd.float(), k_TGd.float()
+        sums_2T = self._sums(q_wide, k_wide)
+        config = self.partition.config
+        q_mean, k_mean = (
+            sums_2T[0] / (config.num_heads * self.head_dim),
+            sums_2T[1] / (config.num_kv_heads * self.head_dim),
+        )
+        q = (q_wide * torch.rsqrt(q_mean + self.eps)[:, None, None]).to(q_THd.dtype) * self.q_norm
+        k = (k_wide * torch.rsqrt(k_mean + self.eps)[:, None, None]).to(k_TGd.dtype) * self.k_norm
+        return q, k
+
+    def _sums(self, q_wide: Tensor, k_wide: Tensor) -> Tensor:
+        """Sums of squares of all heads of all TP ranks, (2, T); each KV head counts once however many hold it."""
+        own = torch.stack((q_wide.square().sum((1, 2)), k_wide.square().sum((1, 2)) / self.partition.kv_replicas))
+        return self.group.all_reduce(own)
+
+    def targets(self) -> dict[str, Tensor]:
+        """Logical weight -> where it lives."""
+        sizes = [count * self.head_dim for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        found = {f"{part}.weight": rows for part, rows in zip("qkv", self.qkv.weight.split(sizes), strict=True)}
+        found["o.weight"] = self.o.weight
+        if self.qkv.bias is not None:
+            found |= {f"{part}.bias": rows for part, rows in zip("qkv", self.qkv.bias.split(sizes), strict=True)}
+        if self.o_bias is not None:
+            found["o.bias"] = self.o_bias
+        if self.qk_norm != "none":
+            found |= {"q_norm.weight": self.q_norm.view(-1), "k_norm.weight": self.k_norm.view(-1)}
+        return found

@@ -1,0 +1,116 @@
+"""Partition: what one rank holds along each axis of the weights. Pure integers; the decoder and the loader agree by it.
+
+Attention and vocabulary are cut over the tensor-parallel ranks, experts over all dp x tp ranks: whole experts with
+expert parallelism, else a slice of every expert's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_serve.base.config import ParallelConfig
+from moe_serve.base.errors import ConfigError
+from moe_serve.base.model_config import ModelConfig
+from moe_serve.base.placement import Placement, initial_placement
+from moe_serve.base.topology import split_range
+
+Axis = Literal["vocab", "hidden", "heads", "kv_heads", "head_dim", "experts", "width", "shared", "one"]
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One rank's part. `vocab_sizes` of every TP rank; `kv_replicas` TP ranks that hold the same KV head.
+
+    `placement` is None when experts are cut by width instead of spread; `width` is then a part of range(F).
+    """
+
+    config: ModelConfig
+    heads: range
+    kv_heads: range
+    kv_replicas: int
+    vocab: range
+    vocab_sizes: tuple[int, ...]
+    width: range
+    placement: Placement | None
+    ep_rank: int
+
+    def experts_of(self, layer: int) -> list[int]:
+        """Logical experts whose weights this rank holds in a layer, in slot order."""
+        if self.placement is None:
+            return list(range(self.config.num_experts))
+        experts: list[int] = self.placement.logical_of(layer, self.ep_rank).tolist()
+        return experts
+
+    def size(self, axis: Axis) -> int:
+        """The whole length of an axis, as the checkpoint has it."""
+        config = self.config
+        sizes: dict[Axis, int] = {
+            "vocab": config.vocab_size,
+            "hidden": config.hidden_size,
+            "heads": config.num_heads * config.head_dim,
+            "kv_heads": config.num_kv_heads * config.head_dim,
+            "head_dim": config.head_dim,
+            "experts": config.num_experts,
+            "width": config.expert_size,
+            "shared": config.shared_expert_size or 0,
+            "one": 1,
+        }
+        return sizes[axis]
+
+    def held(self, axis: Axis) -> range:
+        """This rank's part of an axis."""
+        d = self.config.head_dim
+        parts: dict[Axis, range] = {
+            "vocab": self.vocab,
+            "heads": range(self.heads.start * d, self.heads.stop * d),
+            "kv_heads": range(self.kv_heads.start * d, self.kv_heads.stop * d),
+            "width": self.width,
+        }
+        return parts.get(axis, range(self.size(axis)))
+
+
+def make_partition(config: ModelConfig, parallel: ParallelConfig, rank: int) -> Partition:
+    """The part of global rank `rank`; ConfigError where the model cannot be cut so."""
+    topology = parallel.topology
+    _, _, tp_rank = topology.coordinates(rank)
+    tp, ep, ep_rank = topology.tp, topology.ep, topology.ep_rank(rank)
+    _check_heads(config, tp)
+    kv_replicas = max(1, tp // config.num_kv_heads)
+    placement, width = None, range(config.expert_size)
+    if parallel.enable_expert_parallel:
+        placement = initial_placement(
+            parallel.expert_placement_strategy,
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            num_ranks=ep,
+        )
+    elif config.expert_size < ep:
+        raise ConfigError(
+            f"experts of width {config.expert_size} cannot be cut over {ep} ranks (--data-parallel-size x "
+            "--tensor-parallel-size); use fewer ranks, or --enable-expert-parallel to spread whole experts"
+        )
+    else:
+        width = split_range(config.expert_size, ep, ep_rank)
+    return Partition(
+        config=config,
+        heads=split_range(config.num_heads, tp, tp_rank),
+        kv_heads=split_range(config.num_kv_heads, tp // kv_replicas, tp_rank // kv_replicas),
+        kv_replicas=kv_replicas,
+        vocab=split_range(config.vocab_size, tp, tp_rank),
+        vocab_sizes=tuple(len(split_range(config.vocab_size, tp, other)) for other in range(tp)),
+        width=width,
+        placement=placement,
+        ep_rank=ep_rank,
+    )
+
+
+def _check_heads(config: ModelConfig, tp: int) -> None:
+    """A rank's query heads must share whole KV heads, or all lie within one."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    works = [n for n in range(1, heads + 1) if not heads % n and (not kv_heads % n or not n % kv_heads)]
+    if tp not in works:
+        raise ConfigError(
+            f"--tensor-parallel-size {tp} does not divide the model's {heads} query heads and {kv_heads} KV heads; "
+            f"sizes that work: {', '.join(map(str, works))}"
+        )

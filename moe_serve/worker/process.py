@@ -1,0 +1,182 @@
+"""A worker in a process of its own. Joins its engine and its world by address, then carries out commands.
+
+Started as `python -m moe_serve.worker.process` with a wire.Invitation in the environment, by whoever likes. It ends
+the moment its engine or the coordinator is gone, whatever its main thread is doing: no orphan, no common parent.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import sys
+import threading
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from moe_serve.base.commands import AllocateKV, Command, Failed, Reply
+from moe_serve.base.config import Config
+from moe_serve.base.errors import ConfigError, EngineError, MoEServeError, RankTimeout
+from moe_serve.base.log import setup_logging
+from moe_serve.base.messages import Hello, Stop, ToMember
+from moe_serve.base.progress import Progress
+from moe_serve.control.link import Link
+from moe_serve.worker import wire
+from moe_serve.worker.worker import Worker
+
+FAREWELL_MILLISECONDS = 2_000
+RESTING = "asleep"
+"""Phase between commands; the coordinator does not take it for a slow step."""
+log = logging.getLogger(__name__)
+
+
+class EngineLine:
+    """The two sockets to the engine: orders come on one, answers go on the other. Used by the main thread."""
+
+    def __init__(self, invitation: wire.Invitation) -> None:
+        self._invitation = invitation
+        self._orders = wire.prepare(zmq.Context().socket(zmq.DEALER))
+        # A context of its own, so that flush() waits for these messages and for nothing else.
+        self._answers = wire.prepare(zmq.Context().socket(zmq.PUSH))
+        self.monitor = self._orders.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def join(self) -> wire.Joined:
+        """Say hello and be told everything. RankTimeout if nobody answers, ConfigError if the engine says no."""
+        invitation = self._invitation
+        self._orders.connect(invitation.address)
+        hello = wire.Join(token=invitation.token, tp=invitation.tp, pid=os.getpid(), host=socket.gethostname())
+        self._orders.send(wire.encode(hello))
+        if not self._orders.poll(int(invitation.connect_seconds * 1000)):
+            raise RankTimeout(
+                f"the engine at {invitation.address} did not answer within {invitation.connect_seconds:g} s"
+            )
+        answer = self.receive()
+        if isinstance(answer, wire.Rejected):
+            raise ConfigError(answer.reason)
+        if not isinstance(answer, wire.Joined):
+            raise EngineError(f"the engine answered a hello with {type(answer).__name__}")
+        host, _, _ = invitation.address.rpartition(":")
+        self._answers.connect(f"{host}:{answer.replies}")
+        return answer
+
+    def receive(self) -> wire.ToWorker:
+        """Wait for the engine's next word; that the engine lives is the monitor's concern."""
+        return wire.decode_to_worker.decode(self._orders.recv())
+
+    def answer(self, number: int, reply: Reply) -> None:
+        invitation = self._invitation
+        answer = wire.Answer(token=invitation.token, tp=invitation.tp, number=number, reply=reply)
+        self._answers.send(wire.encode(answer))
+
+    def flush(self) -> None:
+        """Deliver what was said last, within two seconds."""
+        self._answers.close(linger=FAREWELL_MILLISECONDS)
+        self._answers.context.term()
+
+
+class WorkerProcess:
+    """`run()` returns an exit code where joining or a command failed; an orderly end exits at once."""
+
+    def __init__(self, invitation: wire.Invitation) -> None:
+        self._tp_rank = invitation.tp
+        self._progress = Progress()
+        self._line = EngineLine(invitation)
+        self._link: Link | None = None
+
+    def run(self) -> int:
+        try:
+            joined = self._line.join()
+        except MoEServeError as error:
+            log.error("%s", error)
+            return 2 if isinstance(error, ConfigError) else 1
+        threading.Thread(target=self._watch_engine, name="engine-watch", daemon=True).start()
+        config = Config.model_validate_json(joined.config)
+        setup_logging(f"worker dp={joined.meeting.dp_rank} tp={self._tp_rank}", config.server.log_level)
+        try:
+            self._link = self._join_world(joined)
+        except MoEServeError as error:
+            log.error("%s", error)
+            return 2 if isinstance(error, ConfigError) else 1
+        return self._serve(Worker(config, joined.meeting, self._tp_rank, self._progress))
+
+    def _join_world(self, joined: wire.Joined) -> Link:
+        meeting = joined.meeting
+        hello = Hello(
+            token=meeting.token,
+            role="worker",
+            dp=meeting.dp_rank,
+            tp=self._tp_rank,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+        )
+        return Link(
+            meeting.coordinator_host,
+            meeting.coordinator_port,
+            hello,
+            on_message=self._hear,
+            on_lost=lambda why: self._end(1, why),
+            progress=self._progress,
+        )
+
+    def _serve(self, worker: Worker) -> int:
+        while True:
+            self._progress.enter(RESTING)
+            message = self._line.receive()
+            match message:
+                case wire.Order(number, command):
+                    try:
+                        reply = self._carry_out(worker, command)
+                    except Exception as error:  # the outermost loop of a process: log, report, end
+                        log.exception("the worker failed in phase %r", self._progress.phase)
+                        self._line.answer(number, Failed(f"{type(error).__name__}: {error}"))
+                        self._line.flush()
+                        return 1
+                    self._line.answer(number, reply)
+                case wire.End():
+                    self._end(0, "")
+                case _:
+                    pass
+
+    def _carry_out(self, worker: Worker, command: Command) -> Reply:
+        try:
+            reply = worker.handle(command)
+        except MoEServeError as error:
+            return Failed(str(error), config=isinstance(error, ConfigError))
+        if isinstance(command, AllocateKV):
+            # The model and all modules are here to stay: no collection has to look at them again.
+            gc.collect()
+            gc.freeze()
+        return reply
+
+    def _hear(self, message: ToMember) -> None:
+        """In the link's thread. The main thread may sit in a collective that never ends."""
+        if isinstance(message, Stop):
+            self._end(0 if message.code == 0 else 1, "")
+
+    def _watch_engine(self) -> None:
+        """The kernel closes the connection when the engine dies, so this is noticed at once."""
+        recv_monitor_message(self._line.monitor)
+        self._end(1, "the engine is gone; this worker ends")
+
+    def _end(self, code: int, why: str) -> None:
+        """From any thread. Leaves the world on purpose, so that whoever died first is the one who gets named."""
+        if why:
+            log.error("%s", why)
+        if self._link is not None:
+            self._link.close(why)
+        os._exit(code)
+
+
+def main() -> int:
+    invitation = wire.Invitation.from_environment(os.environ)
+    setup_logging(f"worker tp={invitation.tp}")
+    return WorkerProcess(invitation).run()
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)  # threads of torch and of the link must not keep a failed worker

@@ -1,0 +1,133 @@
+"""Runs one step on this rank: rows in, forward through every layer, tokens out. Makes no decision of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_serve.base.commands import Sampled, StepPlan, StepResult, TokenLogprob
+from moe_serve.base.progress import Progress
+from moe_serve.base.topology import Topology
+from moe_serve.model.attention.base import SequenceShape, StepShape
+from moe_serve.model.context import ForwardContext, LayerKV, StepClock
+from moe_serve.model.decoder import Decoder
+from moe_serve.worker.inputs import RequestTable, StepInputs, rows_by_ep_rank
+from moe_serve.worker.logprobs import token_logprobs
+from moe_serve.worker.sampler import sample
+
+PROMPT_LOGPROB_ROWS = 256
+"""Rows of logits held at a time for prompt log-probabilities; a whole chunk's would be gigabytes."""
+
+
+class Runner:
+    """Every rank of the world calls `run` for the same step. Only tp rank 0 samples; the others answer no tokens."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: tuple[LayerKV, ...],
+        *,
+        topology: Topology,
+        tp_rank: int,
+        block_size: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self._decoder = decoder
+        self._kv = kv
+        self._topology = topology
+        self._samples = tp_rank == 0
+        self._progress = progress
+        self._table = RequestTable(block_size=block_size, samples=self._samples, device=device)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Carry out a plan. One without requests still goes through every layer: others may need our experts."""
+        started = time.perf_counter()
+        self._progress.enter("prepare", plan.step)
+        inputs = self._table.build(plan, rows_by_ep_rank(plan.tokens_by_dp_rank, self._topology))
+        clock = StepClock()
+        ctx = ForwardContext(
+            positions_T=inputs.positions_T,
+            attention=self._decoder.attention_backend.plan(inputs.shape),
+            kv=self._kv,
+            rows_by_ep_rank=inputs.rows_by_ep_rank,
+            progress=self._progress,
+            clock=clock,
+        )
+        hidden_TD = self._decoder(inputs.token_ids_T, ctx)
+        prompt_logprobs = self._prompt_logprobs(hidden_TD, inputs)
+        sampled = self._sample(hidden_TD, inputs)
+        return StepResult(
+            step=plan.step,
+            sampled=sampled,
+            prompt_logprobs=prompt_logprobs,
+            seconds=time.perf_counter() - started,
+            all2all_seconds=clock.all2all_seconds,
+        )
+
+    def _sample(self, hidden_TD: Tensor, inputs: StepInputs) -> list[Sampled]:
+        if not inputs.sample_rows:
+            return []
+        logits_SV = self._logits(hidden_TD, inputs.sample_rows)
+        if not self._samples:
+            return []
+        self._progress.enter("sample")
+        return sample(logits_SV, [self._table.state(request_id) for request_id in inputs.sample_ids])
+
+    def _prompt_logprobs(self, hidden_TD: Tensor, inputs: StepInputs) -> dict[str, list[TokenLogprob]]:
+        found: dict[str, list[TokenLogprob]] = {}
+        for part in inputs.prompt_rows:
+            own = found.setdefault(part.request_id, [])
+            for start in range(0, len(part.targets), PROMPT_LOGPROB_ROWS):
+                targets = part.targets[start : start + PROMPT_LOGPROB_ROWS]
+                first = part.first_row + start
+                logits_SV = self._logits(hidden_TD, range(first, first + len(targets)))
+                if self._samples:
+                    own += token_logprobs(logits_SV, targets, [part.num_top] * len(targets))
+        return found if self._samples else {}
+
+    def _logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits of some rows; called with the same rows on every TP rank, each of which has part of the vocabulary."""
+        self._progress.enter("logits")
+        if len(rows) < len(hidden_TD):
+            hidden_TD = hidden_TD.index_select(0, torch.tensor(rows, device=hidden_TD.device))
+        return self._decoder.logits(hidden_TD)
+
+
+@torch.inference_mode()
+def rehearse(
+    decoder: Decoder,
+    kv: tuple[LayerKV, ...],
+    *,
+    topology: Topology,
+    block_size: int,
+    num_tokens: int,
+    num_seqs: int,
+    max_model_len: int,
+    progress: Progress,
+) -> None:
+    """The largest step there can be, on made-up tokens and in the same blocks again and again, to see what it takes.
+
+    All ranks of the world do this together.
+    """
+    sequences: list[SequenceShape] = []
+    left = num_tokens
+    while left and len(sequences) < num_seqs:
+        length = min(left, max_model_len)
+        sequences.append(SequenceShape(0, length, list(range(-(-length // block_size)))))
+        left -= length
+    rows = num_tokens - left
+    positions_T = torch.cat([torch.arange(part.num_tokens) for part in sequences]).to(decoder.device)
+    ctx = ForwardContext(
+        positions_T=positions_T,
+        attention=decoder.attention_backend.plan(StepShape(sequences, block_size)),
+        kv=kv,
+        rows_by_ep_rank=rows_by_ep_rank([rows] * topology.dp, topology),
+        progress=progress,
+    )
+    hidden_TD = decoder(positions_T % decoder.config.vocab_size, ctx)
+    decoder.logits(hidden_TD[: min(num_seqs, rows)])

@@ -1,0 +1,111 @@
+"""What an engine and its workers say to each other around the commands. msgspec, no torch.
+
+A worker is told where its engine is (Invitation), says who it is (Join), and is told everything else (Joined).
+Commands then come on the same socket, numbered; replies go to a second one, each opened by the world's token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import msgspec
+import zmq
+
+from moe_serve.base.commands import Command, Meeting, Reply
+
+ENVIRONMENT = "MOE_SERVE_WORKER"
+SILENCE_MILLISECONDS = 10_000
+"""A peer whose host has vanished without a word is given up after this long."""
+BEAT_MILLISECONDS = 1_000
+
+
+class Invitation(msgspec.Struct, frozen=True, kw_only=True):
+    """Enough to join an engine from anywhere; `connect_seconds` to keep trying."""
+
+    address: str
+    token: str
+    tp: int
+    connect_seconds: float = 5.0
+
+    def to_environment(self, threads: int) -> dict[str, str]:
+        """Environment of the worker: this one's, the invitation and the threads, which torch reads when imported."""
+        count = str(threads)
+        return {
+            **os.environ,
+            ENVIRONMENT: msgspec.json.encode(self).decode(),
+            "OMP_NUM_THREADS": count,
+            "MKL_NUM_THREADS": count,
+            "OPENBLAS_NUM_THREADS": count,
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Invitation:
+        return msgspec.json.decode(environment[ENVIRONMENT], type=cls)
+
+
+class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
+    """A worker's first word."""
+
+    token: str
+    tp: int
+    pid: int
+    host: str
+
+
+class Joined(msgspec.Struct, frozen=True, kw_only=True, tag="joined"):
+    """You are in. `config` is Config.to_json(); `replies` the port on the engine's address that takes replies."""
+
+    config: str
+    meeting: Meeting
+    replies: int
+
+
+class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """You are not; the sentence says why."""
+
+    reason: str
+
+
+class Order(msgspec.Struct, frozen=True, tag="order"):
+    """Carry out a command and answer with its number."""
+
+    number: int
+    command: Command
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Sent to see whether the line stands; not answered."""
+
+
+class End(msgspec.Struct, frozen=True, tag="end"):
+    """Go; your work is done."""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's reply to order `number`."""
+
+    token: str
+    tp: int
+    number: int
+    reply: Reply
+
+
+def prepare(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """Notice a vanished peer, queue without limit (steps are answered one by one), never wait when closed."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, BEAT_MILLISECONDS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MILLISECONDS)
+    return socket
+
+
+ToWorker = Joined | Rejected | Order | Ping | End
+
+encode = msgspec.msgpack.Encoder().encode
+decode_join = msgspec.msgpack.Decoder(Join).decode
+decode_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+decode_answer = msgspec.msgpack.Decoder(Answer).decode

@@ -1,0 +1,177 @@
+"""A worker: one rank, its part of the model and its KV cache. `handle(command)` is the only door."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from moe_serve.base.commands import AllocateKV, Command, Done, LoadModel, Meeting, Reply, StepPlan, WorkerFacts
+from moe_serve.base.config import Config
+from moe_serve.base.errors import EngineError
+from moe_serve.base.model_config import ModelConfig, load_model_config
+from moe_serve.base.progress import Progress
+from moe_serve.model.build import build_model
+from moe_serve.model.context import LayerKV
+from moe_serve.model.decoder import Decoder
+from moe_serve.parallel.groups import Groups, build_groups
+from moe_serve.worker.device import choose_device, choose_dtype, rank_on_machine, ranks_on_machine
+from moe_serve.worker.kv_cache import KVShape, blocks_for, cpu_share_bytes, cuda_share_bytes, fitting_blocks
+from moe_serve.worker.loader import load_weights
+from moe_serve.worker.runner import Runner, rehearse
+
+COLLECTIVE_SECONDS = 300.0
+"""Least patience of a collective. Ranks load at different speeds; a slow step is the coordinator's to notice."""
+REHEARSAL_MARGIN = 1.1
+
+
+class Worker:
+    """`config` is resolved: its model is a folder. Raises ConfigError, or EngineError after which it is of no use."""
+
+    def __init__(self, config: Config, meeting: Meeting, tp_rank: int, progress: Progress) -> None:
+        self._config = config
+        self._meeting = meeting
+        self._topology = config.parallel.topology
+        self._tp_rank = tp_rank
+        self._rank = self._topology.rank(dp=meeting.dp_rank, tp=tp_rank)
+        self._progress = progress
+        self._seconds: dict[str, float] = {}
+        self._groups: Groups | None = None
+        self._decoder: Decoder | None = None
+        self._runner: Runner | None = None
+
+    def handle(self, command: Command) -> Reply:
+        """Carry out one command."""
+        try:
+            match command:
+                case StepPlan():
+                    assert self._runner is not None, "a step before AllocateKV"
+                    return self._runner.run(command)
+                case LoadModel():
+                    return self._load()
+                case AllocateKV(num_blocks):
+                    self._allocate(num_blocks)
+                    return Done()
+        except EngineError:
+            raise
+        except RuntimeError as error:
+            # torch has no narrower class: out of memory, a kernel that fails, a broken connection.
+            raise EngineError(
+                f"{self._topology.describe(self._rank)} failed in phase {self._progress.phase!r}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Release the model and leave the groups. Safe to call twice."""
+        self._runner = None
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+        if self._groups is not None:
+            self._groups.close()
+            self._groups = None
+
+    def _load(self) -> WorkerFacts:
+        config, parallel = self._config, self._config.parallel
+        torch.set_num_threads(self._meeting.threads_per_rank)
+        folder = Path(config.model.model or "")
+        model_config = load_model_config(folder)
+        device = choose_device(config.model.device, rank_on_machine(config, self._rank))
+        dtype = choose_dtype(config.model.dtype, model_config.dtype, device)
+        with self._phase("meet the other ranks"):
+            self._groups = build_groups(
+                self._topology,
+                self._rank,
+                store_host=self._meeting.store_host,
+                store_port=self._meeting.store_port,
+                token=self._meeting.token,
+                device=device,
+                timeout_seconds=max(COLLECTIVE_SECONDS, 1.5 * config.scheduler.step_timeout_seconds),
+            )
+        with self._phase("build model"):
+            decoder = build_model(model_config, parallel, self._rank, self._groups, dtype=dtype, device=device)
+        with self._phase("load weights"):
+            loaded = load_weights(decoder, folder, load_format=config.model.load_format)
+        self._decoder = decoder
+        shape = self._kv_shape(decoder)
+        with self._phase("measure memory"):
+            blocks = self._fitting_blocks(decoder, shape, model_config)
+        return WorkerFacts(
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            kv_blocks=blocks,
+            kv_block_bytes=shape.block_bytes,
+            weight_bytes=decoder.weight_bytes(),
+            checkpoint_bytes_read=loaded.bytes_read,
+            checkpoint_bytes_total=loaded.bytes_total,
+            load_seconds=self._seconds,
+        )
+
+    def _kv_shape(self, decoder: Decoder) -> KVShape:
+        return KVShape(
+            num_layers=decoder.config.num_layers,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.config.head_dim,
+            block_size=self._config.cache.block_size,
+            dtype=decoder.dtype,
+        )
+
+    def _fitting_blocks(self, decoder: Decoder, shape: KVShape, model_config: ModelConfig) -> int:
+        max_model_len = self._config.model.max_model_len or model_config.max_position_embeddings
+        utilization = self._config.cache.gpu_memory_utilization
+        ranks = ranks_on_machine(self._config)
+        if self._config.cache.kv_cache_memory_bytes is not None:
+            available = 0  # not asked
+        elif decoder.device.type == "cpu":
+            available = cpu_share_bytes(utilization, ranks)
+        else:
+            reserve = self._rehearse(decoder, shape, max_model_len)
+            sharing = -(-ranks // torch.cuda.device_count())
+            available = cuda_share_bytes(utilization, decoder.device, num_ranks=sharing, reserve=reserve)
+        return fitting_blocks(shape, self._config, max_model_len=max_model_len, available_bytes=available)
+
+    def _rehearse(self, decoder: Decoder, shape: KVShape, max_model_len: int) -> int:
+        """Bytes that activations of the largest step take on a CUDA device."""
+        scheduler, device = self._config.scheduler, decoder.device
+        num_tokens = scheduler.max_num_batched_tokens
+        kv = shape.allocate(blocks_for(min(num_tokens, max_model_len), shape.block_size), device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        rehearse(
+            decoder,
+            kv,
+            topology=self._topology,
+            block_size=shape.block_size,
+            num_tokens=num_tokens,
+            num_seqs=scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+            progress=self._progress,
+        )
+        peak = torch.cuda.max_memory_allocated(device) - before
+        del kv
+        torch.cuda.empty_cache()
+        return int(peak * REHEARSAL_MARGIN)
+
+    def _allocate(self, num_blocks: int) -> None:
+        decoder = self._decoder
+        assert decoder is not None, "AllocateKV before LoadModel"
+        self._progress.enter("allocate KV cache")
+        kv: tuple[LayerKV, ...] = self._kv_shape(decoder).allocate(num_blocks, decoder.device)
+        self._runner = Runner(
+            decoder,
+            kv,
+            topology=self._topology,
+            tp_rank=self._tp_rank,
+            block_size=self._config.cache.block_size,
+            device=decoder.device,
+            progress=self._progress,
+        )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self._progress.enter(name)
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = round(time.perf_counter() - started, 3)
