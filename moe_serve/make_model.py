@@ -208,7 +208,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
         return 0.1 * numbers
     if "embed_tokens" in name:
         return numbers
-    return numbers * ((3.0 if "lm_head" in name else 1.5) / shape[-1] ** 0.5)
+    return numbers * ((3.0 if "lm_head" in name else 1.5) / math.sqrt(shape[-1]))
 
 
 def _file_name(number: int, num_shards: int) -> str:

@@ -1,4 +1,4 @@
-"""The tensors of a model folder: one safetensors file, or several with an index. Reads slices and counts their bytes."""
+"""The tensors of a model folder: one safetensors file, or several with an index. Reads slices, counts their bytes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Checkpoint:
     def _add_file(self, path: Path) -> list[str]:
         """Map a file and note its tensors."""
         try:
-            file = safe_open(path, framework="pt", device="cpu")
+            file: Any = safe_open(path, framework="pt", device="cpu")
             names = list(file.keys())
             for name in names:
                 part = file.get_slice(name)

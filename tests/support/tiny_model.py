@@ -58,14 +58,15 @@ def tiny_model(
     `fused` stacks the experts in one tensor, as transformers 5 holds them; else one tensor each, as the hub has them.
     """
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(arch, **overrides))
+    auto: Any = AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(tiny_config(arch, **overrides))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             numbers = _random(name, parameter.shape, generator)
             tied = model.config.tie_word_embeddings and "embed" in name
             parameter.copy_(numbers / parameter.shape[-1] ** 0.5 if tied else numbers)
-    model.eval()
+    model.train(False)
     model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not fused)
     return model
 

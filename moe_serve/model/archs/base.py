@@ -1,4 +1,4 @@
-"""An architecture as data: which checkpoint tensor fills which parameter, along which axes. And the table by HF name."""
+"""An architecture as data: which checkpoint tensor fills which parameter, along which axes. And the table by name."""
 
 from __future__ import annotations
 

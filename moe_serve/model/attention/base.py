@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moe_serve.base.registry import Registry
@@ -34,7 +35,9 @@ class StepShape:
 
 
 class AttentionBackend(Protocol):
-    """Made once per worker: `Backend(num_heads, num_kv_heads, head_dim, device)` with this rank's head counts."""
+    """Made once per worker, with this rank's head counts."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None: ...
 
     def plan(self, step: StepShape) -> object:
         """Once per step, on the host: index tensors that every layer uses."""

@@ -76,10 +76,12 @@ class Attention(nn.Module):
     def targets(self) -> dict[str, Tensor]:
         """Logical weight -> where it lives."""
         sizes = [count * self.head_dim for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        found = {f"{part}.weight": rows for part, rows in zip("qkv", self.qkv.weight.split(sizes), strict=True)}
+        weights = torch.split(self.qkv.weight, sizes)
+        found = {f"{part}.weight": rows for part, rows in zip("qkv", weights, strict=True)}
         found["o.weight"] = self.o.weight
         if self.qkv.bias is not None:
-            found |= {f"{part}.bias": rows for part, rows in zip("qkv", self.qkv.bias.split(sizes), strict=True)}
+            biases = torch.split(self.qkv.bias, sizes)
+            found |= {f"{part}.bias": rows for part, rows in zip("qkv", biases, strict=True)}
         if self.o_bias is not None:
             found["o.bias"] = self.o_bias
         if self.qk_norm != "none":

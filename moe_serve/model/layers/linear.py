@@ -1,4 +1,4 @@
-"""Weights and plain linear maps. Whether a rank's rows or columns are a part of something larger is its owner's affair."""
+"""Weights and plain linear maps. Whether rows or columns are a part of something larger is their owner's affair."""
 
 from __future__ import annotations
 
