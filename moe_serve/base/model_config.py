@@ -159,6 +159,9 @@ def _refuse_unsupported(fields: Fields, defaults: Defaults) -> None:
         raise CheckpointError(
             f"{fields.path}: layer_types = {_brief(layer_types)} is not supported; every layer must be full_attention"
         )
+    for name in {"attention_bias", "qkv_bias"} - {defaults.bias_field}:
+        if fields.flag(name):
+            raise CheckpointError(f"{fields.path}: {name} = true is not supported for this architecture")
     _refuse_sliding_window(fields, switched=defaults.sliding_window_switch)
 
 
