@@ -95,7 +95,6 @@ class _Maker:
             config.num_experts,
             config.top_k,
             norm_topk_prob=config.norm_topk_prob,
-            dtype=self.dtype,
             device=self.device,
         )
         experts = Experts(
@@ -114,4 +113,4 @@ class _Maker:
         return SharedExpert(config.hidden_size, config.shared_expert_size, dtype=self.dtype, device=self.device)
 
     def _expert_map(self, index: int) -> ExpertMap:
-        return ExpertMap(index)
+        return ExpertMap(self.partition.placement, index, self.device)

@@ -14,7 +14,7 @@ from moe_serve.base.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """One layer's KV cache on this rank: k and v, each (N, G, d), N = blocks x block size. Slot = block * size + offset."""
+    """One layer's KV cache on this rank: k and v, each (N, G, d), N = blocks x size. Slot = block * size + offset."""
 
     k_NGd: Tensor
     v_NGd: Tensor

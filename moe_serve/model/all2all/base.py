@@ -1,4 +1,4 @@
-"""The all-to-all interface: rows travel to the ranks that hold their experts, and back. The table is base.config.ALL2ALL.
+"""The all-to-all interface: rows travel to the ranks that hold their experts, and back. Table: base.config.ALL2ALL.
 
 Shape letters: T rows here, K top-k, P physical experts, e local physical experts, R received rows, D hidden.
 """
@@ -45,7 +45,7 @@ class ExpertLayout:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """What arrived. `rows` (R, D) sorted by local expert, R = counts_e.sum(); `counts_e` (e,) int64 on the host's side.
+    """What arrived. `rows` (R, D) sorted by local expert, R = counts_e.sum(); `counts_e` (e,) int64 beside them.
 
     A row that several local experts want appears once for each. `ticket` is private to the backend.
     """

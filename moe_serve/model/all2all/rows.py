@@ -1,0 +1,50 @@
+"""What the flat backends share: rows sorted by expert, rows packed for the wire, terms added up at home.
+
+Shape letters: T rows, K top-k, R (row, expert) pairs, e local physical experts, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sort_by_expert(slots_TK: Tensor, first_slot: int, num_local: int) -> tuple[Tensor, Tensor]:
+    """The pairs whose slot lies in [first_slot, first_slot + num_local), by expert, then in order of the batch.
+
+    Gives `pairs` (R,) int64, each t * K + k, and `counts_e` (e,) int64.
+    """
+    slots = slots_TK.reshape(-1)
+    ours = (slots >= first_slot) & (slots < first_slot + num_local)
+    local = torch.where(ours, slots - first_slot, num_local)
+    counts = torch.bincount(local, minlength=num_local + 1)
+    pairs = local.argsort(stable=True)
+    return pairs[: local.numel() - int(counts[num_local])], counts[:num_local]
+
+
+def pack(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices of T rows each as one of bytes, so that they travel in one message: (T, bytes) uint8."""
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+
+
+def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts again, of as many rows as arrived, with the widths and types of those in `like`."""
+    pieces = torch.split(packed, [part.shape[1] * part.dtype.itemsize for part in like], dim=1)
+    return [piece.contiguous().view(part.dtype) for piece, part in zip(pieces, like, strict=True)]
+
+
+def add_to_rows(outputs: Tensor, pairs: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Outputs (R, D) of some pairs, weighted and added to their rows in float32: (T, D) of `dtype`."""
+    total_TD = outputs.new_zeros((weights_TK.shape[0], outputs.shape[1]), dtype=torch.float32)
+    weighted = outputs * weights_TK.reshape(-1, 1)[pairs]
+    return total_TD.index_add_(0, pairs // weights_TK.shape[1], weighted.float()).to(dtype)
+
+
+def add_in_order(terms_TKD: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """The K terms of each row, weighted and added first to last in float32: (T, D) of `dtype`."""
+    total_TD = terms_TKD[:, 0].float() * weights_TK[:, :1]
+    for k in range(1, weights_TK.shape[1]):
+        total_TD.addcmul_(terms_TKD[:, k].float(), weights_TK[:, k : k + 1])
+    return total_TD.to(dtype)

@@ -1,0 +1,67 @@
+"""A mixture-of-experts layer: route, map, dispatch, compute, combine.
+
+Shape letters: T tokens of this engine, S rows of this rank (its part of T), D hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from moe_serve.base.topology import split_range
+from moe_serve.model.all2all.base import All2All, Pending
+from moe_serve.model.context import ForwardContext
+from moe_serve.model.layers.mlp import SharedExpert
+from moe_serve.model.moe.expert_map import ExpertMap
+from moe_serve.model.moe.experts import Experts
+from moe_serve.model.moe.router import Router
+from moe_serve.parallel.collectives import Group
+
+Value = TypeVar("Value")
+
+
+class MoELayer(nn.Module):
+    """Tensor-parallel ranks hold the same T rows; each takes a part through the experts, so none is computed twice."""
+
+    def __init__(
+        self,
+        router: Router,
+        expert_map: ExpertMap,
+        experts: Experts,
+        all2all: All2All,
+        tp_group: Group,
+        shared: SharedExpert | None,
+    ) -> None:
+        super().__init__()
+        self.router, self.expert_map, self.experts, self.shared = router, expert_map, experts, shared
+        self.all2all, self.tp_group = all2all, tp_group
+
+    def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
+        """(T, D) -> (T, D). Every rank of the expert-parallel group calls this in step, with or without rows."""
+        tp = self.tp_group
+        parts = [split_range(x_TD.shape[0], tp.size, rank) for rank in range(tp.size)]
+        mine = parts[tp.rank]
+        out_SD = self._own_rows(x_TD[mine.start : mine.stop], ctx)
+        return tp.all_gather_ragged(out_SD, [len(part) for part in parts])
+
+    def _own_rows(self, x_SD: Tensor, ctx: ForwardContext) -> Tensor:
+        ids_SK, weights_SK = self.router(x_SD)
+        slots_SK = self.expert_map(ids_SK)
+        dispatched = _timed(lambda: self.all2all.dispatch(x_SD, slots_SK, weights_SK, ctx.rows_by_ep_rank), ctx)
+        shared_SD = None if self.shared is None else self.shared(x_SD)  # computed while the rows travel
+        routed = _timed(dispatched.wait, ctx)
+        rows = self.experts(routed)
+        combined: Pending[Tensor] = _timed(lambda: self.all2all.combine(rows, routed), ctx)
+        out_SD = _timed(combined.wait, ctx)
+        return out_SD if shared_SD is None else out_SD + shared_SD
+
+
+def _timed(exchange: Callable[[], Value], ctx: ForwardContext) -> Value:
+    """Count an exchange's seconds on the host; on a CUDA device that is the launch, not the transfer."""
+    started = time.perf_counter()
+    value = exchange()
+    ctx.clock.all2all_seconds += time.perf_counter() - started
+    return value

@@ -1,0 +1,35 @@
+"""The router: which experts a row goes to, and with what weights.
+
+Shape letters: T rows, D hidden, E logical experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_serve.model.layers.linear import weight
+
+
+class Router(nn.Module):
+    """softmax over the experts' scores, the K largest, and (`norm_topk_prob`) their weights scaled to add up to one.
+
+    Scores are computed in float32 whatever the model's type: in bfloat16 close experts would swap places.
+    """
+
+    def __init__(
+        self, hidden: int, num_experts: int, top_k: int, *, norm_topk_prob: bool, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.weight = weight(num_experts, hidden, dtype=torch.float32, device=device)
+        self.top_k = top_k
+        self.norm_topk_prob = norm_topk_prob
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Logical expert ids (T, K) int64, heaviest first, and their weights (T, K) float32."""
+        scores_TE = functional.linear(x_TD.float(), self.weight).softmax(dim=-1)
+        weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return ids_TK, weights_TK
