@@ -24,7 +24,7 @@ from moe_serve.api.generation import Answer, Choice
 from moe_serve.api.metrics import Metrics, RequestClock
 from moe_serve.api.middleware import LimitBody, RequireKey
 from moe_serve.api.responses import ChatForm, CompletionForm, Form, Heading, event_stream, whole_body
-from moe_serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from moe_serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read_body
 from moe_serve.api.streaming import EventStream, unless_disconnected
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, MoEServeError, Overloaded, UnknownModel
@@ -49,6 +49,11 @@ class ApiState:
     draining: bool = False
     retry_after: int = 5
     vocab_size: int | None = None
+
+    @property
+    def num_ids(self) -> int:
+        """Token ids a client may name lie in [0, num_ids)."""
+        return self.vocab_size or self.tokenizer.vocab_size
 
     def start_draining(self, retry_after: int = 5) -> None:
         """Refuse new requests from now on."""
@@ -81,7 +86,8 @@ class ApiState:
 def create_app(state: ApiState) -> FastAPI:
     """The application; it owns its metrics and nothing else."""
     app = FastAPI(title="moe-serve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    metrics = Metrics(state.model_name, lambda: state.engines.reports)
+    engines = state.engines
+    metrics = Metrics(state.model_name, engines.data_parallel_size, lambda: engines.reports)
     routes = Routes(state, metrics)
     for path in ("/livez", "/readyz", "/health", "/version", "/metrics", "/config", "/v1/models"):
         app.add_api_route(path, getattr(routes, path.rsplit("/", 1)[1]), methods=["GET"], response_model=None)
@@ -143,7 +149,7 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         arrival = time.monotonic()
         self._state.check_ready()
-        body = parse(CompletionBody, await request.body())
+        body = await read_body(CompletionBody, request)
         self._state.check_model(body.model)
         sampling = body.to_sampling(self._state.generation_defaults)
         prompts = await prepare.completion_prompts(self._state.tokenizer, body)
@@ -159,7 +165,7 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         arrival = time.monotonic()
         self._state.check_ready()
-        body = parse(ChatBody, await request.body())
+        body = await read_body(ChatBody, request)
         self._state.check_model(body.model)
         sampling = body.to_sampling(self._state.generation_defaults)
         prompt = await prepare.chat_prompt(self._state.tokenizer, body)
@@ -169,18 +175,20 @@ class Routes:
         return await self._answer(request, choices, form, bool(body.stream), body.include_usage)
 
     async def tokenize(self, request: Request) -> Response:
-        body = parse(TokenizeBody, await request.body())
+        body = await read_body(TokenizeBody, request)
         self._state.check_model(body.model)
         ids = await prepare.tokenized(self._state.tokenizer, body)
         engines = self._state.engines
-        answer = {"count": len(ids), "max_model_len": engines.max_model_len if engines.ready else None, "tokens": ids}
+        max_model_len = engines.max_model_len if engines.ready else None
+        answer: dict[str, object] = {"count": len(ids), "max_model_len": max_model_len, "tokens": ids}
         if body.return_token_strs:
             answer["token_strs"] = [self._state.tokenizer.token_text(token_id) for token_id in ids]
         return _json(answer)
 
     async def detokenize(self, request: Request) -> Response:
-        body = parse(DetokenizeBody, await request.body())
+        body = await read_body(DetokenizeBody, request)
         self._state.check_model(body.model)
+        prepare.check_ids(body.tokens, self._state.num_ids, "tokens")
         return _json({"prompt": self._state.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     def _card(self) -> dict[str, object]:
@@ -208,19 +216,18 @@ class Routes:
     ) -> list[Choice]:
         """n choices per prompt, in order; RequestError for what does not fit."""
         state = self._state
-        vocab_size = state.vocab_size or state.tokenizer.vocab_size
-        prepare.check_sampling_ids(sampling, vocab_size)
-        choices = []
+        prepare.check_sampling_ids(sampling, state.num_ids)
+        choices: list[Choice] = []
         for token_ids in prompts:
-            prepare.check_ids(token_ids, vocab_size, param)
+            prepare.check_prompt(token_ids, state.num_ids, param)
             settled = prepare.settled(sampling, len(token_ids), state.engines.max_model_len, param)
-            for number in range(sampling.n):
+            for single in settled.choices():
                 choices.append(
                     Choice(
                         index=len(choices),
                         request_id=f"{answer_id}-{len(choices)}",
                         token_ids=token_ids,
-                        sampling=prepare.one_choice(settled, number),
+                        sampling=single,
                         tokenizer=state.tokenizer,
                         clock=RequestClock(self._metrics, len(token_ids), arrival),
                         discard=discard,

@@ -20,6 +20,12 @@ class BodyTooLarge(RequestError):
     code = "body_too_large"
 
 
+class NotJson(RequestError):
+    """The request body says that it is something else than JSON."""
+
+    status = 415
+
+
 class ErrorFields(TypedDict):
     message: str
     type: str

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from moe_serve.api.metrics import RequestClock
 from moe_serve.base.commands import TokenLogprob
-from moe_serve.base.errors import EngineDead, EngineError, MoEServeError
+from moe_serve.base.errors import EngineDead, EngineError
 from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.client import AsyncEngines
@@ -137,7 +137,7 @@ class Answer:
     async def _pump(self, choice: Choice) -> None:
         try:
             await self._follow(choice)
-        except MoEServeError as error:
+        except Exception as error:  # noqa: BLE001 (the outermost loop of a task: whoever waits for it must hear)
             choice.clock.end("error")
             self._failure = self._failure or error
             await self._news.put(error)
@@ -146,8 +146,7 @@ class Answer:
 
     async def _follow(self, choice: Choice) -> None:
         events = self._engines.generate(choice.request_id, choice.token_ids, choice.sampling, dp_rank=self._dp_rank)
-        # An async generator, whose closing aborts the request; the protocol promises only iteration.
-        async with aclosing(cast("AsyncGenerator[TokenEvent, None]", events)):
+        async with aclosing(events):
             placing = asyncio.get_running_loop().call_soon(self._note_rank, choice)
             try:
                 async for event in events:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from moe_serve.base import metrics as table
-from moe_serve.base.messages import LoadReport
+from moe_serve.base.messages import FinishReason, LoadReport
 from moe_serve.base.metrics import COMMON_LABELS, Metric
 
 Family = CounterMetricFamily | GaugeMetricFamily | SummaryMetricFamily
@@ -20,12 +21,14 @@ UNKNOWN_RANK = "unknown"
 class Metrics:
     """Request metrics are observed here; engine metrics are read from `reports()` when somebody scrapes."""
 
-    def __init__(self, model_name: str, reports: Callable[[], Mapping[int, LoadReport]]) -> None:
+    def __init__(self, model_name: str, num_engines: int, reports: Callable[[], Mapping[int, LoadReport]]) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(EngineCollector(model_name, reports))
+        self._registry.register(EngineCollector(model_name, num_engines, reports))
         self._model_name = model_name
         self._counters = {m: self._counter(m) for m in table.REQUEST_METRICS if m.kind == "counter"}
         self._histograms = {m: self._histogram(m) for m in table.REQUEST_METRICS if m.kind == "histogram"}
+        for rank in range(num_engines):
+            self._show_zeros(rank)
 
     def render(self) -> bytes:
         """The text a scraper gets."""
@@ -36,6 +39,14 @@ class Metrics:
 
     def observe(self, metric: Metric, value: float, rank: int | None) -> None:
         self._histograms[metric].labels(self._model_name, _engine(rank)).observe(value)
+
+    def _show_zeros(self, rank: int) -> None:
+        """A rate needs the zero before the first count."""
+        for metric, counter in self._counters.items():
+            for labels in [(reason,) for reason in get_args(FinishReason)] if metric.labels else [()]:
+                counter.labels(self._model_name, str(rank), *labels)
+        for histogram in self._histograms.values():
+            histogram.labels(self._model_name, str(rank))
 
     def _counter(self, metric: Metric) -> Counter:
         return Counter(metric.full_name, metric.help, (*COMMON_LABELS, *metric.labels), registry=self._registry)
@@ -81,14 +92,15 @@ class RequestClock:
 
 
 class EngineCollector(Collector):
-    """The engines' latest reports as metrics."""
+    """The engines' latest reports as metrics; an engine that has not reported yet counts as idle."""
 
-    def __init__(self, model_name: str, reports: Callable[[], Mapping[int, LoadReport]]) -> None:
+    def __init__(self, model_name: str, num_engines: int, reports: Callable[[], Mapping[int, LoadReport]]) -> None:
         self._model_name = model_name
+        self._num_engines = num_engines
         self._reports = reports
 
     def collect(self) -> Iterator[Family]:
-        reports = dict(self._reports())
+        reports = dict.fromkeys(range(self._num_engines), LoadReport()) | dict(self._reports())
         for metric in table.ENGINE_METRICS:
             labels = (*COMMON_LABELS, *metric.labels)
             family = _FAMILIES[metric.kind](metric.full_name, metric.help, labels=labels)

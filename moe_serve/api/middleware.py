@@ -16,15 +16,11 @@ class RequireKey:
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self._app = app
-        self._expected = None if key is None else b"Bearer " + key.encode()
+        self._expected = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         closed = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
-        if (
-            closed
-            and self._expected is not None
-            and not hmac.compare_digest(_header(scope, b"authorization"), self._expected)
-        ):
+        if closed and self._expected is not None and not hmac.compare_digest(_bearer(scope), self._expected):
             problem = Problem(
                 401,
                 "a valid API key is needed: send the header `Authorization: Bearer KEY` (server option --api-key)",
@@ -65,6 +61,12 @@ class LimitBody:
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is larger than {self._max_bytes} bytes (server option --max-body-bytes)")
+
+
+def _bearer(scope: Scope) -> bytes:
+    """The token of `Authorization: Bearer TOKEN`, or nothing."""
+    scheme, _, token = _header(scope, b"authorization").partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

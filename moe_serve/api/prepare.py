@@ -69,17 +69,15 @@ def settled(sampling: SamplingParams, num_prompt: int, max_model_len: int, param
     return sampling if wanted is not None else msgspec.structs.replace(sampling, max_tokens=room)
 
 
-def one_choice(sampling: SamplingParams, number: int) -> SamplingParams:
-    """Choice `number` of n: a request of its own, with a seed of its own if there is one."""
-    seed = None if sampling.seed is None else sampling.seed + number
-    return msgspec.structs.replace(sampling, n=1, seed=seed)
+def check_prompt(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """A prompt must be something, and an id outside the vocabulary must never reach an engine."""
+    if not token_ids:
+        raise RequestError("the prompt is empty: at least one token is needed", param=param)
+    check_ids(token_ids, vocab_size, param)
 
 
 def check_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """An engine computes with any id; one outside the vocabulary must never get there."""
-    if not token_ids:
-        raise RequestError("the prompt is empty: at least one token is needed", param=param)
-    low, high = min(token_ids), max(token_ids)
+    low, high = min(token_ids, default=0), max(token_ids, default=0)
     if low < 0 or high >= vocab_size:
         raise RequestError(f"token id {low if low < 0 else high} is outside [0, {vocab_size})", param=param)
 

@@ -3,6 +3,7 @@ deltas, so a streamed answer and a whole one cannot differ."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from moe_serve.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,10 @@ async def event_stream(answer: Answer, form: Form, *, include_usage: bool) -> As
         async for delta in answer.deltas():
             for choice in form.chunks(form.part(delta)):
                 yield event(heading | {"choices": [choice]} | usage_field)
-    except MoEServeError as error:
+    except Exception as error:
+        # Also a bug of ours: the status is long sent, so this event is the only way to say that the text ends here.
+        if not isinstance(error, MoEServeError):
+            log.exception("a stream failed")
         yield event(dict(problem_of(error).body()))
         return
     if include_usage:
@@ -198,7 +203,7 @@ def event(value: Json) -> bytes:
 
 def usage(choices: Sequence[Choice]) -> Json:
     """Token counts; a prompt counts once however many choices it has."""
-    prompts = {id(choice.token_ids): choice for choice in choices}
+    prompts = {id(choice.token_ids): choice for choice in reversed(choices)}  # its first choice
     prompt_tokens = sum(len(choice.token_ids) for choice in prompts.values())
     completion_tokens = sum(choice.num_tokens for choice in choices)
     return {

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
+from starlette.requests import Request
 
+from moe_serve.api.errors import NotJson
 from moe_serve.api.messages import checked_messages, checked_tools
 from moe_serve.base.errors import RequestError
 from moe_serve.base.sampling import SamplingParams
@@ -269,6 +271,18 @@ class TokenizeBody(_Body):
 class DetokenizeBody(_Body):
     model: str | None = None
     tokens: list[Int64]
+
+
+async def read_body(kind: type[Body], request: Request) -> Body:
+    """A request's body as `kind`.
+
+    A body of another declared type is refused: a web page of a stranger may send a form or plain text to a server on
+    this machine without asking, JSON it may not.
+    """
+    declared = request.headers.get("content-type", "application/json")
+    if declared.partition(";")[0].strip().lower() != "application/json":
+        raise NotJson(f"the body must be JSON (header Content-Type: application/json), not {_shown(declared)}")
+    return parse(kind, await request.body())
 
 
 def parse(kind: type[Body], body: bytes) -> Body:

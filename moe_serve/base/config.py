@@ -254,7 +254,7 @@ class ServerSection(Section):
     """Address the HTTP server listens on."""
     port: Port = 8000
     """Port the HTTP server listens on."""
-    api_key: SecretStr | None = None
+    api_key: SecretStr | None = Field(None, min_length=1)
     """Key that clients must send as a bearer token."""
     shutdown_timeout: float = Field(30, ge=0)
     """Seconds in-flight answers get to finish after SIGTERM."""

@@ -17,7 +17,8 @@ from moe_serve.text.decoding import LARGEST_ID, ByteDecoding, UnitDecoding, choo
 class Tokenizer:
     """Loaded from a model folder in the Hugging Face layout. Raises CheckpointError naming the file.
 
-    `eos_token`, `bos_token` as the folder names them, None where it does not.
+    `eos_token`, `bos_token` as the folder names them, None where it does not. `vocab_size` is one more than the
+    largest id, added tokens included.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -30,14 +31,10 @@ class Tokenizer:
         self.eos_token = special_tokens.get("eos_token")
         self.chat_templates = _load_chat_templates(self.folder, config, special_tokens)
         self._special = {token.content for token in self._core.get_added_tokens_decoder().values() if token.special}
+        self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.decoding: ByteDecoding | UnitDecoding = choose_decoding(
             self._core, self._special, self.folder / "tokenizer.json"
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included."""
-        return max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def bos_token_id(self) -> int | None:
