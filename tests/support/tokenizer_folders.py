@@ -35,7 +35,7 @@ def byte_level() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.add_tokens([AddedToken("<ünusual>", special=False)])
+    tokenizer.add_tokens([AddedToken("<odd token>", special=False)])
     return tokenizer
 
 
