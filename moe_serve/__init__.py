@@ -1,5 +1,7 @@
 """moe-serve: Mixture-of-Experts language models with wide expert parallelism. This is the only re-export."""
 
+import os
+
 from moe_serve.base.config import Config
 from moe_serve.base.errors import (
     CheckpointError,
@@ -28,5 +30,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """LLM is imported when it is asked for: it needs torch, which most of the package does without."""
     if name == "LLM":
+        # Read when torch is loaded; see base.member.thread_environment.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         return import_target("moe_serve.llm:LLM", "name", name)
     raise AttributeError(f"module 'moe_serve' has no attribute {name!r}")

@@ -76,7 +76,8 @@ def serve_options() -> type[Options]:
             if spellings:
                 described += f" Short: {', '.join('--' + spelling for spelling in spellings)}."
             fields[name] = (info.annotation, Field(info.default, description=described))
-    fields["model"] = (CliPositionalArg[str | None], Field(None, description=_describe("model")))
+    positional: Any = CliPositionalArg  # an alias of Annotated, which mypy cannot apply to a union
+    fields["model"] = (positional[str | None], Field(None, description=_describe("model")))
     fields["config"] = (
         str | None,
         Field(None, description="YAML file with options under their flags' names."),
@@ -121,10 +122,10 @@ def _parse(
 ) -> dict[str, Any]:
     """The options that were set, anywhere; `initial` come last."""
     try:
-        source: CliSettingsSource = CliSettingsSource(
+        source: CliSettingsSource[Any] = CliSettingsSource(
             options, cli_parse_args=arguments, cli_prog_name=f"moe-serve {command}"
         )
-        parsed = options(_cli_settings_source=source, **(initial or {}))  # type: ignore[call-arg]
+        parsed = options(_cli_settings_source=source, **(initial or {}))
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
     except SettingsError as error:

@@ -31,7 +31,7 @@ from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.control.link import Link
 from moe_serve.engine.client import EngineClient
-from moe_serve.engine.core import EngineCore, check_request
+from moe_serve.engine.core import EngineCore
 from moe_serve.executor.choose import choose_executor
 from moe_serve.launch import World
 from moe_serve.resolve import resolve

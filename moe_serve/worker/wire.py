@@ -13,15 +13,19 @@ import msgspec
 import zmq
 
 from moe_serve.base.commands import Command, Meeting, Reply
+from moe_serve.base.member import thread_environment
 
 ENVIRONMENT = "MOE_SERVE_WORKER"
 SILENCE_MILLISECONDS = 10_000
 """A peer whose host has vanished without a word is given up after this long."""
 BEAT_MILLISECONDS = 1_000
+MAX_JOIN_BYTES = 1 << 16
+MAX_ANSWER_BYTES = 1 << 30
+"""Nobody who has not shown the token may make the engine hold more than this."""
 
 
 class Invitation(msgspec.Struct, frozen=True, kw_only=True):
-    """Enough to join an engine from anywhere; `connect_seconds` to keep trying."""
+    """Enough to join an engine from anywhere; `connect_seconds` to keep trying until it is reached."""
 
     address: str
     token: str
@@ -30,15 +34,7 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_environment(self, threads: int) -> dict[str, str]:
         """Environment of the worker: this one's, the invitation and the threads, which torch reads when imported."""
-        count = str(threads)
-        return {
-            **os.environ,
-            ENVIRONMENT: msgspec.json.encode(self).decode(),
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-            "OPENBLAS_NUM_THREADS": count,
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        return {**os.environ, ENVIRONMENT: msgspec.json.encode(self).decode(), **thread_environment(threads)}
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Invitation:
