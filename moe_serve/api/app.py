@@ -170,7 +170,8 @@ class Routes:
         sampling = body.to_sampling(self._state.generation_defaults)
         prompt = await prepare.chat_prompt(self._state.tokenizer, body)
         heading = self._heading("chatcmpl")
-        choices = self._choices(heading.id, [prompt], sampling, arrival, param="messages")
+        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        choices = self._choices(heading.id, [prompt], sampling, arrival, param="messages", limit_param=limit)
         form = ChatForm(heading, self._state.tokenizer, sampling.logprobs)
         return await self._answer(request, choices, form, bool(body.stream), body.include_usage)
 
@@ -212,6 +213,7 @@ class Routes:
         arrival: float,
         *,
         param: str,
+        limit_param: str = "max_tokens",
         discard: bool = False,
     ) -> list[Choice]:
         """n choices per prompt, in order; RequestError for what does not fit."""
@@ -220,7 +222,9 @@ class Routes:
         choices: list[Choice] = []
         for token_ids in prompts:
             prepare.check_prompt(token_ids, state.num_ids, param)
-            settled = prepare.settled(sampling, len(token_ids), state.engines.max_model_len, param)
+            settled = prepare.settled(
+                sampling, len(token_ids), state.engines.max_model_len, param=param, limit_param=limit_param
+            )
             for single in settled.choices():
                 choices.append(
                     Choice(

@@ -55,16 +55,18 @@ def echo_of(tokenizer: Tokenizer, prompt: str | list[int], token_ids: list[int])
     return (prompt if isinstance(prompt, str) else tokenizer.decode(token_ids)), token_ids
 
 
-def settled(sampling: SamplingParams, num_prompt: int, max_model_len: int, param: str) -> SamplingParams:
+def settled(
+    sampling: SamplingParams, num_prompt: int, max_model_len: int, *, param: str, limit_param: str
+) -> SamplingParams:
     """`sampling` with a max_tokens that fits; ContextTooLong says both numbers."""
     room = max_model_len - num_prompt
     wanted = sampling.max_tokens
     if room < 1 or (wanted is not None and wanted > room):
-        asked = "at least 1 token of answer was asked for" if wanted is None else f"max_tokens is {wanted}"
+        asked = "at least 1 token of answer was asked for" if wanted is None else f"{limit_param} is {wanted}"
         raise ContextTooLong(
             f"the prompt has {num_prompt} tokens and {asked}: together more than the {max_model_len} tokens this "
             "model is served with (server option --max-model-len)",
-            param=param if room < 1 else "max_tokens",
+            param=param if room < 1 else limit_param,
         )
     return sampling if wanted is not None else msgspec.structs.replace(sampling, max_tokens=room)
 
@@ -79,7 +81,7 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
 def check_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
     low, high = min(token_ids, default=0), max(token_ids, default=0)
     if low < 0 or high >= vocab_size:
-        raise RequestError(f"token id {low if low < 0 else high} is outside [0, {vocab_size})", param=param)
+        raise RequestError(f"{param}: token id {low if low < 0 else high} is outside [0, {vocab_size})", param=param)
 
 
 def check_sampling_ids(sampling: SamplingParams, vocab_size: int) -> None:
