@@ -1,0 +1,101 @@
+"""One rank's decoder run by hand, without scheduler or worker: prompts in, logits of every position out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe_serve.base.config import Config
+from moe_serve.base.model_config import load_model_config
+from moe_serve.base.topology import Topology
+from moe_serve.model.attention.base import SequenceShape, StepShape
+from moe_serve.model.build import build_model
+from moe_serve.model.context import ForwardContext
+from moe_serve.model.decoder import Decoder
+from moe_serve.parallel.groups import Groups, build_groups
+from moe_serve.worker.inputs import rows_by_ep_rank
+from moe_serve.worker.kv_cache import KVShape
+from moe_serve.worker.loader import load_weights
+from tests.support.ranks import Seat
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 4
+
+
+def alone() -> Groups:
+    """The groups of a world of one."""
+    return build_groups(Topology(), 0, store_host="", store_port=0, token="", device=CPU)
+
+
+def load_decoder(
+    folder: Path,
+    groups: Groups,
+    rank: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    load_format: str = "auto",
+    options: dict[str, object] | None = None,
+) -> Decoder:
+    """A rank's decoder of a checkpoint under some parallel options, filled."""
+    parallel = Config.from_flat(options or {}).parallel
+    decoder = build_model(load_model_config(folder), parallel, rank, groups, dtype=dtype, device=device)
+    load_weights(decoder, folder, load_format=load_format)
+    return decoder
+
+
+def rank_logits(
+    seat: Seat, folder: Path, prompts: list[list[list[int]]], chunk: int | None, options: dict[str, object]
+) -> list[npt.NDArray[np.float32]]:
+    """Runs on a rank: all_logits() of its part of a checkpoint. Here, so that ranks need not import transformers."""
+    topology = Config.from_flat(options).parallel.topology
+    decoder = load_decoder(folder, seat.groups(topology), seat.rank, options=options)
+    return [logits.numpy() for logits in all_logits(decoder, prompts, chunk=chunk, topology=topology, rank=seat.rank)]
+
+
+def all_logits(
+    decoder: Decoder,
+    prompts_by_dp_rank: list[list[list[int]]],
+    *,
+    chunk: int | None = None,
+    topology: Topology | None = None,
+    rank: int = 0,
+) -> list[Tensor]:
+    """(tokens, V) float32 for each prompt of this rank's engine, `chunk` tokens of each a step (None: whole prompts).
+
+    All ranks call this with the same prompts; an engine whose prompts are done takes dummy steps. Sequences get their
+    blocks interleaved, the last first, so that no sequence's blocks are neighbours.
+    """
+    topology = topology or Topology()
+    dp_rank, _, _ = topology.coordinates(rank)
+    prompts = prompts_by_dp_rank[dp_rank]
+    longest = max(len(prompt) for group in prompts_by_dp_rank for prompt in group)
+    chunk = chunk or longest
+    config = decoder.config
+    shape = KVShape(config.num_layers, decoder.num_kv_heads, config.head_dim, BLOCK_SIZE, decoder.dtype)
+    blocks = -(-longest // BLOCK_SIZE)
+    kv = shape.allocate(max(1, blocks * len(prompts)), decoder.device)
+    tables = [list(range(len(prompts) * blocks))[index :: len(prompts)][::-1] for index in range(len(prompts))]
+    found: list[list[Tensor]] = [[] for _ in prompts]
+    for start in range(0, longest, chunk):
+        counts = [[len(prompt[start : start + chunk]) for prompt in group] for group in prompts_by_dp_rank]
+        ours = [(index, count) for index, count in enumerate(counts[dp_rank]) if count]
+        ids = [token for index, count in ours for token in prompts[index][start : start + count]]
+        positions = [position for _, count in ours for position in range(start, start + count)]
+        sequences = [SequenceShape(start, count, tables[index]) for index, count in ours]
+        ctx = ForwardContext(
+            positions_T=torch.tensor(positions, dtype=torch.int64, device=decoder.device),
+            attention=decoder.attention_backend.plan(StepShape(sequences, BLOCK_SIZE)),
+            kv=kv,
+            rows_by_ep_rank=rows_by_ep_rank([sum(group) for group in counts], topology),
+        )
+        hidden_TD = decoder(torch.tensor(ids, dtype=torch.int64, device=decoder.device), ctx)
+        if ours:
+            parts = torch.split(decoder.logits(hidden_TD), [count for _, count in ours])
+            for (index, _), part in zip(ours, parts, strict=True):
+                found[index].append(part)
+    return [torch.cat(parts) for parts in found]
