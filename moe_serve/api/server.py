@@ -28,7 +28,7 @@ from moe_serve.text.tokenizer import Tokenizer
 
 FAREWELL_SECONDS = 1.5
 POLL_SECONDS = 0.05
-log = logging.getLogger(__name__)
+log = logging.getLogger("moe_serve.api.server")  # run as __main__, which is no child of moe_serve
 
 
 class ApiServer:

@@ -84,7 +84,8 @@ class Coordinator:
                 self._send(self.fleet.hear(member, message, time.monotonic()))
                 message = await _receive(reader)
         except (OSError, TimeoutError, msgspec.MsgspecError) as error:
-            log.warning("dropped a connection from %s: %s", writer.get_extra_info("peername"), error)
+            if self.fleet.ended is None:
+                log.warning("dropped a connection from %s: %s", writer.get_extra_info("peername"), error)
         finally:
             self._writers.pop(member, None)
             self._send(self.fleet.lost(member, time.monotonic()))

@@ -162,9 +162,9 @@ class Fleet:
                 names.append({"engine": f"engine dp {dp}", "worker": f"worker dp {dp} tp {tp}"}.get(role, "API server"))
             elif not known.ready and role != "worker":
                 names.append(f"{known.name} (phase {known.phase!r})")
-        if len(self._role("api")) < self.num_frontends:
-            names.append("API server")
-        return names
+        servers = [known for known in self.members.values() if known.hello.role == "api"]
+        names += [f"{known.name} (not listening yet)" for known in servers if not known.ready]
+        return names + ["API server"] * (self.num_frontends - len(servers))
 
     def front_door(self) -> str:
         """Where the first API server says it listens, as host:port."""

@@ -50,7 +50,7 @@ from moe_serve.parallel.stateless import open_store
 
 MEET_SECONDS = 300.0
 FAREWELL_SECONDS = 5.0
-log = logging.getLogger(__name__)
+log = logging.getLogger("moe_serve.engine.process")  # run as __main__, which is no child of moe_serve
 
 
 class EngineProcess:

@@ -27,9 +27,10 @@ from moe_serve.worker import wire
 from moe_serve.worker.worker import Worker
 
 FAREWELL_MILLISECONDS = 2_000
+ANSWER_SECONDS = 30.0
 RESTING = "asleep"
 """Phase between commands; the coordinator does not take it for a slow step."""
-log = logging.getLogger(__name__)
+log = logging.getLogger("moe_serve.worker.process")  # run as __main__, which is no child of moe_serve
 
 
 class EngineLine:
@@ -40,26 +41,40 @@ class EngineLine:
         self._orders = wire.prepare(zmq.Context().socket(zmq.DEALER))
         # A context of its own, so that flush() waits for these messages and for nothing else.
         self._answers = wire.prepare(zmq.Context().socket(zmq.PUSH))
-        self.monitor = self._orders.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._orders.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
 
     def join(self) -> wire.Joined:
         """Say hello and be told everything. RankTimeout if nobody answers, ConfigError if the engine says no."""
         invitation = self._invitation
+        where = f"the engine at {invitation.address}"
         self._orders.connect(invitation.address)
+        if not self._monitor.poll(int(invitation.connect_seconds * 1000)):
+            raise RankTimeout(f"{where} could not be reached within {invitation.connect_seconds:g} s")
+        recv_monitor_message(self._monitor)
         hello = wire.Join(token=invitation.token, tp=invitation.tp, pid=os.getpid(), host=socket.gethostname())
         self._orders.send(wire.encode(hello))
-        if not self._orders.poll(int(invitation.connect_seconds * 1000)):
-            raise RankTimeout(
-                f"the engine at {invitation.address} did not answer within {invitation.connect_seconds:g} s"
-            )
+        self._await_answer(where)
         answer = self.receive()
         if isinstance(answer, wire.Rejected):
             raise ConfigError(answer.reason)
         if not isinstance(answer, wire.Joined):
-            raise EngineError(f"the engine answered a hello with {type(answer).__name__}")
+            raise EngineError(f"{where} answered a hello with {type(answer).__name__}")
         host, _, _ = invitation.address.rpartition(":")
         self._answers.connect(f"{host}:{answer.replies}")
         return answer
+
+    def _await_answer(self, where: str) -> None:
+        poller = zmq.Poller()
+        poller.register(self._orders, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        ready = dict(poller.poll(int(ANSWER_SECONDS * 1000)))
+        if self._orders not in ready:
+            raise RankTimeout(f"{where} " + ("is gone" if ready else f"did not answer within {ANSWER_SECONDS:g} s"))
+
+    def await_end(self) -> None:
+        """Return when the engine is gone. In a thread of its own, after join()."""
+        while recv_monitor_message(self._monitor)["event"] != zmq.EVENT_DISCONNECTED:
+            pass
 
     def receive(self) -> wire.ToWorker:
         """Wait for the engine's next word; that the engine lives is the monitor's concern."""
@@ -77,7 +92,7 @@ class EngineLine:
 
 
 class WorkerProcess:
-    """`run()` returns an exit code where joining or a command failed; an orderly end exits at once."""
+    """`run()` returns an exit code where joining failed or a command broke us; an orderly end exits at once."""
 
     def __init__(self, invitation: wire.Invitation) -> None:
         self._tp_rank = invitation.tp
@@ -97,9 +112,16 @@ class WorkerProcess:
         try:
             self._link = self._join_world(joined)
         except MoEServeError as error:
-            log.error("%s", error)
-            return 2 if isinstance(error, ConfigError) else 1
+            return self._decline(error)
         return self._serve(Worker(config, joined.meeting, self._tp_rank, self._progress))
+
+    def _decline(self, error: MoEServeError) -> int:
+        """The engine hears with its first order why this worker is of no use."""
+        while not isinstance(message := self._line.receive(), wire.Order):
+            pass
+        self._line.answer(message.number, Failed.of(error))
+        self._line.flush()
+        return 1
 
     def _join_world(self, joined: wire.Joined) -> Link:
         meeting = joined.meeting
@@ -130,7 +152,7 @@ class WorkerProcess:
                         reply = self._carry_out(worker, command)
                     except Exception as error:  # the outermost loop of a process: log, report, end
                         log.exception("the worker failed in phase %r", self._progress.phase)
-                        self._line.answer(number, Failed(f"{type(error).__name__}: {error}"))
+                        self._line.answer(number, Failed.of(error))
                         self._line.flush()
                         return 1
                     self._line.answer(number, reply)
@@ -143,7 +165,7 @@ class WorkerProcess:
         try:
             reply = worker.handle(command)
         except MoEServeError as error:
-            return Failed(str(error), config=isinstance(error, ConfigError))
+            return Failed.of(error)
         if isinstance(command, AllocateKV):
             # The model and all modules are here to stay: no collection has to look at them again.
             gc.collect()
@@ -157,7 +179,7 @@ class WorkerProcess:
 
     def _watch_engine(self) -> None:
         """The kernel closes the connection when the engine dies, so this is noticed at once."""
-        recv_monitor_message(self._line.monitor)
+        self._line.await_end()
         self._end(1, "the engine is gone; this worker ends")
 
     def _end(self, code: int, why: str) -> None:

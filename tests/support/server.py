@@ -1,0 +1,123 @@
+"""A real `moe-serve serve` for tests: started on a port of its own, waited for with a bound, ended by its pid."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+READY_SECONDS = 90.0
+END_SECONDS = 20.0
+
+
+class Server:
+    """`base_url` once ready. `log()` is all it has written so far (standard output and error together)."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self._file = tempfile.NamedTemporaryFile(prefix="moe-serve-", suffix=".log")  # noqa: SIM115 - closed in end()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moe_serve", "serve", *arguments, "--port", "0"],
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        self.base_url = ""
+
+    def wait_ready(self, seconds: float = READY_SECONDS) -> Server:
+        """Until the last line of the start-up is there; AssertionError with the log if the server ends or is late."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            found = re.search(r"^curl (http://[^/\s]+)/", self.log(), re.MULTILINE)
+            if found:
+                self.base_url = found.group(1)
+                return self
+            time.sleep(0.02)
+        raise AssertionError(f"not ready (exit code {self.process.poll()}):\n{self.log()}")
+
+    def log(self) -> str:
+        return Path(self._file.name).read_text()
+
+    def curl_line(self) -> list[str]:
+        """The printed curl command, as arguments."""
+        line = next(line for line in self.log().splitlines() if line.startswith("curl "))
+        return shlex.split(line)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.base_url + path, timeout=30, **options)
+
+    def complete(self, prompt: str | list[int], **fields: Any) -> dict[str, Any]:
+        """The body of a completion; greedy unless told otherwise."""
+        body = {"prompt": prompt, "temperature": 0, **fields}
+        response = httpx.post(f"{self.base_url}/v1/completions", json=body, timeout=120)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def stream(self, prompt: str | list[int], **fields: Any) -> Iterator[dict[str, Any]]:
+        """The events of a streamed completion, without the closing [DONE]."""
+        body = {"prompt": prompt, "temperature": 0, "stream": True, **fields}
+        with httpx.stream("POST", f"{self.base_url}/v1/completions", json=body, timeout=120) as response:
+            assert response.status_code == 200, response.read()
+            for line in response.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield json.loads(line.removeprefix("data: "))
+
+    def family(self) -> list[psutil.Process]:
+        """Every living process that carries this server's world token: launcher, API server, engines, workers."""
+        own = psutil.Process(self.process.pid)
+        family = [own, *own.children(recursive=True)]
+        return [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+    def member(self, module: str, **fields: int) -> psutil.Process:
+        """The process that runs `module` (for example "engine.process") with these values in its invitation."""
+        for process in self.family():
+            if f"moe_serve.{module}" in process.cmdline():
+                told = json.loads(
+                    process.environ()[{"worker.process": "MOE_SERVE_WORKER"}.get(module, "MOE_SERVE_MEMBER")]
+                )
+                if all(told[name] == value for name, value in fields.items()):
+                    return process
+        raise AssertionError(f"no process {module} {fields}")
+
+    def terminate(self, seconds: float = END_SECONDS) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+    def end(self) -> None:
+        """Whatever happened before: no process of this server stays."""
+        family = self.family() if self.process.poll() is None else []
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        for process in family:
+            if process.is_running():
+                process.kill()
+        self._file.close()
+
+
+@contextmanager
+def serving(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """A ready server, ended afterwards."""
+    server = Server(*arguments, environment=environment)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.end()
