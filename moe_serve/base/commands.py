@@ -9,6 +9,16 @@ from dataclasses import dataclass
 
 import msgspec
 
+from moe_serve.base.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDead,
+    EngineError,
+    MissingExtra,
+    MoEServeError,
+    RankTimeout,
+    WorkerDied,
+)
 from moe_serve.base.sampling import SamplingParams
 
 
@@ -133,11 +143,29 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """A command could not be carried out. `config` marks the operator's mistake (exit code 2, no traceback)."""
+    """A command could not be carried out. `error` names the class in base.errors; any other name is an EngineError."""
 
     message: str
-    config: bool = False
+    error: str = "EngineError"
+
+    @classmethod
+    def of(cls, error: Exception) -> Failed:
+        """The reply that carries an error to the engine; one that is not of our tree says its class in the message."""
+        name = type(error).__name__
+        if name in _CARRIED:
+            return cls(str(error), name)
+        return cls(f"{name}: {error}")
+
+    def to_error(self, who: str) -> MoEServeError:
+        """The error as it was. The message says `who` failed, except for an operator's mistakes: those are nobody's."""
+        kind = _CARRIED.get(self.error, EngineError)
+        return kind(self.message if issubclass(kind, ConfigError | MissingExtra) else f"{who}: {self.message}")
 
 
 Command = LoadModel | AllocateKV | StepPlan
 Reply = WorkerFacts | Done | StepResult | Failed
+
+_CARRIED: dict[str, type[MoEServeError]] = {
+    kind.__name__: kind
+    for kind in (ConfigError, CheckpointError, MissingExtra, EngineError, WorkerDied, EngineDead, RankTimeout)
+}

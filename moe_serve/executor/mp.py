@@ -1,7 +1,7 @@
 """One process per tensor rank of an engine. The engine listens, workers come by address and token, orders go out.
 
-Three threads besides the caller's: one takes replies, one per worker waits for its end. A worker that is gone fails
-what is pending at once, whether it was seen as a child (exit code, signal) or by its closed connection.
+Threads besides the caller's: one takes replies, one per worker waits for its end. A worker that is gone fails what is
+pending at once, whether it was seen as a child (exit code, signal) or by its closed connection.
 """
 
 from __future__ import annotations
@@ -14,42 +14,31 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from moe_serve.base.commands import (
-    Command,
-    Failed,
-    LoadModel,
-    Meeting,
-    Reply,
-    StepPlan,
-    WorkerFacts,
-)
+from moe_serve.base.commands import AllocateKV, Command, Failed, LoadModel, Meeting, Reply, StepPlan, WorkerFacts
 from moe_serve.base.config import Config
-from moe_serve.base.errors import ConfigError, EngineError, RankTimeout, WorkerDied
+from moe_serve.base.errors import EngineError, MoEServeError, RankTimeout, WorkerDied
 from moe_serve.base.progress import Progress
 from moe_serve.parallel.store import local_address
 from moe_serve.worker import wire
 
 JOIN_SECONDS = 120.0
 LOAD_SECONDS = 3600.0
+CONNECT_SECONDS = 2.0
+"""The engine listens before it starts a worker: one that cannot reach it is an orphan."""
 END_SECONDS = 3.0
 GRACE_SECONDS = 0.5
-MAX_JOIN_BYTES = 1 << 16
+PROBES = 5
+PROBE_MILLISECONDS = 100
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Call:
-    """An order under way: the caller's future and the replies so far, by tp rank."""
-
-    future: Future[Reply] = field(default_factory=Future)
-    replies: dict[int, Reply] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -59,12 +48,35 @@ class Seat:
     name: str
     process: subprocess.Popen[bytes]
     identity: bytes = b""
-    pid: int = 0
-    host: str = ""
+    host: str = "this machine"
 
     @property
     def who(self) -> str:
-        return f"worker {self.name}, pid {self.pid or self.process.pid}"
+        return f"worker {self.name}, pid {self.process.pid} on {self.host}"
+
+
+class Call(Future[Reply]):
+    """An order under way, with the replies so far by tp rank. Out of patience, result() says who is missing."""
+
+    def __init__(self, command: Command, seats: list[Seat]) -> None:
+        super().__init__()
+        self.replies: dict[int, Reply] = {}
+        self._command = command
+        self._seats = seats
+
+    def result(self, timeout: float | None = None) -> Reply:
+        try:
+            return super().result(timeout)
+        except TimeoutError as error:
+            if self.done():
+                raise  # a RankTimeout that a worker met with
+            raise RankTimeout(f"{self._missing()} did not {_deed(self._command)} within {timeout:g} s") from error
+
+    def _missing(self) -> str:
+        """Workers without a reply. The others may only be waiting for one that is stopped."""
+        missing = [seat for tp, seat in enumerate(self._seats) if tp not in self.replies]
+        stopped = [f"{seat.who} (stopped)" for seat in missing if _is_stopped(seat.process.pid)]
+        return "; ".join(stopped or [seat.who for seat in missing])
 
 
 class MultiprocessExecutor:
@@ -89,25 +101,19 @@ class MultiprocessExecutor:
     def start(self) -> WorkerFacts:
         started = time.perf_counter()
         self._progress.enter("start the workers")
-        port, replies = self._listen()
-        self._spawn(port)
+        door, replies = self._listen()
+        self._spawn(door)
         self._gather(replies)
         seconds = round(time.perf_counter() - started, 3)
         self._progress.enter("wait for the workers' reply: load")
         call = self._call(LoadModel())
-        try:
-            call.future.result(timeout=LOAD_SECONDS)
-        except EngineError:
-            raise
-        except TimeoutError as error:
-            raise RankTimeout(f"{self._missing(call)} did not load the model within {LOAD_SECONDS:g} s") from error
+        call.result(timeout=LOAD_SECONDS)
         return combine_facts([call.replies[tp] for tp in range(len(self._seats))], start_seconds=seconds)
 
     def submit(self, command: Command) -> Future[Reply]:
-        step = command.step if isinstance(command, StepPlan) else None
-        future = self._call(command).future
-        self._progress.enter("wait for the workers' reply", step)
-        return future
+        call = self._call(command)
+        self._progress.enter("wait for the workers' reply", command.step if isinstance(command, StepPlan) else None)
+        return call
 
     def close(self) -> None:
         if self._closed:
@@ -133,20 +139,26 @@ class MultiprocessExecutor:
 
     # -- coming together --
 
-    def _listen(self) -> tuple[int, int]:
-        """Bind both sockets on this machine's address on the way to the store; their ports."""
-        self._host = local_address(self._meeting.store_host, self._meeting.store_port)
-        shown = f"[{self._host}]" if ":" in self._host else self._host
-        self._address = f"tcp://{shown}"
+    def _listen(self) -> tuple[str, int]:
+        """Bind both sockets on this machine's address on the way to the store: the door, and the port for replies."""
+        host = local_address(self._meeting.store_host, self._meeting.store_port)
+        shown = f"[{host}]" if ":" in host else host
         self._orders.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._orders.setsockopt(zmq.MAXMSGSIZE, MAX_JOIN_BYTES)
-        ports = [each.bind_to_random_port(self._address) for each in (self._orders, self._answers)]
-        return ports[0], ports[1]
+        self._orders.setsockopt(zmq.MAXMSGSIZE, wire.MAX_JOIN_BYTES)
+        self._orders.setsockopt(zmq.RCVHWM, 8)  # who comes after all seats are taken is not listened to
+        self._answers.setsockopt(zmq.MAXMSGSIZE, wire.MAX_ANSWER_BYTES)
+        doors = []
+        for each in (self._orders, self._answers):
+            each.bind(f"tcp://{shown}:0")
+            doors.append(each.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+        return doors[0], int(doors[1].rpartition(":")[2])
 
-    def _spawn(self, port: int) -> None:
+    def _spawn(self, door: str) -> None:
         topology = self._config.parallel.topology
         for tp in range(topology.tp):
-            invitation = wire.Invitation(address=f"{self._address}:{port}", token=self._meeting.token, tp=tp)
+            invitation = wire.Invitation(
+                address=door, token=self._meeting.token, tp=tp, connect_seconds=CONNECT_SECONDS
+            )
             process = subprocess.Popen(
                 [sys.executable, "-m", "moe_serve.worker.process"],
                 env=invitation.to_environment(self._meeting.threads_per_rank),
@@ -163,7 +175,7 @@ class MultiprocessExecutor:
         while absent := [seat for seat in self._seats if not seat.identity]:
             for seat in self._seats:
                 if seat.process.poll() is not None:
-                    raise _came_to_an_end(seat, "before it joined")
+                    raise _came_to_an_end(seat, "before all had joined")
             if time.monotonic() > deadline:
                 names = "; ".join(seat.who for seat in absent)
                 raise RankTimeout(f"these workers did not join within {JOIN_SECONDS:g} s: {names}")
@@ -171,9 +183,9 @@ class MultiprocessExecutor:
                 identity, message, *_ = self._orders.recv_multipart()
                 self._seat(identity, message, welcome)
         monitor = self._orders.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._thread(self._receive, monitor)
+        self._thread(lambda: self._receive(monitor))
         for seat in self._seats:
-            self._thread(self._await_end, seat)
+            self._thread(lambda seat=seat: self._await_end(seat))  # type: ignore[misc]
 
     def _seat(self, identity: bytes, message: bytes, welcome: bytes) -> None:
         try:
@@ -187,30 +199,29 @@ class MultiprocessExecutor:
             refusal = f"tensor rank {join.tp} is taken or outside [0, {len(self._seats)})"
         else:
             seat = self._seats[join.tp]
-            seat.identity, seat.pid, seat.host = identity, join.pid, join.host
+            seat.identity, seat.host = identity, join.host
             self._orders.send_multipart([identity, welcome])
             return
         log.warning("refused a worker: %s", refusal)
         self._orders.send_multipart([identity, wire.encode(wire.Rejected(refusal))])
 
-    def _thread(self, target: object, *args: object) -> None:
-        thread = threading.Thread(target=target, args=args, name="executor", daemon=True)  # type: ignore[arg-type]
+    def _thread(self, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name="executor", daemon=True)
         thread.start()
         self._threads.append(thread)
 
     # -- orders and replies --
 
     def _call(self, command: Command) -> Call:
-        call = Call()
+        call = Call(command, self._seats)
         with self._lock:
             if self._failure is not None:
-                call.future.set_exception(self._failure)
+                call.set_exception(self._failure)
                 return call
             self._number += 1
             self._calls[self._number] = call
             order = wire.encode(wire.Order(self._number, command))
-        lost = self._send_all(order)
-        self._blame(lost)
+        self._blame(self._send_all(order))
         return call
 
     def _send_all(self, message: bytes) -> list[Seat]:
@@ -226,18 +237,23 @@ class MultiprocessExecutor:
         return lost
 
     def _receive(self, monitor: zmq.Socket[bytes]) -> None:
+        """Until closed. A closed connection is told without a name, so everybody is pinged to find out whose it was."""
         poller = zmq.Poller()
         for source in (self._answers, monitor, self._closing):
             poller.register(source, zmq.POLLIN)
+        probes = 0
         while True:
-            ready = dict(poller.poll())
+            ready = dict(poller.poll(PROBE_MILLISECONDS if probes else None))
             if self._answers in ready:
                 self._take(self._answers.recv())
+            elif self._closing.fileno() in ready:
+                break
             elif monitor in ready:
                 recv_monitor_message(monitor)
+                probes = PROBES  # it may take a moment until sending fails
+            if probes:
+                probes -= 1
                 self._blame(self._send_all(wire.encode(wire.Ping())))
-            else:
-                break
         self._orders.disable_monitor()
         monitor.close()
 
@@ -252,18 +268,27 @@ class MultiprocessExecutor:
             return
         with self._lock:
             call = self._calls.get(answer.number)
-            if call is None:
+            if call is None or not 0 <= answer.tp < len(self._seats):
                 return
             call.replies[answer.tp] = answer.reply
-            failed = isinstance(answer.reply, Failed)
-            if failed or len(call.replies) == len(self._seats):
-                del self._calls[answer.number]
-            else:
+            if not isinstance(answer.reply, Failed) and len(call.replies) < len(self._seats):
                 return
+            del self._calls[answer.number]
         if isinstance(answer.reply, Failed):
-            call.future.set_exception(_error_of(self._seats[answer.tp], answer.reply))
+            call.set_exception(self._cause(answer.tp, answer.reply))
         else:
-            call.future.set_result(call.replies[0])
+            call.set_result(call.replies[0])
+
+    def _cause(self, tp: int, failed: Failed) -> MoEServeError:
+        """A worker that failed in an exchange may have met with another's death, which is known a moment later."""
+        error = failed.to_error(self._seats[tp].who)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while isinstance(error, EngineError) and time.monotonic() < deadline:
+            for other, seat in enumerate(self._seats):
+                if other != tp and (seat.process.poll() or 0) < 0:
+                    return _came_to_an_end(seat, "while it was needed")
+            time.sleep(0.01)
+        return error
 
     # -- death --
 
@@ -279,7 +304,8 @@ class MultiprocessExecutor:
             try:
                 seat.process.wait(GRACE_SECONDS)
             except subprocess.TimeoutExpired:
-                self._fail(WorkerDied(f"{seat.who} on {seat.host} closed its connection"))
+                stopped = " (it is stopped)" if _is_stopped(seat.process.pid) else ""
+                self._fail(WorkerDied(f"{seat.who} closed its connection or fell silent{stopped}"))
             else:
                 self._fail(_came_to_an_end(seat, "while it was needed"))
 
@@ -290,10 +316,7 @@ class MultiprocessExecutor:
                 self._failure = error
             calls, self._calls = list(self._calls.values()), {}
         for call in calls:
-            call.future.set_exception(self._failure)
-
-    def _missing(self, call: Call) -> str:
-        return "; ".join(seat.who for tp, seat in enumerate(self._seats) if tp not in call.replies)
+            call.set_exception(self._failure)
 
 
 def combine_facts(replies: list[Reply], *, start_seconds: float) -> WorkerFacts:
@@ -316,11 +339,25 @@ def combine_facts(replies: list[Reply], *, start_seconds: float) -> WorkerFacts:
     )
 
 
-def _error_of(seat: Seat, failed: Failed) -> ConfigError | EngineError:
-    return ConfigError(failed.message) if failed.config else EngineError(f"{seat.who}: {failed.message}")
+def _deed(command: Command) -> str:
+    match command:
+        case StepPlan():
+            return f"finish step {command.step} (--step-timeout-seconds)"
+        case AllocateKV():
+            return "make the KV cache"
+        case LoadModel():
+            return "load the model"
 
 
 def _came_to_an_end(seat: Seat, when: str) -> WorkerDied:
     code = seat.process.returncode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return WorkerDied(f"{seat.who} {how} {when}")
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process of this machine is stopped, as far as Linux says."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
