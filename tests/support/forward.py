@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.model.build import build_model
 from moe_serve.model.context import ForwardContext
 from moe_serve.model.decoder import Decoder
+from moe_serve.parallel.collectives import Group
 from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.inputs import rows_by_ep_rank
 from moe_serve.worker.kv_cache import KVShape
@@ -31,6 +33,33 @@ def alone() -> Groups:
     return build_groups(Topology(), 0, store_host="", store_port=0, token="", device=CPU)
 
 
+def idle_groups(topology: Topology, rank: int) -> Groups:
+    """Groups of the right sizes that cannot be used: for building and filling any rank's model in one process."""
+
+    def group(name: str, ranks: tuple[int, ...]) -> Group:
+        nobody: Any = object()
+        return Group(nobody, name=name, rank=ranks.index(rank), ranks=ranks, device=CPU, timeout_seconds=0)
+
+    world = group("world", tuple(range(topology.world_size)))
+    dp, tp, ep = topology.dp_group(rank), topology.tp_group(rank), topology.ep_group(rank)
+    return Groups(world, group("dp", dp), group("tp", tp), group("ep", ep), world, [])
+
+
+def empty_decoder(
+    folder: Path,
+    rank: int = 0,
+    *,
+    groups: Groups | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    options: dict[str, object] | None = None,
+) -> Decoder:
+    """A rank's decoder under some parallel options, not filled; with idle groups if none are given."""
+    parallel = Config.from_flat(options or {}).parallel
+    groups = groups or idle_groups(parallel.topology, rank)
+    return build_model(load_model_config(folder), parallel, rank, groups, dtype=dtype, device=device)
+
+
 def load_decoder(
     folder: Path,
     groups: Groups,
@@ -38,13 +67,11 @@ def load_decoder(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
-    load_format: str = "auto",
     options: dict[str, object] | None = None,
 ) -> Decoder:
     """A rank's decoder of a checkpoint under some parallel options, filled."""
-    parallel = Config.from_flat(options or {}).parallel
-    decoder = build_model(load_model_config(folder), parallel, rank, groups, dtype=dtype, device=device)
-    load_weights(decoder, folder, load_format=load_format)
+    decoder = empty_decoder(folder, rank, groups=groups, dtype=dtype, device=device, options=options)
+    load_weights(decoder, folder)
     return decoder
 
 
