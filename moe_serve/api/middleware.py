@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_serve.api.errors import BodyTooLarge, Problem, problem_of
 
+DROP_FACTOR = 4  # how often the limit is read and dropped of a body that was refused
+DROP_SECONDS = 5.0
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/version"})
 
 
@@ -43,24 +47,56 @@ class LimitBody:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limited = _LimitedExchange(receive, send, self._max_bytes)
         announced = _header(scope, b"content-length")
         if announced.isdigit() and (len(announced) > 18 or int(announced) > self._max_bytes):
-            await problem_of(self._too_large()).response()(scope, receive, send)
-            return
-        received = 0
+            await problem_of(limited.refuse()).response()(scope, receive, limited.send)
+        else:
+            await self._app(scope, limited.receive, limited.send)
 
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise self._too_large()
-            return message
 
-        await self._app(scope, counted, send)
+class _LimitedExchange:
+    """One request and its response. After a refusal the rest of the body is read and dropped for a while before the
+    connection is closed: clients that write first and read then would see a broken connection instead of the answer.
+    """
 
-    def _too_large(self) -> BodyTooLarge:
+    def __init__(self, receive: Receive, send: Send, max_bytes: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._max_bytes = max_bytes
+        self._received = 0
+        self._refused = False
+
+    def refuse(self) -> BodyTooLarge:
+        self._refused = True
         return BodyTooLarge(f"the body is larger than {self._max_bytes} bytes (server option --max-body-bytes)")
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._received > self._max_bytes:
+            raise self.refuse()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if not self._refused:
+            await self._send(message)
+        elif message["type"] == "http.response.start":
+            await self._send({**message, "headers": [*message["headers"], (b"connection", b"close")]})
+        else:
+            # All of the answer, but not its end: that would close the connection.
+            await self._send({**message, "more_body": True})
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._drop_rest(), DROP_SECONDS)
+            await self._send({"type": "http.response.body", "body": b""})
+
+    async def _drop_rest(self) -> None:
+        dropped = 0
+        while dropped <= DROP_FACTOR * self._max_bytes:
+            message = await self._receive()
+            dropped += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from moe_serve.api.schemas import ChatBody, CompletionBody, TokenizeBody
+from moe_serve.api.schemas import ChatBody, CompletionBody, TokenizeBody, shown
 from moe_serve.base.errors import ContextTooLong, RequestError
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.text.tokenizer import Tokenizer
@@ -81,7 +81,8 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
 def check_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
     low, high = min(token_ids, default=0), max(token_ids, default=0)
     if low < 0 or high >= vocab_size:
-        raise RequestError(f"{param}: token id {low if low < 0 else high} is outside [0, {vocab_size})", param=param)
+        wrong = shown(low if low < 0 else high)
+        raise RequestError(f"{param}: token id {wrong} is outside [0, {vocab_size})", param=param)
 
 
 def check_sampling_ids(sampling: SamplingParams, vocab_size: int) -> None:

@@ -35,7 +35,7 @@ def _as_stops(value: object) -> object:
     if stops is None:
         return ()
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise RequestError(f"stop must be a string or a list of strings, not {_shown(value)}", param="stop")
+        raise RequestError(f"stop must be a string or a list of strings, not {shown(value)}", param="stop")
     if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
         raise RequestError(f"stop may hold at most {MAX_STOPS} strings of {MAX_STOP_LENGTH} characters", param="stop")
     return tuple(stops)
@@ -47,7 +47,7 @@ def _as_prompts(value: object) -> object:
         return [value]
     if not isinstance(value, list) or not value:
         raise RequestError(
-            f"prompt must be a string, token ids or a non-empty list of them, not {_shown(value)}", param="prompt"
+            f"prompt must be a string, token ids or a non-empty list of them, not {shown(value)}", param="prompt"
         )
     prompts = [value] if all(type(item) is int for item in value) else value
     for prompt in prompts:
@@ -67,9 +67,9 @@ def _as_bias(value: object) -> object:
     bias = {}
     for key, weight in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 20):
-            raise RequestError(f"logit_bias must have token ids as keys, not {_shown(key)}", param="logit_bias")
+            raise RequestError(f"logit_bias must have token ids as keys, not {shown(key)}", param="logit_bias")
         if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise RequestError(f"logit_bias must have numbers as values, not {_shown(weight)}", param="logit_bias")
+            raise RequestError(f"logit_bias must have numbers as values, not {shown(weight)}", param="logit_bias")
         bias[int(key)] = weight
     return bias
 
@@ -217,8 +217,8 @@ class ChatBody(GenerationBody):
         for name, neutral in _NEUTRAL.items():
             value = getattr(self, name)
             if value is not None and value not in neutral:
-                allowed = f"; allowed: {', '.join(map(_shown, neutral))}" if neutral else ""
-                raise RequestError(f"{name} {_shown(value)} is not supported{allowed}", param=name)
+                allowed = f"; allowed: {', '.join(map(shown, neutral))}" if neutral else ""
+                raise RequestError(f"{name} {shown(value)} is not supported{allowed}", param=name)
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         return self
@@ -281,7 +281,7 @@ async def read_body(kind: type[Body], request: Request) -> Body:
     """
     declared = request.headers.get("content-type", "application/json")
     if declared.partition(";")[0].strip().lower() != "application/json":
-        raise NotJson(f"the body must be JSON (header Content-Type: application/json), not {_shown(declared)}")
+        raise NotJson(f"the body must be JSON (header Content-Type: application/json), not {shown(declared)}")
     return parse(kind, await request.body())
 
 
@@ -292,7 +292,7 @@ def parse(kind: type[Body], body: bytes) -> Body:
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise RequestError(f"the body must be a JSON object, not {_shown(values)}")
+        raise RequestError(f"the body must be a JSON object, not {shown(values)}")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -306,13 +306,13 @@ def _first_problem(error: ValidationError) -> RequestError:
         return cause
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return RequestError(f"unrecognized field: {_shown(name)}", param=name[:200])
+        return RequestError(f"unrecognized field: {shown(name)}", param=name[:200])
     if problem["type"] == "missing":
         return RequestError(f"{name} is required", param=name)
-    return RequestError(f"{name}: {problem['msg']}, not {_shown(problem['input'])}", param=name[:200])
+    return RequestError(f"{name}: {problem['msg']}, not {shown(problem['input'])}", param=name[:200])
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as an error message may repeat it: short."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from moe_serve.api.app import ApiState, create_app
+from moe_serve.api.server import listen
 from moe_serve.base.config import Config
 from moe_serve.text.tokenizer import Tokenizer
 from tests.support.fake_engines import FakeEngines
@@ -41,7 +41,7 @@ def engines_of(state: ApiState) -> FakeEngines:
 @contextlib.contextmanager
 def serving(state: ApiState) -> Iterator[str]:
     """The address of a running server, such as http://127.0.0.1:4711."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listen("127.0.0.1", 0)
     config = uvicorn.Config(create_app(state), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
