@@ -12,6 +12,7 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.model.context import LayerKV
 
 CPU_CAP_BYTES = 4 * 2**30
+"""A CPU's memory is everybody's: no rank takes more by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +48,39 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-def fitting_blocks(shape: KVShape, config: Config, *, max_model_len: int, available_bytes: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes one rank may take for its KV cache, and in words where the number comes from.
+
+    `cap` a courtesy to the other programs of a machine: not exceeded, unless one sequence would not fit.
+    """
+
+    num_bytes: int
+    source: str
+    cap: int | None = None
+
+
+def fitting_blocks(shape: KVShape, config: Config, *, max_model_len: int, room: Room) -> int:
     """Blocks this rank can hold; no more than max_num_seqs full sequences need. ConfigError if not even one fits.
 
-    `available_bytes` is this rank's share, used unless kv_cache_memory_bytes says otherwise.
+    kv_cache_memory_bytes counts instead of `room`, but is refused where there is not so much.
     """
-    asked = config.cache.kv_cache_memory_bytes
-    budget = available_bytes if asked is None else asked
     one = blocks_for(max_model_len, shape.block_size)
-    blocks = min(budget // shape.block_bytes, one * config.scheduler.max_num_seqs)
+    most = one * config.scheduler.max_num_seqs
+    asked = config.cache.kv_cache_memory_bytes
+    if asked is not None:
+        blocks = min(asked // shape.block_bytes, most)
+        if blocks * shape.block_bytes > room.num_bytes:
+            raise ConfigError(
+                f"kv_cache_memory_bytes {asked:,} is more than each rank can have: {room.num_bytes:,} bytes "
+                f"({room.source}); lower --kv-cache-memory-bytes"
+            )
+        source = f"kv_cache_memory_bytes is {asked:,}"
+    else:
+        budget = room.num_bytes if room.cap is None else min(room.num_bytes, max(room.cap, one * shape.block_bytes))
+        blocks = min(budget // shape.block_bytes, most)
+        source = f"there are {max(room.num_bytes, 0):,} ({room.source})"
     if blocks < one:
-        source = (
-            f"kv_cache_memory_bytes is {asked:,}"
-            if asked is not None
-            else f"gpu_memory_utilization {config.cache.gpu_memory_utilization:g} leaves {max(budget, 0):,}"
-        )
         raise ConfigError(
             f"one sequence of max_model_len {max_model_len} tokens needs {one * shape.block_bytes:,} bytes of KV "
             f"cache on each rank, but {source}; raise --kv-cache-memory-bytes or --gpu-memory-utilization, or lower "
@@ -70,15 +89,25 @@ def fitting_blocks(shape: KVShape, config: Config, *, max_model_len: int, availa
     return blocks
 
 
-def cpu_share_bytes(utilization: float, num_ranks: int, root: Path = Path("/")) -> int:
-    """This rank's share of the memory now available on this machine, capped at 4 GiB."""
-    return min(int(available_memory(root) * utilization) // num_ranks, CPU_CAP_BYTES)
+def cpu_room(config: Config, num_ranks: int, root: Path = Path("/")) -> Room:
+    """A rank's part of the share of the memory now available on this machine; all of it if the operator gave bytes."""
+    available = available_memory(root)
+    if config.cache.kv_cache_memory_bytes is not None:
+        return Room(available // num_ranks, f"{available:,} bytes available now, divided by {num_ranks} ranks here")
+    share = config.cache.gpu_memory_utilization
+    source = f"gpu_memory_utilization {share:g} of {available:,} bytes available now, divided by {num_ranks} ranks here"
+    return Room(int(available * share) // num_ranks, source, cap=CPU_CAP_BYTES)
 
 
-def cuda_share_bytes(utilization: float, device: torch.device, *, num_ranks: int, reserve: int) -> int:
-    """What `utilization` of the device leaves after all that is on it and `reserve` for activations of each rank."""
+def cuda_room(config: Config, device: torch.device, *, num_ranks: int, reserve: int) -> Room:
+    """What the share of the device leaves after all that is on it and `reserve` for activations of each rank."""
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - (1 - utilization) * total) // num_ranks - reserve
+    share = 1.0 if config.cache.kv_cache_memory_bytes is not None else config.cache.gpu_memory_utilization
+    source = (
+        f"gpu_memory_utilization {share:g} of {total:,} bytes on {device}, less what is in use, divided by {num_ranks} "
+        f"ranks on it, less {reserve:,} for activations"
+    )
+    return Room(int(free - (1 - share) * total) // num_ranks - reserve, source)
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 
 from moe_serve.base.commands import AllocateKV, Command, Done, LoadModel, Meeting, Reply, StepPlan, WorkerFacts
 from moe_serve.base.config import Config
-from moe_serve.base.errors import EngineError
+from moe_serve.base.errors import ConfigError, EngineError
 from moe_serve.base.model_config import ModelConfig, load_model_config
 from moe_serve.base.progress import Progress
 from moe_serve.model.build import build_model
@@ -19,13 +20,14 @@ from moe_serve.model.context import LayerKV
 from moe_serve.model.decoder import Decoder
 from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.device import choose_device, choose_dtype, rank_on_machine, ranks_on_machine
-from moe_serve.worker.kv_cache import KVShape, blocks_for, cpu_share_bytes, cuda_share_bytes, fitting_blocks
+from moe_serve.worker.kv_cache import KVShape, blocks_for, cpu_room, cuda_room, fitting_blocks
 from moe_serve.worker.loader import load_weights
 from moe_serve.worker.runner import Runner, rehearse
 
 COLLECTIVE_SECONDS = 300.0
 """Least patience of a collective. Ranks load at different speeds; a slow step is the coordinator's to notice."""
 REHEARSAL_MARGIN = 1.1
+log = logging.getLogger(__name__)
 
 
 class Worker:
@@ -59,9 +61,13 @@ class Worker:
             raise
         except RuntimeError as error:
             # torch has no narrower class: out of memory, a kernel that fails, a broken connection.
-            raise EngineError(
-                f"{self._topology.describe(self._rank)} failed in phase {self._progress.phase!r}: {error}"
-            ) from error
+            where = f"{self._topology.describe(self._rank)} failed in phase {self._progress.phase!r}"
+            if not isinstance(command, StepPlan) and _is_out_of_memory(error):
+                raise ConfigError(
+                    f"{where}, out of memory: {error}; lower --kv-cache-memory-bytes, --gpu-memory-utilization, "
+                    "--max-num-batched-tokens or --max-num-seqs, or spread the model over more ranks"
+                ) from error
+            raise EngineError(f"{where}: {error}") from error
 
     def close(self) -> None:
         """Release the model and leave the groups. Safe to call twice."""
@@ -93,7 +99,7 @@ class Worker:
         with self._phase("build model"):
             decoder = build_model(model_config, parallel, self._rank, self._groups, dtype=dtype, device=device)
         with self._phase("load weights"):
-            loaded = load_weights(decoder, folder, load_format=config.model.load_format)
+            loaded = load_weights(decoder, folder, load_format=config.model.load_format, show_progress=self._rank == 0)
         self._decoder = decoder
         shape = self._kv_shape(decoder)
         with self._phase("measure memory"):
@@ -120,17 +126,24 @@ class Worker:
 
     def _fitting_blocks(self, decoder: Decoder, shape: KVShape, model_config: ModelConfig) -> int:
         max_model_len = self._config.model.max_model_len or model_config.max_position_embeddings
-        utilization = self._config.cache.gpu_memory_utilization
         ranks = ranks_on_machine(self._config)
-        if self._config.cache.kv_cache_memory_bytes is not None:
-            available = 0  # not asked
-        elif decoder.device.type == "cpu":
-            available = cpu_share_bytes(utilization, ranks)
+        if decoder.device.type == "cpu":
+            room = cpu_room(self._config, ranks)
         else:
             reserve = self._rehearse(decoder, shape, max_model_len)
             sharing = -(-ranks // torch.cuda.device_count())
-            available = cuda_share_bytes(utilization, decoder.device, num_ranks=sharing, reserve=reserve)
-        return fitting_blocks(shape, self._config, max_model_len=max_model_len, available_bytes=available)
+            room = cuda_room(self._config, decoder.device, num_ranks=sharing, reserve=reserve)
+        blocks = fitting_blocks(shape, self._config, max_model_len=max_model_len, room=room)
+        if self._rank == 0:
+            log.info(
+                "KV cache of each rank: at most %d blocks, %.1f MiB; room for %.1f MiB (%s%s)",
+                blocks,
+                blocks * shape.block_bytes / 2**20,
+                room.num_bytes / 2**20,
+                room.source,
+                "" if room.cap is None else f", capped at {room.cap / 2**20:g} MiB",
+            )
+        return blocks
 
     def _rehearse(self, decoder: Decoder, shape: KVShape, max_model_len: int) -> int:
         """Bytes that activations of the largest step take on a CUDA device."""
@@ -175,3 +188,7 @@ class Worker:
         started = time.perf_counter()
         yield
         self._seconds[name] = round(time.perf_counter() - started, 3)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

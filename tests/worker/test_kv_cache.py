@@ -8,7 +8,7 @@ import torch
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.worker.device import choose_device, choose_dtype
-from moe_serve.worker.kv_cache import CPU_CAP_BYTES, KVShape, available_memory, cpu_share_bytes, fitting_blocks
+from moe_serve.worker.kv_cache import CPU_CAP_BYTES, KVShape, Room, available_memory, cpu_room, fitting_blocks
 
 SHAPE = KVShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=16, dtype=torch.float32)
 
@@ -34,35 +34,54 @@ def test_a_block_holds_keys_and_values_of_all_layers():
     assert sum(layer.k_NGd.nbytes + layer.v_NGd.nbytes for layer in kv) == 5 * SHAPE.block_bytes
 
 
-def test_available_bytes_are_filled_with_whole_blocks():
-    assert fitting_blocks(SHAPE, Config(), max_model_len=32, available_bytes=10 * SHAPE.block_bytes + 1) == 10
+def blocks_in(num_bytes, max_model_len=32, cap=None, **options):
+    room = Room(num_bytes, "so they say", cap)
+    return fitting_blocks(SHAPE, Config.from_flat(options), max_model_len=max_model_len, room=room)
+
+
+def test_the_room_is_filled_with_whole_blocks():
+    assert blocks_in(10 * SHAPE.block_bytes + 1) == 10
 
 
 def test_no_more_blocks_than_all_sequences_at_full_length_need():
-    config = Config.from_flat({"max_num_seqs": 3})
-    assert fitting_blocks(SHAPE, config, max_model_len=33, available_bytes=2**40) == 9
+    assert blocks_in(2**40, max_model_len=33, max_num_seqs=3) == 9
 
 
-def test_asked_bytes_count_instead_of_the_available_ones():
-    config = Config.from_flat({"kv_cache_memory_bytes": 4 * SHAPE.block_bytes})
-    assert fitting_blocks(SHAPE, config, max_model_len=32, available_bytes=0) == 4
+def test_asked_bytes_count_instead_of_the_share():
+    assert blocks_in(2**40, kv_cache_memory_bytes=4 * SHAPE.block_bytes, cap=1) == 4
+
+
+def test_asked_bytes_that_are_not_there_are_refused():
+    with pytest.raises(ConfigError, match=r"kv_cache_memory_bytes .* is more than .*\(so they say\)"):
+        blocks_in(3 * SHAPE.block_bytes, kv_cache_memory_bytes=4 * SHAPE.block_bytes)
+
+
+def test_the_cap_holds_but_one_sequence_may_exceed_it():
+    assert blocks_in(2**40, cap=5 * SHAPE.block_bytes) == 5
+    assert blocks_in(2**40, cap=1) == 2
 
 
 @pytest.mark.parametrize(
     ("options", "source"),
-    [({"kv_cache_memory_bytes": 1000}, "kv_cache_memory_bytes is 1,000"), ({}, "gpu_memory_utilization 0.9")],
+    [({"kv_cache_memory_bytes": 1000}, "kv_cache_memory_bytes is 1,000"), ({}, r"there are 1,000 \(so they say\)")],
 )
 def test_too_little_for_one_sequence_says_how_much_is_needed_and_what_to_change(options, source):
     with pytest.raises(ConfigError, match=source) as caught:
-        fitting_blocks(SHAPE, Config.from_flat(options), max_model_len=33, available_bytes=1000)
+        blocks_in(1000, max_model_len=33, **options)
     assert f"{3 * SHAPE.block_bytes:,}" in str(caught.value)
     for option in ("--kv-cache-memory-bytes", "--max-model-len", "33"):
         assert option in str(caught.value)
 
 
 def test_ranks_of_a_machine_share_what_is_available(machine):
-    assert cpu_share_bytes(0.5, 4, machine) == 2**30
-    assert cpu_share_bytes(0.9, 1, machine) == CPU_CAP_BYTES
+    room = cpu_room(Config.from_flat({"gpu_memory_utilization": 0.5}), 4, machine)
+    assert (room.num_bytes, room.cap) == (2**30, CPU_CAP_BYTES)
+    assert "0.5 of 8,589,934,592 bytes available now, divided by 4" in room.source
+
+
+def test_given_bytes_are_held_against_all_that_is_available(machine):
+    room = cpu_room(Config.from_flat({"kv_cache_memory_bytes": 1}), 4, machine)
+    assert (room.num_bytes, room.cap) == (2**31, None)
 
 
 def test_a_control_group_above_this_process_limits_it(machine):
