@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets
 import shlex
 import signal
 import subprocess
@@ -18,20 +20,27 @@ from typing import Any
 import httpx
 import psutil
 
+from moe_serve.launch import TOKEN_ENVIRONMENT
+
 READY_SECONDS = 90.0
 END_SECONDS = 20.0
+COMMAND = (sys.executable, "-m", "moe_serve")
 
 
 class Server:
-    """`base_url` once ready. `log()` is all it has written so far (standard output and error together)."""
+    """`base_url` once ready. `log()` is all it has written so far (standard output and error together).
+
+    Its world's token is in the environment of all its processes, so that they are found whoever their parent is.
+    """
 
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self._file = tempfile.NamedTemporaryFile(prefix="moe-serve-", suffix=".log")  # noqa: SIM115 - closed in end()
+        self.token = secrets.token_hex(16)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moe_serve", "serve", *arguments, "--port", "0"],
+            [*COMMAND, "serve", *arguments, *(() if "--port" in arguments else ("--port", "0"))],
             stdout=self._file,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**(os.environ if environment is None else environment), TOKEN_ENVIRONMENT: self.token},
             start_new_session=True,
         )
         self.base_url = ""
@@ -58,6 +67,9 @@ class Server:
     def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(self.base_url + path, timeout=30, **options)
 
+    def post(self, path: str, body: object, headers: dict[str, str] | None = None) -> httpx.Response:
+        return httpx.post(self.base_url + path, json=body, headers=headers, timeout=120)
+
     def complete(self, prompt: str | list[int], **fields: Any) -> dict[str, Any]:
         """The body of a completion; greedy unless told otherwise."""
         body = {"prompt": prompt, "temperature": 0, **fields}
@@ -76,21 +88,28 @@ class Server:
                     yield json.loads(line.removeprefix("data: "))
 
     def family(self) -> list[psutil.Process]:
-        """Every living process that carries this server's world token: launcher, API server, engines, workers."""
-        own = psutil.Process(self.process.pid)
-        family = [own, *own.children(recursive=True)]
-        return [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        """Every living process that was started for this world: launcher, API server, engines, workers."""
+        return [process for process in psutil.process_iter() if self._owns(process)]
 
     def member(self, module: str, **fields: int) -> psutil.Process:
-        """The process that runs `module` (for example "engine.process") with these values in its invitation."""
+        """The process that runs `module` (for example "engine.process") with these values in what it was told."""
         for process in self.family():
             if f"moe_serve.{module}" in process.cmdline():
-                told = json.loads(
-                    process.environ()[{"worker.process": "MOE_SERVE_WORKER"}.get(module, "MOE_SERVE_MEMBER")]
-                )
+                environment = process.environ()
+                told: dict[str, Any] = {}
+                for name in ("MOE_SERVE_MEMBER", "MOE_SERVE_WORKER"):  # a worker inherits its engine's
+                    told |= json.loads(environment.get(name, "{}"))
                 if all(told[name] == value for name, value in fields.items()):
                     return process
         raise AssertionError(f"no process {module} {fields}")
+
+    def wait_gone(self, seconds: float) -> list[psutil.Process]:
+        """Until no process of the family lives, at most so long; those that are left."""
+        deadline = time.monotonic() + seconds
+        while (left := self.family()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            self.process.poll()
+        return left
 
     def terminate(self, seconds: float = END_SECONDS) -> int:
         """SIGTERM; the exit code."""
@@ -99,7 +118,6 @@ class Server:
 
     def end(self) -> None:
         """Whatever happened before: no process of this server stays."""
-        family = self.family() if self.process.poll() is None else []
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -107,10 +125,15 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        for process in family:
-            if process.is_running():
-                process.kill()
+        for process in self.family():
+            process.kill()
         self._file.close()
+
+    def _owns(self, process: psutil.Process) -> bool:
+        try:
+            return bool(process.environ().get(TOKEN_ENVIRONMENT) == self.token)
+        except (psutil.Error, OSError):  # gone meanwhile, a zombie, or not ours to look at
+            return False
 
 
 @contextmanager
