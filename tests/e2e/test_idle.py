@@ -1,0 +1,71 @@
+"""Data-parallel ranks fall asleep together, cost nothing then, and wake at once; bursts and gaps never strand one."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.letters import write_letters
+from tests.support.server import Server, serving
+from tests.support.tiny_model import tiny_model
+
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+
+BURSTS = 200
+WATCH_SECONDS = 4.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model")
+    tiny_model(made, "qwen3_moe", seed=5)
+    write_letters(made, 131)
+    return made
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["dp2", "dp4"])
+def server(request: pytest.FixtureRequest, folder: Path) -> Iterator[Server]:
+    with serving(str(folder), "--dtype", "float32", "-dp", str(request.param), "-ep") as running:
+        yield running
+
+
+def one_token(server: Server) -> float:
+    """Seconds until a one-token answer is here."""
+    started = time.perf_counter()
+    server.complete([7, 8, 9], max_tokens=1)
+    return time.perf_counter() - started
+
+
+def test_random_bursts_with_gaps_strand_no_rank(server: Server) -> None:
+    numbers = random.Random(17)
+    with ThreadPoolExecutor(6) as pool:
+        for burst in range(BURSTS):
+            lengths = [numbers.randint(1, 4) for _ in range(numbers.randint(1, 6))]
+            answers = pool.map(lambda n: server.complete([5, 6, 7], max_tokens=n, ignore_eos=True), lengths, timeout=20)
+            counts = [answer["usage"]["completion_tokens"] for answer in answers]
+            assert counts == lengths, f"burst {burst}"
+            time.sleep(numbers.choice([0, 0, 0.001, 0.003, 0.01, 0.03]))
+
+
+def test_a_sleeping_world_uses_under_three_percent_of_a_core(server: Server) -> None:
+    one_token(server)
+    time.sleep(1)
+    family = server.family()
+    started, before = time.perf_counter(), sum(sum(process.cpu_times()[:2]) for process in family)
+    time.sleep(WATCH_SECONDS)
+    used = sum(sum(process.cpu_times()[:2]) for process in family) - before
+    assert used / (time.perf_counter() - started) < 0.03
+
+
+def test_waking_costs_under_a_tenth_of_a_second(server: Server) -> None:
+    asleep = []
+    for _ in range(9):
+        time.sleep(0.3)
+        asleep.append(one_token(server))
+    assert statistics.median(asleep) < 0.1
