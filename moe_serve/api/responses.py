@@ -18,6 +18,7 @@ from moe_serve.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = [(end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\u0085\u2028\u2029"]
 log = logging.getLogger(__name__)
 
 
@@ -198,7 +199,11 @@ async def event_stream(answer: Answer, form: Form, *, include_usage: bool) -> As
 
 
 def event(value: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    """One server-sent event. Characters that some clients take for the end of a line are written as escapes."""
+    encoded = msgspec.json.encode(value)
+    for character, escape in _LINE_ENDS:
+        encoded = encoded.replace(character, escape)
+    return b"data: " + encoded + b"\n\n"
 
 
 def usage(choices: Sequence[Choice]) -> Json:
