@@ -242,11 +242,21 @@ class CacheSection(Section):
 
 class SchedulerSection(Section):
     max_num_seqs: Size = 128
-    """Most requests in one step of an engine."""
+    """Most requests in one step of an engine; unless given, not more than max_num_batched_tokens."""
     max_num_batched_tokens: Size = 2048
     """Most tokens in one step of an engine; longer prompts are cut into chunks."""
     step_timeout_seconds: float = Field(60, gt=0)
     """A step that takes longer ends the server with a message that says which rank it waited for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_max_num_seqs(cls, values: object) -> object:
+        """A small --max-num-batched-tokens alone must not clash with the default of --max-num-seqs."""
+        if not isinstance(values, dict) or "max_num_seqs" in values:
+            return values
+        limit = str(values.get("max_num_batched_tokens", ""))
+        default: int = cls.model_fields["max_num_seqs"].default
+        return values | {"max_num_seqs": min(default, int(limit))} if limit.isdecimal() and int(limit) else values
 
 
 class ServerSection(Section):
