@@ -1,4 +1,4 @@
-"""Train the default model from nothing: `python -m bench.train_default_model`. Interrupted, it goes on when called again.
+"""Train the default model from nothing: `python -m bench.train_default_model`. Called again, it goes on.
 
 About two hours on two CPU cores (`--minutes`); with `--device cuda` minutes. `echo 10 > FOLDER/finish` ends it early.
 """
@@ -79,9 +79,7 @@ def write_facts(path: Path, streams: object, sizes: dict[str, int], training: ob
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path("~/.cache/moe-serve/train").expanduser()
-    parser.add_argument(
-        "--folder", type=Path, default=cache, help="packages, checkpoint and log (default: %(default)s)"
-    )
+    parser.add_argument("--folder", type=Path, default=cache, help="packages, checkpoint, log (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where the finished model goes (default: FOLDER/model)")
     parser.add_argument("--minutes", type=float, default=110, help="time to train (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")

@@ -47,8 +47,23 @@ class Attention(nn.Module):
         v = self.v_proj(x_BTD).view(heads).transpose(1, 2)
         groups = self.sizes.heads // self.sizes.kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = attended(q, k, v)
         return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+
+
+def attended(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
+    """Causal attention; written out for short windows, where that is faster on a CPU than torch's own."""
+    length = q_BHTK.shape[2]
+    if length > 1024 or q_BHTK.is_cuda:
+        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+    mask = torch.full((length, length), float("-inf")).triu(1)
+    scores = torch.baddbmm(
+        mask.expand(len(q_BHTK) * q_BHTK.shape[1], -1, -1).to(q_BHTK.dtype),
+        q_BHTK.flatten(0, 1),
+        k_BHTK.flatten(0, 1).mT,
+        alpha=q_BHTK.shape[-1] ** -0.5,
+    )
+    return (scores.softmax(-1) @ v_BHTK.flatten(0, 1)).view_as(q_BHTK)
 
 
 def rotated(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -75,23 +90,43 @@ class Experts(nn.Module):
         probs_NE = self.gate(x_ND).softmax(-1)
         weights_NK, chosen_NK = probs_NE.topk(self.sizes.top_k, dim=-1)
         weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
-        order = chosen_NK.flatten().argsort(stable=True)
         counts = chosen_NK.flatten().bincount(minlength=self.sizes.experts)
         if self.training:
             self.usage.lerp_(counts / counts.sum(), 0.05)
         balance = self.sizes.experts * (self.usage.clone() * probs_NE.mean(0)).sum()
-        source = order // self.sizes.top_k
-        out = grouped_mlp(x_ND.index_select(0, source), self.gate_up, self.down, counts)
-        out = out * weights_NK.flatten()[order, None]
-        return torch.zeros_like(x_ND).index_add(0, source, out.to(x_ND.dtype)), balance
+        rows, padded = padded_order(chosen_NK.flatten(), counts)
+        device = x_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+        source = rows // self.sizes.top_k
+        x = F.pad(x_ND.to(dtype), (0, 0, 0, 1)).index_select(0, source)
+        out = grouped_mlp(x, self.gate_up.to(dtype), self.down.to(dtype), padded)
+        out = out * F.pad(weights_NK.flatten(), (0, self.sizes.top_k))[rows, None].to(dtype)
+        # Summed per token through the inverse order: an addition of rows by index would be slow and, in bf16, rough.
+        place = torch.empty(weights_NK.numel() + self.sizes.top_k, dtype=torch.long, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        picked = out.index_select(0, place[: weights_NK.numel()])
+        return picked.view(*chosen_NK.shape, -1).float().sum(1), balance
 
 
-def grouped_mlp(x: Tensor, gate_up: Tensor, down: Tensor, counts: Tensor) -> Tensor:
+def padded_order(chosen: Tensor, counts: Tensor, multiple: int = 32) -> tuple[Tensor, list[int]]:
+    """Indices into `chosen` sorted by expert, each expert's filled up to a multiple with len(chosen), and the sizes.
+
+    Few different sizes: libraries that compile a matrix product per shape then find it in their cache.
+    """
+    padded = (counts + multiple - 1) // multiple * multiple
+    ends = padded.cumsum(0)
+    order = chosen.argsort(stable=True)
+    shift = (ends - padded) - (counts.cumsum(0) - counts)
+    rows = torch.full((int(ends[-1]),), len(chosen), dtype=torch.long, device=chosen.device)
+    rows[torch.arange(len(order), device=order.device) + shift[chosen[order]]] = order
+    return rows, padded.tolist()
+
+
+def grouped_mlp(x: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
     """Rows of `x` sorted by expert, `counts` of them for each."""
     parts = []
-    for rows, first, second in zip(
-        x.split(counts.tolist()), gate_up.flatten(1, 2).unbind(), down.unbind(), strict=True
-    ):
+    per_expert = zip(x.split(counts), gate_up.flatten(1, 2).unbind(), down.unbind(), strict=True)
+    for rows, first, second in per_expert:
         gate, up = (rows @ first.T).chunk(2, dim=-1)
         parts.append((F.silu(gate) * up) @ second.T)
     return torch.cat(parts)

@@ -99,7 +99,7 @@ class Batches:
         row: list[int] = []
         while len(row) < length:
             row.append(self._marks[END_OF_TEXT])
-            for turn in range(self._random.choice((1, 1, 1, 2))):
+            for _ in range(self._random.choice((1, 1, 1, 2))):
                 text = self._passage(domain)
                 cut = self._random.randint(2, max(3, len(text) // 4))
                 row += [self._marks[TURN_START], *self._user, *text[:cut], self._marks[TURN_END], *self._break]

@@ -84,8 +84,9 @@ class Trainer:
 
     def _gradients(self, tokens: Tensor, share: float) -> tuple[float, tuple[Tensor, ...]]:
         tokens = tokens.to(self.device)
-        logits, balance = self.model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) * share
+        with self._precision():
+            logits, balance = self.model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()) * share
         return float(loss.detach()), torch.autograd.grad(loss + BALANCE * share * balance, self.params)
 
     def _optimize(self) -> None:
@@ -109,9 +110,14 @@ class Trainer:
         return result
 
     def _loss(self, tokens: Tensor) -> float:
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             tokens = tokens.to(self.device)
-            return float(F.cross_entropy(self.model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten()))
+            logits = self.model(tokens[:, :-1])[0]
+            return float(F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()))
+
+    def _precision(self) -> torch.autocast:
+        """Matrix products in bfloat16, weights and the rest in float32. No cache: the threads would share it."""
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, cache_enabled=False)
 
     def _note(self, **values: object) -> None:
         entry = {"step": self.step, "tokens": self.step * TOKENS_PER_BATCH, "minutes": self.schedule.spent_s / 60}
