@@ -15,17 +15,15 @@ import os
 import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.log import setup_logging
-from moe_serve.base.member import MemberSpec, threads_per_rank
+from moe_serve.base.member import MemberSpec, started_with, threads_per_rank
 from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.control.coordinator import Coordinator
@@ -33,7 +31,10 @@ from moe_serve.control.fleet import Fleet
 from moe_serve.resolve import resolve
 
 STOP_SECONDS = 3.0
+CONNECT_SECONDS = 1.0
+"""The coordinator listens before it starts a child: one that cannot reach it is an orphan."""
 WATCH_SECONDS = 0.1
+FATE_SECONDS = 0.3
 REMIND_SECONDS = 15.0
 START_SECONDS = 1800.0
 TOKEN_ENVIRONMENT = "MOE_SERVE_WORLD_TOKEN"
@@ -105,23 +106,25 @@ class World:
         return self.ended
 
     async def close(self) -> None:
-        """Give the children a few seconds to end, then end them."""
+        """Give the processes of this world a few seconds to end, then end them."""
         deadline = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < deadline and any(child.process.poll() is None for child in self.children):
-            await asyncio.sleep(0.02)
+        while time.monotonic() < deadline and self._is_somebody_left():
+            await asyncio.sleep(0.05)
         self.kill()
         await self.coordinator.close()
 
     def kill(self) -> None:
-        """End what is left at once, workers that their engine could not end included."""
+        """End what is left of this world on this machine at once, workers that have not joined yet included."""
         for child in self.children:
             if child.process.poll() is None:
                 child.process.kill()
                 child.process.wait()
-        for member in self.coordinator.fleet.members.values():
-            if member.hello.host == socket.gethostname() and _carries(member.hello.pid, self.token):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(member.hello.pid, signal.SIGKILL)
+        for pid in started_with(self.token):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _is_somebody_left(self) -> bool:
+        return any(child.process.poll() is None for child in self.children) or bool(started_with(self.token))
 
     def _start_child(self, name: str, module: str, *, dp: int = -1) -> None:
         spec = MemberSpec(
@@ -131,6 +134,7 @@ class World:
             config=self.config.to_json(),
             dp=dp,
             threads=threads_per_rank(self.config.parallel.world_size_across_dp),
+            connect_seconds=CONNECT_SECONDS,
         )
         # A session of its own: Ctrl-C in the terminal reaches the launcher only, which then drains.
         process = subprocess.Popen(
@@ -153,8 +157,11 @@ class World:
                     await asyncio.wait_for(self.coordinator.ended.wait(), 0.3)
                 self.coordinator.end(Stop(f"{child.name} (pid {child.process.pid}) {_ending(code)}", 1))
 
-    def fates(self) -> str:
-        """How children ended that did not end well, for the last message."""
+    async def fates(self) -> str:
+        """Which children were killed, and by which signal; a death is known a moment before its signal."""
+        deadline = time.monotonic() + FATE_SECONDS
+        while time.monotonic() < deadline and all(child.process.poll() is None for child in self.children):
+            await asyncio.sleep(0.02)
         ended = [(child, child.process.poll()) for child in self.children]
         return "; ".join(
             f"{child.name} (pid {child.process.pid}) {_ending(code)}"
@@ -184,14 +191,16 @@ async def _serve(config: Config, model: ModelConfig) -> int:
         if world.ended is None:
             print(ready_line(config, world.coordinator.fleet.front_door()), flush=True)
         stop = await world.until_ended()
+        if stop.code == 1:
+            fates = await world.fates()
+            log.error("%s%s", stop.reason, f" [{fates}]" if fates and fates not in stop.reason else "")
+        elif stop.code:
+            log.error("%s", stop.reason)
+        else:
+            log.info("stopped: %s", stop.reason)
+        return stop.code
     finally:
         await world.close()
-    if stop.code:
-        fates = world.fates()
-        log.error("%s%s", stop.reason, f" [{fates}]" if fates and fates not in stop.reason else "")
-    else:
-        log.info("stopped: %s", stop.reason)
-    return stop.code
 
 
 def _on_signals(world: World) -> None:
@@ -246,12 +255,3 @@ def ready_line(config: Config, address: str) -> str:
 
 def _ending(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-
-
-def _carries(pid: int, token: str) -> bool:
-    """Whether a process of this machine was started for this world: never end a stranger that has its number."""
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False
-    return token.encode() in environment

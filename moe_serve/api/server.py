@@ -27,6 +27,8 @@ from moe_serve.engine.client import EngineClient
 from moe_serve.text.tokenizer import Tokenizer
 
 FAREWELL_SECONDS = 1.5
+LINGER_SECONDS = 1.0
+"""After a failure /readyz says 503 for so long, so that who routes requests here can notice."""
 POLL_SECONDS = 0.05
 log = logging.getLogger("moe_serve.api.server")  # run as __main__, which is no child of moe_serve
 
@@ -49,6 +51,7 @@ class ApiServer:
                 loop.call_soon_threadsafe(self._orders.put_nowait, message)
 
         def orphaned(why: str) -> None:
+            log.error("%s; this API server ends", why)
             loop.call_soon_threadsafe(self._orders.put_nowait, Stop(why, 1))
 
         spec = self._spec
@@ -142,13 +145,11 @@ class ApiServer:
 
     async def _end(self, order: Stop) -> int:
         """End open streams with an error event and give them a moment to be written."""
-        if order.code:
-            log.error("ending: %s", order.reason)
+        served, started = self._engines.ready, time.monotonic()
         self._engines.fail(order.reason if order.code else "the server is shutting down")
-        deadline = time.monotonic() + FAREWELL_SECONDS
-        while self._engines.num_unfinished and time.monotonic() < deadline:
+        await asyncio.sleep(LINGER_SECONDS if order.code and served else POLL_SECONDS)
+        while self._engines.num_unfinished and time.monotonic() - started < FAREWELL_SECONDS:
             await asyncio.sleep(POLL_SECONDS)
-        await asyncio.sleep(POLL_SECONDS)
         return order.code
 
 

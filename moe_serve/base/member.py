@@ -7,6 +7,7 @@ launcher on this machine, a pod or a Ray actor can start a member alike.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import msgspec
 
@@ -36,6 +37,28 @@ class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def load_config(self) -> Config:
         return Config.model_validate_json(self.config)
+
+
+def started_with(part: str) -> list[int]:
+    """Process ids of this machine, but for this one, whose MemberSpec contains `part`: a world's token, or all of it.
+
+    Told by the environment, which children of a member inherit: whatever a number was reused for is left alone.
+    """
+    return [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if int(folder.name) != os.getpid() and part in _member_spec(folder)
+    ]
+
+
+def _member_spec(folder: Path) -> str:
+    """The MemberSpec in the environment of a process, given by its folder in /proc; "" if there is none."""
+    try:
+        environment = (folder / "environ").read_bytes()
+    except OSError:  # gone meanwhile, or somebody else's
+        return ""
+    start = f"{ENVIRONMENT}=".encode()
+    return next((entry.decode() for entry in environment.split(b"\0") if entry.startswith(start)), "")
 
 
 def thread_environment(threads: int) -> dict[str, str]:

@@ -86,6 +86,8 @@ class Coordinator:
         except (OSError, TimeoutError, msgspec.MsgspecError) as error:
             if self.fleet.ended is None:
                 log.warning("dropped a connection from %s: %s", writer.get_extra_info("peername"), error)
+        except asyncio.CancelledError:
+            return  # the loop ends; asyncio would report a cancelled handler as an error
         finally:
             self._writers.pop(member, None)
             self._send(self.fleet.lost(member, time.monotonic()))
@@ -94,7 +96,7 @@ class Coordinator:
     def _send(self, sends: list[Send]) -> None:
         for send in sends:
             writer = self._writers.get(send.member)
-            if writer is not None:
+            if writer is not None and not writer.is_closing():
                 with contextlib.suppress(OSError, RuntimeError):
                     writer.write(frame(send.message))
                     if send.close:

@@ -32,6 +32,10 @@ from moe_serve.base.messages import (
 from moe_serve.base.topology import Topology
 
 SILENCE_SECONDS = 7.0
+OWN_GAP_SECONDS = 8.0
+"""A coordinator that was stopped for so long itself has been given up by all members."""
+QUIET_SECONDS = 1.8
+"""Beats come every second: when a step is slow, whoever has been quiet for so long is the first to suspect."""
 PEER_GRACE_SECONDS = 2.0
 RESTING = ("asleep",)
 WAITING = ("vote", "dispatch", "combine", "all-reduce", "gather", "reply")
@@ -65,6 +69,17 @@ class Member:
     def key(self) -> tuple[str, int, int]:
         return self.hello.role, self.hello.dp, self.hello.tp
 
+    @property
+    def last_seen(self) -> str:
+        return "" if self.hello.role == "api" else f"; last seen in step {self.step}, phase {self.phase!r}"
+
+    def is_quiet(self, now: float) -> bool:
+        return now - self.heard > QUIET_SECONDS
+
+    def in_phase(self, now: float, begin: float) -> float:
+        """Seconds in its phase since `begin` as it last said itself; while it is quiet they go on."""
+        return (now if self.is_quiet(now) else self.heard) - max(self.since, begin)
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -89,10 +104,14 @@ class Fleet:
     ready: bool = False
     ended: Stop | None = None
     _store: StoreAt | None = None
+    _ready_since: float = 0.0
     _suspicion: tuple[float, str] | None = None
+    _now: float | None = None
+    _own_gap: str = ""
 
     def hear(self, member: int, message: FromMember, now: float) -> list[Send]:
         """A record from a connection; the first one of each must be a Hello with the world's token."""
+        self._pass_time(now)
         if isinstance(message, Hello):
             return self._hello(member, message, now)
         known = self.members.get(member)
@@ -108,7 +127,7 @@ class Fleet:
                 return [Send(other, message) for other in self._role("engine") if other != member]
             case Ready():
                 known.ready, known.note = True, message.note
-                return self._ready()
+                return self._ready(now)
             case Wake():
                 return [Send(other, message) for other in self._role("engine") if other != member]
             case Leaving():
@@ -119,21 +138,23 @@ class Fleet:
 
     def lost(self, member: int, now: float) -> list[Send]:
         """A connection closed."""
+        self._pass_time(now)
         known = self.members.pop(member, None)
         if known is None or known.leaving or self.ended is not None:
             return []
-        return self.end(Stop(f"{known.name} died; last seen in step {known.step}, phase {known.phase!r}", 1))
+        return self.end(Stop(self._own_gap or f"{known.name} died{known.last_seen}", 1))
 
     def tick(self, now: float) -> list[Send]:
         """Look for silence and for steps that take too long; call it about twice a second."""
+        self._pass_time(now)
         if self._suspicion is not None and now >= self._suspicion[0]:
             return self.end(Stop(self._suspicion[1], 1))
         for known in self.members.values():
             if not known.leaving and now - known.heard > SILENCE_SECONDS:
                 return self.end(
                     Stop(
-                        f"{known.name} has not been heard for {now - known.heard:.0f} s (is it stopped?); "
-                        f"last seen in step {known.step}, phase {known.phase!r}",
+                        f"{known.name} has not been heard for {now - known.heard:.0f} s (is it stopped?)"
+                        f"{known.last_seen}",
                         1,
                     )
                 )
@@ -169,6 +190,16 @@ class Fleet:
     def front_door(self) -> str:
         """Where the first API server says it listens, as host:port."""
         return next((known.note for known in self.members.values() if known.hello.role == "api"), "")
+
+    def _pass_time(self, now: float) -> None:
+        """Nobody else is to blame for seconds in which this process was stopped itself."""
+        gap = 0.0 if self._now is None else now - self._now
+        self._now = now
+        if gap > OWN_GAP_SECONDS:
+            self._own_gap = f"the coordinator itself was stopped for {gap:.0f} s, and the others gave it up"
+        if gap > QUIET_SECONDS:
+            for known in self.members.values():
+                known.heard += gap
 
     def _expected(self) -> list[tuple[str, int, int]]:
         ranks = self.topology
@@ -207,10 +238,10 @@ class Fleet:
             return [Send(engine, Frontends(addresses)) for engine in self._role("engine")]
         return []
 
-    def _ready(self) -> list[Send]:
+    def _ready(self, now: float) -> list[Send]:
         if self.ready or self.missing():
             return []
-        self.ready = True
+        self.ready, self._ready_since = True, now
         return [Send(member, WorldReady()) for member in self.members]
 
     def _failure(self, known: Member, failure: Failure, now: float) -> list[Send]:
@@ -225,23 +256,25 @@ class Fleet:
     def _slow_step(self, now: float) -> list[Send]:
         if not self.ready:
             return []
+        limit = self.step_timeout_seconds
         ranks = [known for known in self.members.values() if known.hello.role != "api" and not known.leaving]
         awake = [known for known in ranks if known.phase not in RESTING]
-        slow = [known for known in awake if now - known.since > self.step_timeout_seconds]
+        slow = [known for known in awake if known.in_phase(now, self._ready_since) > limit]
         if not slow:
             return []
         last = max(known.step for known in slow)
         behind = [known for known in ranks if known.step < last and known.hello.role == "engine"]
         busy = [known for known in slow if not any(word in known.phase for word in WAITING)]
-        culprits = behind or busy or slow
+        quiet = [known for known in ranks if known.is_quiet(now)]
+        culprits = quiet or behind or busy or slow
         named = "; ".join(
-            f"{known.name} is in step {known.step}, phase {known.phase!r}, since {now - known.since:.0f} s"
+            f"{known.name} is in step {known.step}, phase {known.phase!r}, since "
+            f"{known.in_phase(now, self._ready_since):.0f} s"
             for known in culprits
         )
         return self.end(
             Stop(
-                f"step {last} has taken longer than step_timeout_seconds ({self.step_timeout_seconds:g} s); "
-                f"it waits for: {named}",
+                f"step {last} has taken longer than step_timeout_seconds ({limit:g} s); it waits for: {named}",
                 1,
             )
         )

@@ -6,12 +6,13 @@ One loop thread; the link's and the front-ends' threads only put records into it
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import queue
+import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +21,7 @@ from moe_serve.base.commands import AllocateKV, Meeting, WorkerFacts
 from moe_serve.base.config import ALL2ALL
 from moe_serve.base.errors import ConfigError, EngineDead, EngineError, RankTimeout, RequestError, WorkerDied
 from moe_serve.base.log import setup_logging
-from moe_serve.base.member import MemberSpec
+from moe_serve.base.member import ENVIRONMENT, MemberSpec, started_with
 from moe_serve.base.messages import (
     Abort,
     EngineHello,
@@ -107,12 +108,12 @@ class EngineProcess:
     def _hear(self, message: ToMember) -> None:
         """In the link's thread. Stop cannot wait for the loop, which may sit in a collective that never ends."""
         if isinstance(message, Stop):
-            os._exit(0 if message.code == 0 else 1)
+            _end(0 if message.code == 0 else 1)
         self._inbox.put(message)
 
     def _orphaned(self, why: str) -> None:
         log.error("%s; this engine ends", why)
-        os._exit(1)
+        _end(1)
 
     def _fail(self, failure: Failure, code: int) -> int:
         assert self._link is not None
@@ -274,6 +275,14 @@ class EngineProcess:
                 sockets.send(owner, Events(self._spec.dp, own, report))
 
 
+def _end(code: int) -> NoReturn:
+    """From any thread, at once. Workers would follow by themselves, but not before they have joined."""
+    for pid in started_with(os.environ[ENVIRONMENT]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    os._exit(code)
+
+
 def main() -> int:
     spec = MemberSpec.from_environment()
     setup_logging(f"engine dp={spec.dp}", spec.load_config().server.log_level)
@@ -281,4 +290,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())
