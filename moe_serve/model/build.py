@@ -113,4 +113,10 @@ class _Maker:
         return SharedExpert(config.hidden_size, config.shared_expert_size, dtype=self.dtype, device=self.device)
 
     def _expert_map(self, index: int) -> ExpertMap:
-        return ExpertMap(self.partition.placement, index, self.device)
+        placement = self.partition.placement
+        if placement is None:
+            return ExpertMap(None, None, salt=0)
+        first_E1 = torch.from_numpy(placement.first_replica(index)).unsqueeze(1)
+        shares_E1 = torch.ones(first_E1.shape)
+        salt = 1 + index * placement.num_ranks + self.partition.ep_rank
+        return ExpertMap(first_E1.to(self.device), shares_E1.to(self.device), salt=salt)

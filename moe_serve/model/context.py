@@ -32,12 +32,14 @@ class ForwardContext:
     """`positions_T` int64; `attention` what the attention backend's plan() made; `kv` one per layer of this stage.
 
     `rows_by_ep_rank[i]` rows EP rank i brings to every MoE layer of this step (each engine's tokens cut over its TP
-    ranks by topology.split_range); known to all ranks from the step plan, so sizes need no exchange.
+    ranks by topology.split_range); known to all ranks from the step plan, so sizes need no exchange. `row_hash_T`
+    int64 tells rows apart where experts have several copies (see moe/expert_map.py).
     """
 
     positions_T: Tensor
     attention: object
     kv: tuple[LayerKV, ...]
     rows_by_ep_rank: tuple[int, ...]
+    row_hash_T: Tensor | None = None
     progress: Progress = field(default_factory=Progress)
     clock: StepClock = field(default_factory=StepClock)

@@ -13,7 +13,6 @@ from moe_serve.base.config import ALL2ALL
 from moe_serve.base.placement import Placement, initial_placement
 from moe_serve.base.topology import split_range
 from moe_serve.model.all2all.base import ExpertLayout
-from moe_serve.model.moe.expert_map import ExpertMap
 from moe_serve.model.moe.experts import Experts
 from tests.support.oracle import random_experts
 from tests.support.ranks import Ranks, Seat
@@ -75,6 +74,14 @@ def placement_of(case: Case, ranks: int) -> Placement | None:
     return initial_placement(case.strategy, num_layers=1, num_experts=E, num_ranks=ranks)
 
 
+def slots_of(placement: Placement | None, ids_TK: Tensor) -> Tensor:
+    """Physical slots; a missing expert stays -1."""
+    if placement is None:
+        return ids_TK
+    first_E = torch.from_numpy(placement.first_replica(0))
+    return torch.where(ids_TK < 0, -1, first_E[ids_TK.clamp(min=0)])
+
+
 def experts_of(case: Case, ranks: int, rank: int) -> Experts:
     """This rank's part of the oracle's experts."""
     dense, placement = random_experts(E, D, F, seed=1), placement_of(case, ranks)
@@ -98,7 +105,7 @@ def exchange(seat: Seat, size: int, backend: str, case: Case) -> Tensor:
     layout = ExpertLayout(E, None) if placement is None else ExpertLayout(placement.num_physical, placement.offsets)
     all2all = ALL2ALL.load(backend)(seat.group(size), layout)  # type: ignore[operator]
     x_TD, ids_TK, weights_TK = batch(case, seat.rank)
-    slots_TK = torch.where(ids_TK < 0, -1, ExpertMap(placement, 0, CPU)(ids_TK.clamp(min=0)))
+    slots_TK = slots_of(placement, ids_TK)
     experts = experts_of(case, size, seat.rank)
     routed = all2all.dispatch(x_TD, slots_TK, weights_TK, case.rows_by_rank[:size]).wait()
     assert routed.rows.shape == (int(routed.counts_e.sum()), D)
@@ -119,7 +126,7 @@ def under_placements(seat: Seat, size: int, backend: str) -> list[Tensor]:
         placement = Placement(row[None], (*(split_range(E, size, r).start for r in range(size)), E), E)
         all2all = ALL2ALL.load(backend)(seat.group(size), ExpertLayout(E, placement.offsets))  # type: ignore[operator]
         x_TD, ids_TK, weights_TK = batch(CASES[1], seat.rank)
-        slots_TK = ExpertMap(placement, 0, CPU)(ids_TK)
+        slots_TK = slots_of(placement, ids_TK)
         routed = all2all.dispatch(x_TD, slots_TK, weights_TK, CASES[1].rows_by_rank[:size]).wait()
         scale = torch.from_numpy(placement.logical_of(0, seat.rank)).repeat_interleave(routed.counts_e)
         found.append(all2all.combine(torch.sin(routed.rows) * (scale[:, None] + 0.7), routed).wait())

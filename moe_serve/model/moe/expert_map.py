@@ -1,6 +1,9 @@
 """ExpertMap: logical expert ids -> physical slots, on the device. No other layer knows where experts live.
 
-Shape letters: T rows, K top-k, E logical experts.
+Which copy of an expert a row takes follows from a hash of the row (its request and position, see
+worker/inputs.py), of layer, expert and source rank alone: not from the batch around it.
+
+Shape letters: T rows, K top-k, E logical experts, C most copies of one expert.
 """
 
 from __future__ import annotations
@@ -8,19 +11,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_serve.base.placement import Placement
+_MIX_1, _MIX_2 = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
+"""Odd multipliers of the golden ratio and of splitmix64 (Steele et al. 2014), as signed 64-bit integers."""
 
 
 class ExpertMap(nn.Module):
-    """One layer's map. Without a placement (experts cut by width) a slot is its expert."""
+    """One layer's map of one source rank. Without slots (experts cut by width) a slot is its expert.
 
-    slot_of_E: Tensor | None
+    `slots_EC` int64 (E, C): the slots of an expert's copies. `shares_EC` float32 (E, C): cumulative shares of the rows
+    that take each copy, the last copy's at least 1; places past the last copy repeat it. `salt` is the layer's and the
+    source rank's part of the hash.
+    """
 
-    def __init__(self, placement: Placement | None, layer: int, device: torch.device) -> None:
+    slots_EC: Tensor | None
+    shares_EC: Tensor | None
+
+    def __init__(self, slots_EC: Tensor | None, shares_EC: Tensor | None, *, salt: int) -> None:
         super().__init__()
-        slots = None if placement is None else torch.from_numpy(placement.first_replica(layer)).to(device)
-        self.register_buffer("slot_of_E", slots, persistent=False)
+        self.register_buffer("slots_EC", slots_EC, persistent=False)
+        self.register_buffer("shares_EC", shares_EC, persistent=False)
+        self._salt = salt * _MIX_1 % (1 << 63)
 
-    def forward(self, ids_TK: Tensor) -> Tensor:
-        """Physical slots (T, K) int64."""
-        return ids_TK if self.slot_of_E is None else self.slot_of_E[ids_TK]
+    def forward(self, ids_TK: Tensor, hash_T: Tensor | None) -> Tensor:
+        """Physical slots (T, K) int64 of logical ids (T, K). `hash_T` int64 tells rows apart where there are copies."""
+        if self.slots_EC is None:
+            return ids_TK
+        if self.shares_EC is None or self.shares_EC.shape[1] == 1:
+            return self.slots_EC[ids_TK, 0]
+        assert hash_T is not None, "experts with copies need the rows' hashes"
+        copies_TK = (self._draws(ids_TK, hash_T).unsqueeze(-1) >= self.shares_EC[ids_TK]).sum(dim=-1)
+        return self.slots_EC[ids_TK, copies_TK]
+
+    def update(self, slots_EC: Tensor, shares_EC: Tensor) -> None:
+        """Another placement or other shares, written into the same memory."""
+        assert self.slots_EC is not None, "experts cut by width have no placement"
+        assert self.shares_EC is not None
+        self.slots_EC.copy_(slots_EC)
+        self.shares_EC.copy_(shares_EC)
+
+    def _draws(self, ids_TK: Tensor, hash_T: Tensor) -> Tensor:
+        """(T, K) float32 in [0, 1), as if drawn anew for each row, layer, expert and source rank."""
+        mixed = (hash_T.unsqueeze(1) ^ self._salt) + ids_TK * _MIX_1
+        mixed = (mixed ^ (mixed >> 30)) * _MIX_2
+        mixed = (mixed ^ (mixed >> 27)) * _MIX_1
+        return ((mixed >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)

@@ -43,13 +43,13 @@ class MoELayer(nn.Module):
         """(T, D) -> (T, D). Every rank of the expert-parallel group calls this in step, with or without rows."""
         tp = self.tp_group
         parts = [split_range(x_TD.shape[0], tp.size, rank) for rank in range(tp.size)]
-        mine = parts[tp.rank]
-        out_SD = self._own_rows(x_TD[mine.start : mine.stop], ctx)
+        mine = slice(parts[tp.rank].start, parts[tp.rank].stop)
+        out_SD = self._own_rows(x_TD[mine], mine, ctx)
         return tp.all_gather_ragged(out_SD, [len(part) for part in parts])
 
-    def _own_rows(self, x_SD: Tensor, ctx: ForwardContext) -> Tensor:
+    def _own_rows(self, x_SD: Tensor, mine: slice, ctx: ForwardContext) -> Tensor:
         ids_SK, weights_SK = self.router(x_SD)
-        slots_SK = self.expert_map(ids_SK)
+        slots_SK = self.expert_map(ids_SK, None if ctx.row_hash_T is None else ctx.row_hash_T[mine])
         dispatched = _timed(lambda: self.all2all.dispatch(x_SD, slots_SK, weights_SK, ctx.rows_by_ep_rank), ctx)
         shared_SD = None if self.shared is None else self.shared(x_SD)  # computed while the rows travel
         routed = _timed(dispatched.wait, ctx)
