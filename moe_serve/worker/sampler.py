@@ -8,7 +8,7 @@ Shape letters: S rows that are sampled, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -93,8 +93,7 @@ def _mix(value: int) -> int:
 
 def sample(logits_SV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     """One token per row. `logits_SV` float32 is left as it was."""
-    best_S, chosen_S = logits_SV.max(dim=-1)
-    finite = torch.isfinite(best_S)
+    finite = torch.isfinite(logits_SV.amax(dim=-1))
     if not bool(finite.all()):
         row = int(torch.nonzero(~finite)[0])
         raise EngineError(
@@ -106,7 +105,7 @@ def sample(logits_SV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     if edited:
         edited_SV = logits_SV.clone()
         _edit(edited_SV, states, edited)
-        chosen_S = edited_SV.argmax(dim=-1)
+    chosen_S = _best(edited_SV)
     drawn = [row for row, state in enumerate(states) if not state.params.greedy]
     step = max(1, CHUNK_ELEMENTS // logits_SV.shape[1])
     for start in range(0, len(drawn), step):
@@ -176,61 +175,98 @@ def _penalize(logits_SV: Tensor, states: Sequence[SamplingState], penalized: Seq
 def draw(logits_SV: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """A token per row from its filtered distribution, by the inverse of the summed distribution in vocabulary order."""
     device = logits_SV.device
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
-
     params = [state.params for state in states]
-    best_S1 = logits_SV.amax(dim=-1, keepdim=True)
-    heat_S1 = column([max(p.temperature, MIN_TEMPERATURE) for p in params]).to(torch.float32)
-    weights_SV = torch.exp((logits_SV - best_S1) / heat_S1)
-    if any(p.min_p > 0 for p in params):
-        least_S1 = column([p.min_p for p in params]).to(torch.float32)
-        weights_SV = torch.where(weights_SV >= least_S1, weights_SV, 0)
-    weights_SV = weights_SV.to(torch.float64)
-    ks = [p.top_k if 0 < p.top_k < logits_SV.shape[1] else 0 for p in params]
-    if any(ks):
-        weights_SV = _keep_top_k(logits_SV, weights_SV, ks)
-    if any(p.top_p < 1 for p in params):
-        weights_SV = _keep_top_p(logits_SV, weights_SV, column([p.top_p for p in params]))
-    sums_SV = weights_SV.cumsum(dim=-1)
+    weigh = _weights(logits_SV, params)
+    weights_SV = weigh(logits_SV)
+    if any(p.top_k > 0 or p.top_p < 1 for p in params):
+        limit_S1 = _limits(logits_SV, weights_SV, weigh, params, FIRST_SORTED)
+        weights_SV = torch.where(logits_SV < limit_S1, 0, weights_SV)
+    sums_SV = weights_SV.cumsum(dim=-1, dtype=torch.float64)
     total_S1 = sums_SV[:, -1:]
     # Strictly below the total, or the search could run past the last token.
     aim_S1 = torch.minimum(
-        column([state.uniform() for state in states]) * total_S1,
+        _column([state.uniform() for state in states], torch.float64, device) * total_S1,
         torch.nextafter(total_S1, torch.zeros_like(total_S1)),
     )
     return torch.searchsorted(sums_SV, aim_S1, right=True).squeeze(1)
 
 
-def _keep_top_k(logits_SV: Tensor, weights_SV: Tensor, ks: Sequence[int]) -> Tensor:
-    """Zero the weights of tokens below each row's k-th greatest logit; k = 0 keeps all."""
-    greatest_SM = logits_SV.topk(max(ks), dim=-1).values
-    place_S1 = torch.tensor([max(k, 1) - 1 for k in ks], device=logits_SV.device).unsqueeze(1)
-    limit_S1 = greatest_SM.gather(1, place_S1)
-    limited_S1 = torch.tensor([k > 0 for k in ks], device=logits_SV.device).unsqueeze(1)
-    return torch.where(limited_S1 & (logits_SV < limit_S1), 0, weights_SV)
+def _weights(logits_SV: Tensor, params: Sequence[SamplingParams]) -> Callable[[Tensor], Tensor]:
+    """A function from logits of these rows (any of them, S first) to probabilities relative to each row's best."""
+    device = logits_SV.device
+    best_S1 = logits_SV.amax(dim=-1, keepdim=True)
+    heat_S1 = _column([max(p.temperature, MIN_TEMPERATURE) for p in params], torch.float32, device)
+    filtered = any(p.min_p > 0 for p in params)
+    least_S1 = _column([p.min_p for p in params], torch.float32, device) if filtered else None
+
+    def weigh(logits_SM: Tensor) -> Tensor:
+        weights_SM = logits_SM.sub(best_S1).div_(heat_S1).exp_()
+        return weights_SM if least_S1 is None else torch.where(weights_SM < least_S1, 0, weights_SM)
+
+    return weigh
 
 
-def _keep_top_p(logits_SV: Tensor, weights_SV: Tensor, top_p_S1: Tensor) -> Tensor:
-    """Zero the weights below the logit at which the greatest weights together reach `top_p` of what is left.
+def _limits(
+    logits_SV: Tensor,
+    weights_SV: Tensor,
+    weigh: Callable[[Tensor], Tensor],
+    params: Sequence[SamplingParams],
+    head: int,
+) -> Tensor:
+    """The least logit each row keeps: that of its k-th best token, or the one at which the best reach `top_p`.
 
-    Sorting a whole vocabulary is slow, and the head nearly always holds enough: the full sort is for the rest.
+    top_p counts what top_k and min_p have left. Sorting a whole vocabulary is slow, and its `head` nearly always holds
+    enough: the full sort is for the other rows.
     """
-    need_S1 = top_p_S1 * weights_SV.sum(dim=-1, keepdim=True)
-    limit_S1, reached_S = _limit(logits_SV, weights_SV, need_S1, min(FIRST_SORTED, logits_SV.shape[1]))
-    limit_S1 = torch.where(top_p_S1 < 1, limit_S1, -torch.inf)
-    missed = torch.nonzero(~reached_S & (top_p_S1.squeeze(1) < 1)).squeeze(1)
-    if len(missed):
-        limit_S1[missed] = _limit(logits_SV[missed], weights_SV[missed], need_S1[missed], logits_SV.shape[1])[0]
-    return torch.where(logits_SV < limit_S1, 0, weights_SV)
-
-
-def _limit(logits_SV: Tensor, weights_SV: Tensor, need_S1: Tensor, head: int) -> tuple[Tensor, Tensor]:
-    """The logit at which the `head` greatest reach `need` (the least of them if they do not), and whether they do."""
-    greatest = logits_SV.topk(head, dim=-1)
-    sums_SM = weights_SV.gather(1, greatest.indices).cumsum(dim=-1)
+    device, size = logits_SV.device, logits_SV.shape[1]
+    ks = [min(p.top_k, size) if p.top_k > 0 else size for p in params]
+    longest = max((k for k in ks if k < size), default=1)
+    top_ps = [p.top_p for p in params]
+    if min(top_ps) == 1:
+        return _top_k_limit(_greatest(logits_SV, longest), ks, size)
+    head = min(max(longest, head), size)
+    greatest_SM = _greatest(logits_SV, head)
+    k_limit_S1 = _top_k_limit(greatest_SM, ks, size)
+    left_SV = weights_SV if min(ks) == size else torch.where(logits_SV < k_limit_S1, 0, weights_SV)
+    need_S1 = _column(top_ps, torch.float64, device) * left_SV.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    sums_SM = torch.where(greatest_SM < k_limit_S1, 0, weigh(greatest_SM)).cumsum(dim=-1, dtype=torch.float64)
     place_S1 = torch.searchsorted(sums_SM, need_S1)
+    wanted_S1 = _column([p < 1 for p in top_ps], torch.bool, device)
     reached_S1 = place_S1 < head
-    limit_S1 = greatest.values.gather(1, place_S1.clamp(max=head - 1))
-    return torch.where(reached_S1, limit_S1, -torch.inf), reached_S1.squeeze(1)
+    p_limit_S1 = greatest_SM.gather(1, place_S1.clamp(max=head - 1))
+    limit_S1 = torch.where(wanted_S1 & reached_S1, torch.maximum(p_limit_S1, k_limit_S1), k_limit_S1)
+    missed = torch.nonzero(wanted_S1 & ~reached_S1)[:, 0].tolist() if head < size else []
+    if missed:
+        part_SV, theirs = logits_SV[missed], [params[row] for row in missed]
+        limit_S1[missed] = _limits(part_SV, weights_SV[missed], _weights(part_SV, theirs), theirs, size)
+    return limit_S1
+
+
+def _top_k_limit(greatest_SM: Tensor, ks: Sequence[int], size: int) -> Tensor:
+    """Each row's k-th greatest logit; -inf where k is the whole vocabulary."""
+    device, head = greatest_SM.device, greatest_SM.shape[1]
+    place_S1 = _column([min(k, head) - 1 for k in ks], torch.int64, device)
+    limited_S1 = _column([k < size for k in ks], torch.bool, device)
+    return torch.where(limited_S1, greatest_SM.gather(1, place_S1), -torch.inf)
+
+
+def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(S, 1)."""
+    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+
+
+def _best(logits_SV: Tensor) -> Tensor:
+    """Each row's most likely token. On a CPU by numpy, which is ten times as fast."""
+    if logits_SV.device.type == "cpu":
+        return torch.from_numpy(logits_SV.numpy().argmax(axis=-1))
+    return logits_SV.argmax(dim=-1)
+
+
+def _greatest(values_SV: Tensor, count: int) -> Tensor:
+    """Each row's `count` greatest values, greatest first. On a CPU by numpy: torch would sort their places as well."""
+    if values_SV.device.type != "cpu":
+        return values_SV.topk(count, dim=-1).values
+    values = values_SV.numpy()
+    if 2 * count < values.shape[1]:
+        values = np.partition(values, -count, axis=-1)[:, -count:]
+    return torch.from_numpy(np.sort(values, axis=-1)[:, : -count - 1 : -1].copy())
