@@ -18,10 +18,12 @@ from tokenizers import Tokenizer
 from bench.train_default_model import corpus, split, tokens
 from bench.train_default_model.export import export, write_held_out
 from bench.train_default_model.model import Model, Sizes
+from bench.train_default_model.samples import write_samples
 from bench.train_default_model.schedule import Schedule
 from bench.train_default_model.train import Trainer
 
 HELD_OUT_BYTES = 210_000
+SAMPLE_BYTES = 25_000
 
 
 def main() -> None:
@@ -32,6 +34,7 @@ def main() -> None:
     texts = corpus.documents(options.folder / "packages")
     training, held = split.hold_out(texts, HELD_OUT_BYTES, options.seed)
     write_held_out(held, options.folder / "held-out")
+    write_samples(training, held, options.folder / "samples", SAMPLE_BYTES, options.seed)
     tokenizer = the_tokenizer(training, options.folder / "tokenizer.json", options.seed)
     streams = {domain: tokens.encode(tokenizer, documents) for domain, documents in training.items()}
     sizes = {domain: sum(len(text.encode()) for text in documents.values()) for domain, documents in training.items()}

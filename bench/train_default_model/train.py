@@ -20,7 +20,7 @@ from bench.train_default_model.muon import Muon
 from bench.train_default_model.schedule import TOKENS_PER_BATCH, Schedule, minutes_asked
 from bench.train_default_model.tokens import Batches
 
-MUON_RATE, ADAM_RATE, BALANCE = 0.015, 0.003, 0.002
+MUON_RATE, ADAM_RATE, BALANCE = 0.015, 0.003, 0.05
 SAVE_EVERY_S, EVAL_EVERY_S, LOG_EVERY_STEPS = 120, 600, 20
 
 
