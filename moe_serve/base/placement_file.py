@@ -113,9 +113,7 @@ def _check_world(
     expected_layers: int | None,
 ) -> None:
     if expected_ranks is not None and ranks != expected_ranks:
-        raise ConfigError(
-            f"{name} is for {ranks} ranks, but this world spreads experts over {expected_ranks}"
-        )
+        raise ConfigError(f"{name} is for {ranks} ranks, but this world spreads experts over {expected_ranks}")
     if expected_layers is not None and len(table_LP) != expected_layers:
         raise ConfigError(f"{name} has {len(table_LP)} layers, but this model has {expected_layers} with experts")
     if table_LP.shape[1] != len(rank_P):
