@@ -85,8 +85,8 @@ def make_checkpoint(options: argparse.Namespace, folder: Path) -> Path:
 
 def measure(options: argparse.Namespace, folder: Path) -> Report:
     """Alternating repetitions of all contestants."""
-    from moe_serve import LLM
     from moe_serve.base.model_config import load_model_config
+    from moe_serve.llm import LLM
 
     prompts = [
         random_prompts(
@@ -139,7 +139,8 @@ def theirs(folder: Path, dtype: str, output_len: int) -> Generate:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.eval()
     model.generation_config.eos_token_id = None  # every answer has its full length
     model.generation_config.pad_token_id = 0
 

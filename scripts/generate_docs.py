@@ -1,0 +1,242 @@
+"""Writes the parts of docs/ that follow from the code: `python -m scripts.generate_docs`; `--check` only compares.
+
+The tree of modules in architecture.md, all of configuration.md, and the tables in benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+from bench.report import RESULTS, Report, markdown_table, read_reports
+from moe_serve.base.config import ALL2ALL, EXECUTORS, SECTIONS, Config, Section
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "moe_serve"
+ABOUT = {
+    "model": "Model",
+    "parallel": "Ranks",
+    "cache": "KV cache",
+    "scheduler": "Scheduler",
+    "server": "Server",
+}
+TABLES = {
+    table.option: f"{', '.join(f'`{name}`' for name in table)}; not built yet: "
+    + ", ".join(f"`{name}`" for name in table.planned)
+    for table in (ALL2ALL, EXECUTORS)
+}
+
+
+def main(arguments: list[str]) -> int:
+    stale = [path for path, text in generated().items() if not path.exists() or path.read_text() != text]
+    if "--check" in arguments:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not up to date; run python -m scripts.generate_docs")
+        return 1 if stale else 0
+    for path, text in generated().items():
+        path.write_text(text)
+    print(f"written: {', '.join(str(path.relative_to(ROOT)) for path in stale) or 'nothing new'}")
+    return 0
+
+
+def generated() -> dict[Path, str]:
+    """Every file that is written here, whole."""
+    architecture, benchmarks = DOCS / "architecture.md", DOCS / "benchmarks.md"
+    return {
+        architecture: replaced(architecture.read_text(), "modules", module_tree(PACKAGE)),
+        benchmarks: replaced(benchmarks.read_text(), "results", results(read_reports(RESULTS))),
+        DOCS / "configuration.md": configuration(),
+    }
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """`text` with new content between the two comments that mark its generated part `name`."""
+    begin, end = f"<!-- generated: {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"the text has no part between {begin} and {end}")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
+
+
+# --- modules --------------------------------------------------------------------------------------------------
+
+
+def module_tree(package: Path) -> str:
+    """A table per folder: every module and the first sentence of its docstring."""
+    folders = sorted({path.parent for path in package.rglob("*.py")}, key=lambda path: path.relative_to(package).parts)
+    parts = []
+    for folder in folders:
+        rows = [
+            (f"`{path.name}`", first_sentence(path))
+            for path in sorted(folder.glob("*.py"))
+            if path.read_text(encoding="utf-8").strip()
+        ]
+        if rows:
+            title = folder.relative_to(package.parent).as_posix() + "/"
+            parts.append(f"**{title}**\n\n" + markdown_table(["module", "what it is"], rows))
+    return "\n\n".join(parts)
+
+
+def first_sentence(path: Path) -> str:
+    """Of a module's docstring, in one line."""
+    paragraph = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+    text = " ".join(paragraph.split())
+    sentence = re.match(r".*?[.?!](?=\s+[A-Z`]|$)", text)
+    return (sentence.group(0) if sentence else text).replace("|", "\\|")
+
+
+# --- options --------------------------------------------------------------------------------------------------
+
+
+def configuration() -> str:
+    """All options from the sections of base/config.py."""
+    agreed = set(Config().agreement())
+    parts = [
+        "# Configuration",
+        "Written by `python -m scripts.generate_docs` from `moe_serve/base/config.py`; change it there.",
+        "Every option of `moe-serve serve` is a flag, an environment variable (`MOE_SERVE_` and the name in capitals: "
+        "`MOE_SERVE_BLOCK_SIZE=32`), a line of the file that `--config` names (`block_size: 32`) and an argument of "
+        "`LLM` (`block_size=32`). The first that is given wins: command line, environment, file, default. Underscores "
+        "in flags are fine too (`--block_size`). An option marked with = must be equal on every rank; ranks compare "
+        "them when they meet, and a difference ends the start with a sentence that names it.",
+        "An option that is known but not built yet is refused with a sentence that says so. Which those are stands in "
+        "`ParallelConfig.check_built` and in the `planned` names of the tables.",
+    ]
+    for name, section in SECTIONS.items():
+        parts += [f"## {ABOUT[name]}", option_table(section, agreed)]
+    return "\n\n".join(parts) + "\n"
+
+
+def option_table(section: type[Section], agreed: set[str]) -> str:
+    rows = []
+    for name, info in section.model_fields.items():
+        rows.append(option_row(name, info, agreed))
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            inner = info.annotation.model_fields.items()
+            rows += [option_row(field, about, set(), f"{name}.") for field, about in inner]
+    return markdown_table(["option", "short", "value", "default", "=", "meaning"], rows)
+
+
+def option_row(name: str, info: FieldInfo, agreed: set[str], prefix: str = "") -> tuple[str, ...]:
+    extra: Mapping[str, Any] = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    option = "MODEL" if name == "model" else f"--{prefix}{name}".replace("_", "-")
+    default = info.default
+    shown = "" if default is None else "{}" if isinstance(default, Section) else str(default).lower()
+    return (
+        f"`{option}`",
+        ", ".join(f"`-{short}`" for short in extra.get("short", [])),
+        TABLES[option] if option in TABLES else kind_of(info.annotation, info.metadata),
+        f"`{shown}`" if shown else "",
+        "=" if name in agreed else "",
+        " ".join((info.description or "").split()).replace("|", "\\|"),
+    )
+
+
+def kind_of(annotation: Any, metadata: list[Any]) -> str:
+    """A type as a reader of options wants it: names of choices, or a number with its bounds."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in inner)
+    if origin in (Union, types.UnionType):
+        return " or ".join(kind_of(part, metadata) for part in inner if part is not type(None))
+    if origin is Annotated:
+        return kind_of(inner[0], [*metadata, *inner[1:]])
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "JSON, or dotted options"
+    names = {bool: "switch", int: "number", float: "number", str: "text", SecretStr: "text (secret)"}
+    return names.get(annotation, str(annotation)) + bounds(metadata)
+
+
+def bounds(metadata: list[Any]) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = []
+    for item in metadata:
+        for part in getattr(item, "metadata", [item]):
+            found += [f"{sign} {getattr(part, name)}" for name, sign in signs.items() if hasattr(part, name)]
+    return f" {', '.join(found)}" if found else ""
+
+
+# --- measurements ---------------------------------------------------------------------------------------------
+
+
+def results(reports: list[Report]) -> str:
+    """A section per machine: a table of the offline runs, then a table and a picture per server."""
+    if not reports:
+        return "Nothing has been published from here yet."
+    parts = []
+    for name in sorted({str(report.machine["name"]) for report in reports}):
+        own = [report for report in reports if report.machine["name"] == name]
+        about: Any = own[0].machine
+        versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+        parts.append(f"### {about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB")
+        parts.append(f"Python {about['python']}, {versions}.")
+        parts.append(offline_table([report for report in own if report.benchmark == "offline"]))
+        parts += [serve_part(report) for report in own if report.benchmark == "serve"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def offline_table(reports: list[Report]) -> str:
+    rows = []
+    for report in reports:
+        config, numbers = report.config, report.numbers
+        rows.append(
+            (
+                config["model"],
+                config["dtype"],
+                f"{config['num_requests']} x {config['input_len']} / {config['output_len']}",
+                f"{config['data_parallel_size']} x {config['tensor_parallel_size']}"
+                + (" ep" if config["enable_expert_parallel"] else ""),
+                _median(numbers, "moe_serve_output_tokens_per_second"),
+                _median(numbers, "transformers_output_tokens_per_second"),
+                _median(numbers, "ratio"),
+                f"{numbers['equal_answers']} of {numbers['answers']}" if "answers" in numbers else "",
+                f"`{report.commit}`",
+            )
+        )
+    header = ["model", "type", "requests x in / out", "dp x tp", "LLM, tokens/s", "transformers, tokens/s", "ratio"]
+    return markdown_table([*header, "answers equal", "commit"], rows) if rows else ""
+
+
+def serve_part(report: Report) -> str:
+    """One server's table and picture."""
+    config: Any = report.config
+    rates: Any = report.numbers["rates"]
+    rows = [
+        (
+            f"{row['rate']:g}",
+            f"{row['requests_per_second']:g}",
+            f"{row['output_tokens_per_second']:g}",
+            *(_percentiles(row[name]) for name in ("ttft_ms", "itl_ms", "e2e_ms")),
+            row["failed"],
+        )
+        for row in rates
+    ]
+    header = ["requests/s", "answered/s", "tokens/s", "first token", "between tokens", "whole answer", "failed"]
+    folder = f"../bench/results/{report.machine['name']}/{report.benchmark}-{report.label}"
+    return (
+        f"`{report.label}`: {config['input_len']} tokens in, {config['output_len']} out, {config['seconds']:g} s per "
+        f"rate, commit `{report.commit}`; milliseconds, p50 / p90 / p99.\n\n{markdown_table(header, rows)}\n\n"
+        f"![Latency over the rate of requests]({folder}.svg)"
+    )
+
+
+def _median(numbers: Mapping[str, Any], name: str) -> str:
+    return str(numbers[name]["median"]) if name in numbers else ""
+
+
+def _percentiles(values: Mapping[str, float | None]) -> str:
+    return " / ".join("-" if value is None else f"{value:.1f}" for value in values.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
