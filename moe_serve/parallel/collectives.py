@@ -31,6 +31,10 @@ class Transfer(Generic[Value]):
         self._work = work
         self._finish = finish
 
+    def is_done(self) -> bool:
+        """Whether wait() would return at once (or raise)."""
+        return self._work is None or self._work.is_completed()
+
     def wait(self) -> Value:
         if self._work is not None:
             try:
