@@ -15,6 +15,7 @@ import os
 import secrets
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.log import setup_logging
-from moe_serve.base.member import MemberSpec, started_with, threads_per_rank
+from moe_serve.base.member import MemberSpec, end_all, started_with, threads_per_rank
 from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.control.coordinator import Coordinator
@@ -106,7 +107,9 @@ class World:
         return self.ended
 
     async def close(self) -> None:
-        """Give the processes of this world a few seconds to end, then end them."""
+        """Give the processes of this world a few seconds to end, then end them. Who has not joined hears nothing."""
+        welcomed = self.coordinator.fleet.welcomed
+        end_all(pid for pid in started_with(self.token) if (socket.gethostname(), pid) not in welcomed)
         deadline = time.monotonic() + STOP_SECONDS
         while time.monotonic() < deadline and self._is_somebody_left():
             await asyncio.sleep(0.05)
@@ -119,9 +122,7 @@ class World:
             if child.process.poll() is None:
                 child.process.kill()
                 child.process.wait()
-        for pid in started_with(self.token):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end_all(started_with(self.token))
 
     def _is_somebody_left(self) -> bool:
         return any(child.process.poll() is None for child in self.children) or bool(started_with(self.token))
@@ -173,12 +174,15 @@ class World:
 def serve(config: Config) -> int:
     """`moe-serve serve`: run until told to stop or broken; the exit code."""
     setup_logging("launcher", config.server.log_level)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
     try:
         resolved, model = resolve(config)
         return asyncio.run(_serve(resolved, model))
     except ConfigError as error:
         log.error("%s", error)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 async def _serve(config: Config, model: ModelConfig) -> int:

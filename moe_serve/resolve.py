@@ -11,14 +11,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import CheckpointError, ConfigError
 from moe_serve.base.model_config import ModelConfig, load_model_config
 
 DEFAULT_MODEL = "moe-serve-default"
+HUB_SECONDS = 10.0
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
 def resolve(config: Config) -> tuple[Config, ModelConfig]:
@@ -62,13 +64,35 @@ def model_folder(model: str | None, revision: str | None) -> Path:
         raise CheckpointError(f"{model} is a file; the model must be a folder in the Hugging Face layout")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"no such model folder: {model} (nor is it an owner/name on the Hugging Face hub)")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """A model's folder in the hub's cache, fetched if needed; where the hub cannot be reached, what is there already.
+
+    The hub is asked first, since a download would wait for its answer without a bound. Its HTTP library, and with it
+    the classes of what can be raised, differs between its versions.
+    """
+    unreachable: Exception | None = None
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{model} is no folder here and could not be had from the Hugging Face hub: {reason}"
-        ) from error
+        HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _not_had(model, error) from error
+    except Exception as error:  # noqa: BLE001
+        unreachable = error
+    try:
+        offline = unreachable is not None
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
+    except Exception as error:
+        raise _not_had(model, unreachable or error) from error
+
+
+def _not_had(model: str, error: Exception) -> CheckpointError:
+    reason = (str(error).strip().splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    return CheckpointError(
+        f"{model} is no folder here and could not be had from the Hugging Face hub: {reason}; give a folder, or an "
+        "owner/name that the hub has (option MODEL)"
+    )
 
 
 def default_model() -> Path:

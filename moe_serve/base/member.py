@@ -6,7 +6,10 @@ launcher on this machine, a pod or a Ray actor can start a member alike.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -49,6 +52,13 @@ def started_with(part: str) -> list[int]:
         for folder in Path("/proc").glob("[0-9]*")
         if int(folder.name) != os.getpid() and part in _member_spec(folder)
     ]
+
+
+def end_all(pids: Iterable[int]) -> None:
+    """SIGKILL; whoever is gone already is fine."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _member_spec(folder: Path) -> str:

@@ -92,7 +92,10 @@ class Send:
 
 @dataclass(slots=True)
 class Fleet:
-    """`has_workers`: engines have worker processes of their own. `num_frontends` API servers are expected."""
+    """`has_workers`: engines have worker processes of their own. `num_frontends` API servers are expected.
+
+    `welcomed` are all that ever joined, by host and process id.
+    """
 
     token: str
     topology: Topology
@@ -101,6 +104,7 @@ class Fleet:
     step_timeout_seconds: float
     num_frontends: int = 1
     members: dict[int, Member] = field(default_factory=dict)
+    welcomed: set[tuple[str, int]] = field(default_factory=set)
     ready: bool = False
     ended: Stop | None = None
     _store: StoreAt | None = None
@@ -227,6 +231,7 @@ class Fleet:
             refused = [Send(member, Refused(reason), close=True)]
             return refused if self.ready else refused + self.end(Stop(reason, 2))
         self.members[member] = newcomer
+        self.welcomed.add((hello.host, hello.pid))
         return [Send(member, Welcome()), *self._introductions(member, hello)]
 
     def _introductions(self, member: int, hello: Hello) -> list[Send]:

@@ -6,12 +6,10 @@ One loop thread; the link's and the front-ends' threads only put records into it
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
 import queue
-import signal
 import socket
 import time
 from pathlib import Path
@@ -19,9 +17,17 @@ from typing import NoReturn
 
 from moe_serve.base.commands import AllocateKV, Meeting, WorkerFacts
 from moe_serve.base.config import ALL2ALL
-from moe_serve.base.errors import ConfigError, EngineDead, EngineError, RankTimeout, RequestError, WorkerDied
+from moe_serve.base.errors import (
+    ConfigError,
+    EngineDead,
+    EngineError,
+    MissingExtra,
+    RankTimeout,
+    RequestError,
+    WorkerDied,
+)
 from moe_serve.base.log import setup_logging
-from moe_serve.base.member import ENVIRONMENT, MemberSpec, started_with
+from moe_serve.base.member import ENVIRONMENT, MemberSpec, end_all, started_with
 from moe_serve.base.messages import (
     Abort,
     EngineHello,
@@ -76,7 +82,7 @@ class EngineProcess:
             return 2 if isinstance(error, ConfigError) else 1
         try:
             self._serve(*self._load())
-        except ConfigError as error:
+        except (ConfigError, MissingExtra) as error:
             return self._fail(Failure(str(error), config=True), 2)
         except EngineError as error:
             peer = not isinstance(error, WorkerDied | EngineDead)
@@ -277,9 +283,7 @@ class EngineProcess:
 
 def _end(code: int) -> NoReturn:
     """From any thread, at once. Workers would follow by themselves, but not before they have joined."""
-    for pid in started_with(os.environ[ENVIRONMENT]):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    end_all(started_with(os.environ[ENVIRONMENT]))
     os._exit(code)
 
 
