@@ -5,6 +5,7 @@ Where a value comes from, first wins: command line, `MOE_SERVE_*` environment, `
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -26,12 +27,15 @@ from pydantic_settings import (
 from moe_serve.base.config import SECTIONS, Config, explain
 from moe_serve.base.errors import ConfigError, MoEServeError
 from moe_serve.base.registry import import_target
+from moe_serve.chat import ChatServer, converse, make_console
 from moe_serve.launch import serve
+from moe_serve.spawn import serve_command, spawned_server
 
 USAGE = """usage: moe-serve COMMAND [OPTIONS]
 
 commands:
   serve [MODEL]      serve a model over an OpenAI-compatible HTTP API
+  chat               talk to a running server, or with --spawn to one of its own
   make-model DIR     write a small random-weight checkpoint
   version            print the version
 
@@ -90,6 +94,17 @@ class MakeModelOptions(Options):
     preset: Literal["tiny", "small"] = Field("tiny", description="Size of the model.")
     arch: Literal["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"] = Field("qwen3_moe", description="Architecture.")
     seed: int = Field(0, description="Seed of the random weights.")
+
+
+class ChatOptions(Options):
+    url: str = Field("http://127.0.0.1:8000", description="Address of the server.")
+    api_key: str | None = Field(None, description="Key that the server asks for.")
+    system: str | None = Field(None, description="System message in front of the conversation.")
+    temperature: float | None = Field(None, description="Sampling temperature; the model's own if not given.")
+    max_tokens: int | None = Field(None, description="Longest answer; 512 or half the context if not given.")
+    spawn: bool = Field(
+        False, description="Start a server of its own and end it afterwards; all options that follow are `serve`'s."
+    )
 
 
 def parse_serve(arguments: Sequence[str]) -> Config:
@@ -192,6 +207,21 @@ def run_make_model(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_chat(arguments: Sequence[str]) -> int:
+    arguments = list(arguments)
+    cut = arguments.index("--spawn") + 1 if "--spawn" in arguments else len(arguments)
+    options = ChatOptions(**_parse(ChatOptions, normalise(arguments[:cut], {}), "chat"))
+    sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+    with contextlib.ExitStack() as stack:
+        url, key = options.url, options.api_key
+        if options.spawn:
+            config = parse_serve(arguments[cut:])
+            any_port = [] if "port" in config.server.model_fields_set else ["--port", "0"]
+            url = stack.enter_context(spawned_server(serve_command([*arguments[cut:], *any_port])))
+            key = config.server.api_key.get_secret_value() if config.server.api_key else None
+        return converse(ChatServer(url, key), make_console(), system=options.system, options=sampling)
+
+
 def run_version(arguments: Sequence[str]) -> int:
     print(version("moe-serve"))
     return 0
@@ -199,6 +229,7 @@ def run_version(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": run_serve,
+    "chat": run_chat,
     "make-model": run_make_model,
     "version": run_version,
 }

@@ -22,6 +22,8 @@ FLOORS = {
     "launch": 7,
     "llm": 7,
     "make_model": 7,
+    "chat": 7,
+    "spawn": 7,
     "cli": 8,
     "__main__": 9,
     "__init__": 9,

@@ -16,6 +16,8 @@ FREE = [
     "moe_serve.engine.client",
     "moe_serve.executor.base",
     "moe_serve.launch",
+    "moe_serve.chat",
+    "moe_serve.spawn",
     "moe_serve.cli",
 ]
 
