@@ -1,12 +1,14 @@
-"""Attention by torch's scaled_dot_product_attention over gathered blocks: the reference, for any device.
+"""Attention by torch's own operations over gathered blocks: the reference, for any device.
 
 Sequences that bring one token are batched in a padded view; longer parts go one by one. The cache must start out
 finite (zeros): padding is masked, but not skipped.
+
+Shape letters beyond the glossary's: N positions of a padded batch or of one sequence, r query heads per KV head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -16,32 +18,37 @@ from torch.nn import functional
 from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.model.context import LayerKV
 
+Row = tuple[int, SequenceShape]
+CPU_BATCH_ELEMENTS = 2**20
+"""Numbers of k (or v) gathered at once on a CPU: 2 MiB in 16 bits stay in its cache between gathering and use."""
+MAX_FOLDED_KV_HEADS = 4
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class DecodeBatch:
-    """Sequences of similar length with one new token each. `blocks` (B x n) flat; `outside_BN` what is not theirs."""
+    """Sequences of similar length with one new token each. `blocks` (B x n) flat; `outside_BN` what is not theirs.
+
+    `bias` is what to add to the scores; made by the first layer for all.
+    """
 
     rows: Tensor | slice
     blocks: Tensor
     outside_BN: Tensor
-    _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
-
-    def bias(self, dtype: torch.dtype) -> Tensor:
-        """(B, 1, 1, N): 0 inside, -inf outside; made once per step for all layers."""
-        if dtype not in self._bias:
-            zeros = torch.zeros(self.outside_BN.shape, dtype=dtype, device=self.outside_BN.device)
-            self._bias[dtype] = zeros.masked_fill_(self.outside_BN, float("-inf"))[:, None, None]
-        return self._bias[dtype]
+    bias: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prefill:
-    """One sequence's new tokens. `blocks` and `inside_TN` are None when there is nothing before them."""
+    """One sequence's new tokens. `blocks` and `outside_TN` are None when there is nothing before them.
+
+    `bias` as in DecodeBatch.
+    """
 
     rows: slice
     length: int
     blocks: Tensor | None
-    inside_TN: Tensor | None
+    outside_TN: Tensor | None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +65,22 @@ class SDPA:
     """See the module. Implements AttentionBackend."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
-        self.num_kv_heads = num_kv_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.queries_per_kv = num_heads // num_kv_heads
-        self.head_dim = head_dim
         self.device = device
+        self._on_cpu = device.type == "cpu"
+        # Fresh large tensors cost more in page faults than the copy into them.
+        self._scratch = torch.empty(0, device=device)
 
     def plan(self, step: StepShape) -> Plan:
-        sizes = [sequence.num_tokens for sequence in step.sequences]
-        firsts = [0, *accumulate(sizes)][:-1]
-        slots: list[int] = []
-        for sequence in step.sequences:
-            slots += _slots(sequence, step.block_size)
-        decodes = [(row, seq) for row, seq in zip(firsts, step.sequences, strict=True) if seq.num_tokens == 1]
+        firsts = accumulate((sequence.num_tokens for sequence in step.sequences), initial=0)
+        rows = list(zip(firsts, step.sequences, strict=False))
+        decodes = [(row, seq) for row, seq in rows if seq.num_tokens == 1]
         return Plan(
             block_size=step.block_size,
-            slots_T=self._tensor(slots),
-            decodes=[self._decode_batch(batch, step.block_size) for batch in _similar(decodes, step.block_size)],
-            prefills=[
-                self._prefill(row, seq, step.block_size)
-                for row, seq in zip(firsts, step.sequences, strict=True)
-                if seq.num_tokens > 1
-            ],
+            slots_T=self._tensor([slot for _, seq in rows for slot in _slots(seq, step.block_size)]),
+            decodes=[self._decode_batch(batch, step.block_size) for batch in self._batches(decodes, step.block_size)],
+            prefills=[self._prefill(row, seq, step.block_size) for row, seq in rows if seq.num_tokens > 1],
         )
 
     def forward(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, kv: LayerKV, plan: object) -> Tensor:
@@ -94,35 +96,76 @@ class SDPA:
         return out_THd
 
     def _decode(self, q_BHd: Tensor, kv: LayerKV, batch: DecodeBatch, block_size: int) -> Tensor:
-        """The queries that share a KV head stand where the query positions usually do: no repeated k and v."""
-        count = q_BHd.shape[0]
-        shape = (count, -1, self.num_kv_heads, self.head_dim)
-        k, v = (
-            _blocks(cache, block_size).index_select(0, batch.blocks).view(shape).transpose(1, 2)
-            for cache in (kv.k_NGd, kv.v_NGd)
+        k_BNGd, v_BNGd = (
+            part.view(q_BHd.shape[0], -1, *part.shape[2:]) for part in self._gather(kv, batch, block_size)
         )
-        bias = batch.bias(q_BHd.dtype)
-        q_BGrd = q_BHd.reshape(count, self.num_kv_heads, self.queries_per_kv, self.head_dim)
-        mask = bias.expand(count, 1, self.queries_per_kv, bias.shape[-1])
+        if self._on_cpu and q_BHd.dtype.itemsize == 2 and self.num_kv_heads <= MAX_FOLDED_KV_HEADS:
+            return self._decode_folded(q_BHd, k_BNGd, v_BNGd, batch)
+        # The queries that share a KV head stand where the query positions usually do: no repeated k and v.
+        q_BGrd = q_BHd.reshape(-1, self.num_kv_heads, self.queries_per_kv, self.head_dim)
+        if batch.bias is None:
+            batch.bias = _bias(batch.outside_BN, q_BHd.dtype)[:, None, None]
+        mask = batch.bias.expand(-1, 1, self.queries_per_kv, -1)
+        k, v = k_BNGd.transpose(1, 2), v_BNGd.transpose(1, 2)
         return functional.scaled_dot_product_attention(q_BGrd, k, v, attn_mask=mask).reshape(q_BHd.shape)
+
+    def _decode_folded(self, q_BHd: Tensor, k_BNGd: Tensor, v_BNGd: Tensor, batch: DecodeBatch) -> Tensor:
+        """Every query head against every KV head, the wrong ones masked: twice as fast as torch's kernel in 16 bits.
+
+        The products are thin and their tiles half empty, so that a few more heads cost nothing.
+        """
+        count = q_BHd.shape[0]
+        if batch.bias is None:
+            group_of_H = torch.arange(self.num_heads, device=self.device) // self.queries_per_kv
+            wrong_HG = group_of_H[:, None] != torch.arange(self.num_kv_heads, device=self.device)
+            outside_BHNG = batch.outside_BN[:, None, :, None] | wrong_HG[:, None]
+            batch.bias = _bias(outside_BHNG, q_BHd.dtype).view(count, self.num_heads, -1)
+        keys, values = k_BNGd.view(count, -1, self.head_dim), v_BNGd.view(count, -1, self.head_dim)
+        scores = torch.baddbmm(batch.bias, q_BHd, keys.transpose(1, 2), alpha=self.head_dim**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), values)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, kv: LayerKV, part: Prefill, block_size: int) -> Tensor:
         if part.blocks is not None:
-            k, v = (
-                _blocks(cache, block_size).index_select(0, part.blocks).flatten(0, 1)[: part.length]
-                for cache in (kv.k_NGd, kv.v_NGd)
-            )
+            k, v = (rows.flatten(0, 1)[: part.length] for rows in self._gather(kv, part, block_size))
+        if part.outside_TN is not None and part.bias is None:
+            part.bias = _bias(part.outside_TN, q.dtype)
         out = functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
-            attn_mask=part.inside_TN,
-            is_causal=part.inside_TN is None,
+            attn_mask=part.bias,
+            is_causal=part.bias is None,
             enable_gqa=self.queries_per_kv > 1,
         )
         return out[0].transpose(0, 1)
 
-    def _decode_batch(self, batch: list[tuple[int, SequenceShape]], block_size: int) -> DecodeBatch:
+    def _gather(self, kv: LayerKV, part: DecodeBatch | Prefill, block_size: int) -> tuple[Tensor, Tensor]:
+        """k and v of some blocks, each (blocks, block size, G, d); overwritten by the next call."""
+        assert part.blocks is not None
+        shape = (len(part.blocks), block_size, self.num_kv_heads, self.head_dim)
+        size = part.blocks.numel() * block_size * self.num_kv_heads * self.head_dim
+        if self._scratch.numel() < 2 * size or self._scratch.dtype != kv.k_NGd.dtype:
+            self._scratch = torch.empty(2 * size, dtype=kv.k_NGd.dtype, device=self.device)
+        k, v = self._scratch[:size].view(shape), self._scratch[size : 2 * size].view(shape)
+        for cache, out in ((kv.k_NGd, k), (kv.v_NGd, v)):
+            torch.index_select(cache.view(-1, *shape[1:]), 0, part.blocks, out=out)
+        return k, v
+
+    def _batches(self, decodes: list[Row], block_size: int) -> list[list[Row]]:
+        """The shortest of a batch has at least half the blocks of the longest; each batch in order of rows."""
+        block_elements = block_size * self.num_kv_heads * self.head_dim
+        batches: list[list[Row]] = []
+        longest = most = 0
+        for item in sorted(decodes, key=lambda item: -_num_blocks(item[1], block_size)):
+            blocks = _num_blocks(item[1], block_size)
+            if not batches or 2 * blocks < longest or len(batches[-1]) >= most:
+                batches.append([])
+                longest = blocks
+                most = max(1, CPU_BATCH_ELEMENTS // (longest * block_elements)) if self._on_cpu else len(decodes)
+            batches[-1].append(item)
+        return [sorted(batch, key=lambda item: item[0]) for batch in batches]
+
+    def _decode_batch(self, batch: list[Row], block_size: int) -> DecodeBatch:
         """Padding repeats a sequence's own first block, so that nobody reads another's."""
         rows = [row for row, _ in batch]
         width = max(_num_blocks(seq, block_size) for _, seq in batch)
@@ -145,10 +188,15 @@ class SDPA:
             return Prefill(rows, length, None, None)
         blocks = self._tensor(seq.block_ids[: _num_blocks(seq, block_size)])
         positions = torch.arange(seq.start, length, device=self.device)
-        return Prefill(rows, length, blocks, torch.arange(length, device=self.device) <= positions[:, None])
+        return Prefill(rows, length, blocks, torch.arange(length, device=self.device) > positions[:, None])
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def _bias(outside: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 inside, -inf outside."""
+    return torch.zeros(outside.shape, dtype=dtype, device=outside.device).masked_fill_(outside, float("-inf"))
 
 
 def _num_blocks(sequence: SequenceShape, block_size: int) -> int:
@@ -160,21 +208,3 @@ def _slots(sequence: SequenceShape, block_size: int) -> list[int]:
         sequence.block_ids[position // block_size] * block_size + position % block_size
         for position in range(sequence.start, sequence.start + sequence.num_tokens)
     ]
-
-
-def _similar(decodes: list[tuple[int, SequenceShape]], block_size: int) -> list[list[tuple[int, SequenceShape]]]:
-    """Batches whose shortest member has at least half the blocks of the longest, each in order of rows."""
-    batches: list[list[tuple[int, SequenceShape]]] = []
-    longest = 0
-    for item in sorted(decodes, key=lambda item: -_num_blocks(item[1], block_size)):
-        blocks = _num_blocks(item[1], block_size)
-        if not batches or 2 * blocks < longest:
-            batches.append([])
-            longest = blocks
-        batches[-1].append(item)
-    return [sorted(batch, key=lambda item: item[0]) for batch in batches]
-
-
-def _blocks(cache_NGd: Tensor, block_size: int) -> Tensor:
-    """(blocks, block size, G, d)."""
-    return cache_NGd.view(-1, block_size, *cache_NGd.shape[1:])
