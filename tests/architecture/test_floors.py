@@ -30,7 +30,7 @@ FLOORS = {
 }
 APART = {frozenset({"control", "model"}), frozenset({"text", "parallel"})}
 PLUGGABLE = ("model/all2all", "model/attention", "model/archs", "executor")
-BASES = {"base", "choose", "__init__"}
+BASES = {"base", "choose", "rows", "__init__"}
 LATE_IMPORTS = {"base/registry.py"}
 
 
