@@ -6,7 +6,6 @@ Where a value comes from, first wins: command line, `MOE_SERVE_*` environment, `
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -14,20 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, create_model
-from pydantic_settings import (
-    BaseSettings,
-    CliPositionalArg,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic import Field, create_model
+from pydantic_settings import CliPositionalArg
 
-from moe_serve.base.config import SECTIONS, Config, explain
+from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.errors import ConfigError, MoEServeError
 from moe_serve.base.registry import import_target
 from moe_serve.chat import ChatServer, converse, make_console
+from moe_serve.flags import Options, help_text, normalise, parse, spellings, wants_help
 from moe_serve.launch import serve
 from moe_serve.spawn import serve_command, spawned_server
 
@@ -40,34 +33,10 @@ commands:
   version            print the version
 
 `moe-serve COMMAND --help` lists a command's options."""
-FLAG = re.compile(r"^--?([A-Za-z][A-Za-z0-9_.-]*)(=.*)?$", re.DOTALL)
-
-
-class Options(BaseSettings):
-    """Base of the generated option classes."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="MOE_SERVE_",
-        env_nested_delimiter="__",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # What comes from the YAML file is passed as initial values; it yields to the environment.
-        return env_settings, init_settings
+ABOUT_SERVE = (
+    "Serve a model over an OpenAI-compatible HTTP API. Each option may also be given in the environment "
+    "(MOE_SERVE_PORT=8000) or in a YAML file (--config); the command line wins, then the environment."
+)
 
 
 def serve_options() -> type[Options]:
@@ -75,11 +44,8 @@ def serve_options() -> type[Options]:
     fields: dict[str, Any] = {}
     for section in SECTIONS.values():
         for name, info in section.model_fields.items():
-            spellings = _short(info.json_schema_extra)
-            described = info.description or ""
-            if spellings:
-                described += f" Short: {', '.join('--' + spelling for spelling in spellings)}."
-            fields[name] = (info.annotation, Field(info.default, description=described))
+            field = Field(info.default, description=info.description, json_schema_extra=info.json_schema_extra)
+            fields[name] = (info.annotation, field)
     positional: Any = CliPositionalArg  # an alias of Annotated, which mypy cannot apply to a union
     fields["model"] = (positional[str | None], Field(None, description=_describe("model")))
     fields["config"] = (
@@ -110,43 +76,10 @@ class ChatOptions(Options):
 def parse_serve(arguments: Sequence[str]) -> Config:
     """Command line (after `serve`), environment and YAML file to a Config. Raises ConfigError; exits for --help."""
     known = serve_options()
-    arguments = normalise(arguments, _shorts())
-    values = _parse(known, arguments, "serve", _read_yaml(_config_path(arguments), set(known.model_fields)))
+    file = _config_path(normalise(known, arguments, "serve"))
+    values = parse(known, arguments, "serve", _read_yaml(file, known))
     values.pop("config", None)
     return Config.from_flat(values)
-
-
-def normalise(arguments: Sequence[str], shorts: dict[str, str]) -> list[str]:
-    """Short flags (`-tp`, `--tp`) to long ones, and underscores in a flag's name to hyphens."""
-    done = []
-    for argument in arguments:
-        found = FLAG.match(argument)
-        if found is None:
-            done.append(argument)
-            continue
-        name, value = found.group(1), found.group(2) or ""
-        if argument.startswith("--") or name in shorts:
-            done.append("--" + shorts.get(name, name).replace("_", "-") + value)
-        else:
-            done.append(argument)
-    return done
-
-
-def _parse(
-    options: type[Options], arguments: list[str], command: str, initial: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """The options that were set, anywhere; `initial` come last."""
-    try:
-        source: CliSettingsSource[Any] = CliSettingsSource(
-            options, cli_parse_args=arguments, cli_prog_name=f"moe-serve {command}"
-        )
-        parsed = options(_cli_settings_source=source, **(initial or {}))
-    except ValidationError as error:
-        raise ConfigError(explain(error)) from error
-    except SettingsError as error:
-        raise ConfigError(str(error.__cause__ or error)) from error
-    values: dict[str, Any] = parsed.model_dump(exclude_unset=True)
-    return values
 
 
 def _config_path(arguments: Sequence[str]) -> str | None:
@@ -158,7 +91,7 @@ def _config_path(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _read_yaml(path: str | None, known: set[str]) -> dict[str, Any]:
+def _read_yaml(path: str | None, known: type[Options]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
@@ -167,25 +100,15 @@ def _read_yaml(path: str | None, known: set[str]) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path} must hold options under their names, not {type(values).__name__}")
-    named = {str(name).replace("-", "_"): value for name, value in values.items()}
-    unknown = sorted(set(named) - known)
-    if unknown:
-        raise ConfigError(f"--config {path} holds unknown options: {', '.join(unknown)}")
+    flags = spellings(known) | {"model": "model"}
+    named = {}
+    for name, value in values.items():
+        flag = str(name).replace("_", "-")
+        if flag == "config" or flags.get(flag, "no-").startswith("no-") or "." in flag:
+            raise ConfigError(f"--config {path} holds {name}, which is no option; `moe-serve serve --help` lists them")
+        inner = {str(key).replace("-", "_"): held for key, held in value.items()} if isinstance(value, dict) else value
+        named[flags[flag].replace("-", "_")] = inner
     return named
-
-
-def _short(extra: object) -> list[str]:
-    found = extra.get("short", []) if isinstance(extra, dict) else []
-    return [str(spelling) for spelling in found]
-
-
-def _shorts() -> dict[str, str]:
-    return {
-        spelling: name.replace("_", "-")
-        for section in SECTIONS.values()
-        for name, info in section.model_fields.items()
-        for spelling in _short(info.json_schema_extra)
-    }
 
 
 def _describe(name: str) -> str:
@@ -195,11 +118,18 @@ def _describe(name: str) -> str:
 
 
 def run_serve(arguments: Sequence[str]) -> int:
+    if wants_help(arguments):
+        groups = {title: section.model_fields for title, section in SECTIONS.items()}
+        print(help_text(serve_options(), "serve", ABOUT_SERVE, groups))
+        return 0
     return serve(parse_serve(arguments))
 
 
 def run_make_model(arguments: Sequence[str]) -> int:
-    options = _parse(MakeModelOptions, list(arguments), "make-model")
+    if wants_help(arguments):
+        print(help_text(MakeModelOptions, "make-model", "Write a small random-weight checkpoint."))
+        return 0
+    options = parse(MakeModelOptions, arguments, "make-model")
     # Reached by name: it needs torch, which the other commands must not wait for.
     make_model: Any = import_target("moe_serve.make_model:make_model", "command", "make-model")
     make_model(**options)
@@ -210,7 +140,10 @@ def run_make_model(arguments: Sequence[str]) -> int:
 def run_chat(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     cut = arguments.index("--spawn") + 1 if "--spawn" in arguments else len(arguments)
-    options = ChatOptions(**_parse(ChatOptions, normalise(arguments[:cut], {}), "chat"))
+    if wants_help(arguments[:cut]):
+        print(help_text(ChatOptions, "chat", "Talk to a running server, or to one of its own."))
+        return 0
+    options = ChatOptions(**parse(ChatOptions, arguments[:cut], "chat"))
     sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
     with contextlib.ExitStack() as stack:
         url, key = options.url, options.api_key

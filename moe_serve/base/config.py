@@ -66,7 +66,7 @@ class ModelSection(Section):
     """Model folder in the Hugging Face layout, or a name on the Hugging Face hub. Without one, the default model."""
     revision: str | None = None
     """Branch, tag or commit of a model that comes from the hub."""
-    served_model_name: str | None = None
+    served_model_name: str | None = Field(None, min_length=1)
     """Name in the API; the model's own path or name if not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto takes what the checkpoint says."""
@@ -120,7 +120,7 @@ class ParallelConfig(Section):
     """Spread whole experts over all dp x tp ranks; without it every expert is cut over the same ranks."""
     expert_placement_strategy: PlacementStrategy = "linear"
     """Which rank first holds which experts."""
-    all2all_backend: str = "allgather_reducescatter"
+    all2all_backend: str = Field("allgather_reducescatter", json_schema_extra={"names": list(ALL2ALL)})
     """How tokens travel to their experts and back."""
     enable_eplb: bool = False
     """Watch expert load and move redundant experts."""

@@ -18,6 +18,7 @@ FLOORS = {
     "executor": 4,
     "engine": 5,
     "api": 6,
+    "flags": 7,
     "resolve": 7,
     "launch": 7,
     "llm": 7,
