@@ -79,8 +79,7 @@ class World:
     async def start(self) -> None:
         """Open the coordinator, then start the children."""
         parallel = self.config.parallel
-        wanted = parallel.data_parallel_rpc_port if parallel.meets_at_given_address else 0
-        self.port = await self.coordinator.start(self.host, wanted)
+        self.port = await self.coordinator.start(self.host, parallel.coordinator_port)
         for dp in range(parallel.data_parallel_size):
             self._start_child(f"engine dp {dp}", "moe_serve.engine.process", dp=dp)
         if self._serve_http:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from moe_serve.base.config import Config
 from moe_serve.base.errors import CheckpointError, ConfigError
 from moe_serve.base.model_config import ModelConfig, load_model_config
+from moe_serve.model.partition import make_partition
 
 DEFAULT_MODEL = "moe-serve-default"
 HUB_SECONDS = 10.0
@@ -36,6 +37,7 @@ def resolve(config: Config) -> tuple[Config, ModelConfig]:
     if asked is not None and asked > limit:
         raise ConfigError(f"max_model_len {asked} is more than the checkpoint allows ({limit}); lower --max-model-len")
     parallel = config.parallel
+    make_partition(model, parallel, 0)  # refuses sizes that the model cannot be cut into
     return (
         config.with_(
             "model",

@@ -89,6 +89,15 @@ class EPLBConfig(Section):
     """Physical expert slots beyond one per logical expert, in each layer."""
     log_balancedness: bool = False
     """Log mean / max rank load."""
+    policy: str = "sticky"
+    """Which placement to aim for."""
+    min_gain: float = Field(0.01, ge=0)
+    """Least predicted gain of a rearrangement, as a share of the expert time saved over the next interval after
+    paying for the move; 0 applies whatever the policy says."""
+    max_bytes_per_step: Size = 16 << 20
+    """Most bytes of expert weights that a rank sends or receives between two steps."""
+    prefer_local: bool = True
+    """Take the copy of an expert on the same rank, then the same node, first."""
 
 
 class ParallelConfig(Section):
@@ -107,9 +116,10 @@ class ParallelConfig(Section):
     data_parallel_master_ip: str = Field("127.0.0.1", json_schema_extra=short("dpa"))
     """Address of data-parallel rank 0, where everybody meets."""
     data_parallel_rpc_port: Port = Field(29550, json_schema_extra=short("dpp"))
-    """Port of the coordinator on rank 0; counts only when an address or a rank is given (else any free port)."""
+    """Port of the coordinator on rank 0; the default counts only when an address or a rank is given (else any free
+    port)."""
     data_parallel_master_port: Port = 29500
-    """Port of the store on rank 0; counts only when an address or a rank is given (else any free port)."""
+    """Port of the store on rank 0; the default counts only when an address or a rank is given (else any free port)."""
     data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb"))
     """How data-parallel ranks are started."""
     data_parallel_external_lb: bool = Field(False, json_schema_extra=short("dpe"))
@@ -157,6 +167,24 @@ class ParallelConfig(Section):
     def meets_at_given_address(self) -> bool:
         """Whether the default ports count: an address or a rank was given."""
         return bool({"data_parallel_master_ip", "data_parallel_rank"} & self.model_fields_set)
+
+    @property
+    def coordinator_port(self) -> int:
+        """Where the coordinator listens; 0, any free port, where neither it nor an address or a rank was given."""
+        counts = self.meets_at_given_address or "data_parallel_rpc_port" in self.model_fields_set
+        return self.data_parallel_rpc_port if counts else 0
+
+    @property
+    def store_port(self) -> int:
+        """Where rank 0's store listens; 0 as for `coordinator_port`."""
+        counts = self.meets_at_given_address or "data_parallel_master_port" in self.model_fields_set
+        return self.data_parallel_master_port if counts else 0
+
+    @field_validator("distributed_executor_backend")
+    @classmethod
+    def _class_path(cls, value: str | None) -> str | None:
+        """`package.module.Class` is as good as `package.module:Class`."""
+        return ":".join(value.rsplit(".", 1)) if value and "." in value and ":" not in value else value
 
     @field_validator("data_parallel_master_ip")
     @classmethod
@@ -245,7 +273,7 @@ class SchedulerSection(Section):
     """Most requests in one step of an engine; unless given, not more than max_num_batched_tokens."""
     max_num_batched_tokens: Size = 2048
     """Most tokens in one step of an engine; longer prompts are cut into chunks."""
-    step_timeout_seconds: float = Field(60, gt=0)
+    step_timeout_seconds: float = Field(60, gt=0, allow_inf_nan=False)
     """A step that takes longer ends the server with a message that says which rank it waited for."""
 
     @model_validator(mode="before")
@@ -266,7 +294,7 @@ class ServerSection(Section):
     """Port the HTTP server listens on."""
     api_key: SecretStr | None = Field(None, min_length=1)
     """Key that clients must send as a bearer token."""
-    shutdown_timeout: float = Field(30, ge=0)
+    shutdown_timeout: float = Field(30, ge=0, allow_inf_nan=False)
     """Seconds in-flight answers get to finish after SIGTERM."""
     max_body_bytes: Size = 16 * 2**20
     """Largest request body."""

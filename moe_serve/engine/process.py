@@ -173,10 +173,8 @@ class EngineProcess:
         parallel = self._config.parallel
         assert self._link is not None
         if self._spec.dp == 0:
-            port = parallel.data_parallel_master_port if parallel.meets_at_given_address else 0
-            self._store, bound = open_store(
-                parallel.data_parallel_master_ip, port, is_master=True, token=self._spec.token
-            )
+            host, port = parallel.data_parallel_master_ip, parallel.store_port
+            self._store, bound = open_store(host, port, is_master=True, token=self._spec.token)
             found = StoreAt(parallel.data_parallel_master_ip, bound)
             self._link.send(found)
             return found
