@@ -21,6 +21,7 @@ from starlette.responses import Response
 from moe_serve.api import prepare
 from moe_serve.api.errors import problem_of
 from moe_serve.api.generation import Answer, Choice
+from moe_serve.api.logprobs import Echo
 from moe_serve.api.metrics import Metrics, RequestClock
 from moe_serve.api.middleware import LimitBody, RequireKey
 from moe_serve.api.responses import ChatForm, CompletionForm, Form, Heading, event_stream, whole_body
@@ -155,9 +156,11 @@ class Routes:
         prompts = await prepare.completion_prompts(self._state.tokenizer, body)
         heading = self._heading("cmpl")
         choices = self._choices(heading.id, prompts, sampling, arrival, param="prompt", discard=body.only_scores)
-        echo = {}
+        echo: dict[int, Echo] = {}
         if body.echo:
-            echoed = [prepare.echo_of(self._state.tokenizer, *pair) for pair in zip(body.prompt, prompts, strict=True)]
+            skip = sampling.skip_special_tokens
+            pairs = zip(body.prompt, prompts, strict=True)
+            echoed = [prepare.echo_of(self._state.tokenizer, *pair, skip) for pair in pairs]
             echo = {choice.index: echoed[choice.index // sampling.n] for choice in choices}
         form = CompletionForm(heading, self._state.tokenizer, sampling.logprobs, echo)
         return await self._answer(request, choices, form, bool(body.stream), body.include_usage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moe_serve.base.commands import TokenLogprob
@@ -11,6 +12,15 @@ from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer
 
 LEAST = -9999.0  # JSON knows no infinity; OpenAI's own stand-in
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as `echo` puts it in front of an answer: its text, and its ids as they make up that text."""
+
+    text: str
+    token_ids: list[int]
+    skip_special_tokens: bool
 
 
 class CompletionLogprobs:
@@ -24,11 +34,11 @@ class CompletionLogprobs:
         self._tops: list[dict[str, float] | None] = []
         self._offsets: list[int] = []
 
-    def add_prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob]) -> None:
+    def add_prompt(self, echo: Echo, entries: Sequence[TokenLogprob]) -> None:
         """The echoed prompt; its first token has no log-probability."""
-        text = IncrementalDetokenizer(self._tokenizer)
-        text.push(token_ids)
-        self._tokens.append(self._tokenizer.token_text(token_ids[0]))
+        text = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=echo.skip_special_tokens)
+        text.push(echo.token_ids)
+        self._tokens.append(self._tokenizer.token_text(echo.token_ids[0]))
         self._values.append(None)
         self._tops.append(None)
         self._offsets.append(0)

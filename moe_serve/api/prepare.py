@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from moe_serve.api.logprobs import Echo
 from moe_serve.api.schemas import ChatBody, CompletionBody, TokenizeBody, shown
 from moe_serve.base.errors import ContextTooLong, RequestError
 from moe_serve.base.sampling import SamplingParams
@@ -32,7 +33,7 @@ async def completion_prompts(tokenizer: Tokenizer, body: CompletionBody) -> list
 
 
 async def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> list[int]:
-    """The ids of a conversation; the template writes the special tokens itself."""
+    """The ids of a conversation; the template writes the special tokens itself, unless more are asked for."""
     hidden = isinstance(body, ChatBody) and body.tool_choice == "none"
     text = tokenizer.render_chat(
         body.messages or [],
@@ -40,7 +41,8 @@ async def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> li
         add_generation_prompt=body.add_generation_prompt is not False,
         options=body.chat_template_kwargs,
     )
-    return (await encode_all(tokenizer, [text], add_special_tokens=False))[0]
+    special = isinstance(body, TokenizeBody) and bool(body.add_special_tokens)
+    return (await encode_all(tokenizer, [text], add_special_tokens=special))[0]
 
 
 async def tokenized(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
@@ -50,9 +52,14 @@ async def tokenized(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
     return (await encode_all(tokenizer, [body.prompt], add_special_tokens=special))[0]
 
 
-def echo_of(tokenizer: Tokenizer, prompt: str | list[int], token_ids: list[int]) -> tuple[str, list[int]]:
+def echo_of(tokenizer: Tokenizer, prompt: str | list[int], token_ids: list[int], skip_special_tokens: bool) -> Echo:
     """What `echo` puts in front of an answer: the prompt as given, or its ids as text."""
-    return (prompt if isinstance(prompt, str) else tokenizer.decode(token_ids)), token_ids
+    if not isinstance(prompt, str):
+        text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return Echo(text, token_ids, skip_special_tokens)
+    # Special tokens that the client wrote are part of its text, those that were added for it are not.
+    written = tokenizer.decode(token_ids, skip_special_tokens=False) == prompt
+    return Echo(prompt, token_ids, skip_special_tokens=not written)
 
 
 def settled(

@@ -12,7 +12,7 @@ import msgspec
 
 from moe_serve.api.errors import problem_of
 from moe_serve.api.generation import Answer, Choice, Delta
-from moe_serve.api.logprobs import CompletionLogprobs, chat_logprobs
+from moe_serve.api.logprobs import CompletionLogprobs, Echo, chat_logprobs
 from moe_serve.base.errors import MoEServeError
 from moe_serve.text.tokenizer import Tokenizer
 
@@ -76,23 +76,24 @@ class Form(Protocol):
 
 @dataclass(slots=True)
 class CompletionForm:
-    """`prompts` by choice index: echoed text and ids, empty without echo."""
+    """`echo` by choice index, empty where it was not asked for."""
 
     heading: Heading
     tokenizer: Tokenizer
     logprobs: int | None
-    echo: Mapping[int, tuple[str, list[int]]] = field(default_factory=dict)
+    echo: Mapping[int, Echo] = field(default_factory=dict)
     body_object = "text_completion"
     chunk_object = "text_completion"
 
     def part(self, delta: Delta) -> Part:
-        echoed, token_ids = self.echo.get(delta.index, ("", []))
+        echo = self.echo.get(delta.index)
+        echoed = "" if echo is None else echo.text
         text = echoed + delta.text if delta.first else delta.text
         made: CompletionLogprobs | None = None
         if self.logprobs is not None:
             made = CompletionLogprobs(self.tokenizer, self.logprobs)
-            if delta.first and token_ids:
-                made.add_prompt(token_ids, delta.prompt_logprobs or [])
+            if delta.first and echo is not None:
+                made.add_prompt(echo, delta.prompt_logprobs or [])
             made.add(delta.logprobs or [], len(echoed))
         fields = None if made is None else made.fields()
         return Part(delta.index, text, delta.first, fields, delta.finish_reason)

@@ -265,6 +265,9 @@ class TokenizeBody(_Body):
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
+        for name in ("add_generation_prompt", "chat_template_kwargs", "tools"):
+            if self.prompt is not None and getattr(self, name) is not None:
+                raise RequestError(f"{name} needs messages", param=name)
         return self
 
 

@@ -139,13 +139,15 @@ def test_any_bytes_never_break_the_server(http: httpx.Client, path: str, content
     check(http, path, right[:cut] + content + right[cut:])
 
 
-def test_the_fuzzed_bodies_are_not_all_refused(http: httpx.Client) -> None:
-    accepted = dict.fromkeys(FIELDS, 0)
+@pytest.mark.parametrize("path", FIELDS)
+def test_many_of_the_fuzzed_bodies_are_accepted(http: httpx.Client, path: str) -> None:
+    accepted = 0
 
-    @settings(FUZZ, max_examples=80)
-    @given(path=st.sampled_from(sorted(FIELDS)), data=st.data())
-    def count(path: str, data: st.DataObject) -> None:
-        accepted[path] += check(http, path, json.dumps(data.draw(bodies(path))).encode())
+    @settings(FUZZ, max_examples=60, derandomize=True)
+    @given(body=bodies(path))
+    def count(body: dict[str, object]) -> None:
+        nonlocal accepted
+        accepted += check(http, path, json.dumps(body).encode())
 
     count()
-    assert all(accepted.values()), accepted
+    assert accepted >= 6
