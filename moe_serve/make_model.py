@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -23,6 +24,8 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import DTYPES, ModelConfig, load_model_config
 from moe_serve.model.archs.base import find_spec
 from moe_serve.model.partition import make_partition
+from moe_serve.worker.checkpoint import INDEX, SINGLE
+from moe_serve.worker.loader import byte_progress, random_weight
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -67,10 +70,14 @@ def make_model(
     seed: int = 0,
     dtype: str = "bfloat16",
     num_shards: int = 1,
+    *,
+    force: bool = False,
+    show_progress: bool = False,
 ) -> Path:
-    """Write a checkpoint into an empty or absent folder and return it. `arch` may also be a Hugging Face class name.
+    """Write a checkpoint into a folder and return it. `arch` may also be a Hugging Face class name.
 
-    Same arguments, same weights. Raises ConfigError.
+    The folder must be empty or absent, unless `force`: then the model in it is replaced and other files stay.
+    Same arguments, same weights. `show_progress` draws a bar if stderr is a terminal. Raises ConfigError.
     """
     _check_choice("preset", preset, tuple(PRESETS))
     _check_choice("dtype", dtype, DTYPES)
@@ -78,15 +85,18 @@ def make_model(
     _check_choice("arch", arch, tuple(CLASSES))
     if num_shards < 1:
         raise ConfigError(f"num_shards must be at least 1, not {num_shards}")
-    folder = _empty_folder(Path(folder))
+    folder = _prepare_folder(Path(folder).expanduser(), force=force)
     sizes = PRESETS[preset]
     tokenizer = _train_tokenizer(sizes.vocab)
-    tokenizer.save(str(folder / "tokenizer.json"))
     end_ids = [tokenizer.token_to_id(TURN_END), tokenizer.token_to_id(END_OF_TEXT)]
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(sizes))
-    _write_json(folder / "generation_config.json", {"eos_token_id": end_ids, "pad_token_id": end_ids[1]})
-    _write_json(folder / "config.json", _config(arch, sizes, dtype) | {"eos_token_id": end_ids[0]})
-    _write_weights(folder, load_model_config(folder), seed, getattr(torch, dtype), num_shards)
+    try:
+        tokenizer.save(str(folder / "tokenizer.json"))
+        _write_json(folder / "tokenizer_config.json", _tokenizer_config(sizes))
+        _write_json(folder / "generation_config.json", {"eos_token_id": end_ids, "pad_token_id": end_ids[1]})
+        _write_json(folder / "config.json", _config(arch, sizes, dtype) | {"eos_token_id": end_ids[0]})
+        _write_weights(folder, seed, getattr(torch, dtype), num_shards, show_progress=show_progress)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"the model cannot be written to {folder}: {error}") from error
     return folder
 
 
@@ -95,12 +105,14 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"unknown {name} {value!r}; known are: {', '.join(allowed)} (option --{name})")
 
 
-def _empty_folder(folder: Path) -> Path:
-    folder = folder.expanduser()
+def _prepare_folder(folder: Path, *, force: bool) -> Path:
+    """Make the folder; with `force` remove the weights in it, which the new ones need not overwrite."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty; make-model writes only into an empty or absent folder")
+        if any(folder.iterdir()) and not force:
+            raise ConfigError(f"{folder} is not empty; choose another folder, or --force to replace the model in it")
+        for old in (*folder.glob("*.safetensors"), folder / INDEX):
+            old.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made a model folder: {error}") from error
     return folder
@@ -169,26 +181,26 @@ def _tokenizer_config(sizes: Preset) -> dict[str, object]:
     }
 
 
-def _write_weights(folder: Path, config: ModelConfig, seed: int, dtype: torch.dtype, num_shards: int) -> None:
+def _write_weights(folder: Path, seed: int, dtype: torch.dtype, num_shards: int, *, show_progress: bool) -> None:
     """One file, or `num_shards` of about equal size with an index."""
-    shapes = dict(_shapes(config))
+    shapes = dict(_shapes(load_model_config(folder)))
     generator = torch.Generator().manual_seed(seed)
-    total = sum(map(math.prod, shapes.values()))
-    shards: list[dict[str, Tensor]] = [{}]
+    total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    shard: dict[str, Tensor] = {}
     where: dict[str, str] = {}
-    done = 0
-    for name, shape in shapes.items():
-        if done >= total * len(shards) / num_shards:
-            _save(folder, shards[-1], len(shards), num_shards)
-            shards[-1].clear()
-            shards.append({})
-        shards[-1][name] = _random(name, shape, generator).to(dtype)
-        where[name] = _file_name(len(shards), num_shards)
-        done += math.prod(shape)
-    _save(folder, shards[-1], len(shards), num_shards)
+    number, done = 1, 0
+    with byte_progress("Making weights", total, show=show_progress) as report_done:
+        for name, shape in shapes.items():
+            if done >= total * number / num_shards:
+                _save(folder, shard, number, num_shards)
+                number, shard = number + 1, {}
+            shard[name] = random_weight(name, shape, generator).to(dtype)
+            where[name] = _file_name(number, num_shards)
+            done += shard[name].nbytes
+            report_done(done)
+        _save(folder, shard, number, num_shards)
     if num_shards > 1:
-        index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": where}
-        _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -199,21 +211,11 @@ def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield rule.names[0].format(layer=layer, expert=expert), tuple(map(whole.size, rule.axes))
 
 
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Norms near one, biases near zero, the rest so that every part matters and the logits are well spread."""
-    numbers = torch.randn(shape, generator=generator)
-    if "norm" in name:
-        return 1 + 0.1 * numbers
-    if len(shape) == 1:
-        return 0.1 * numbers
-    if "embed_tokens" in name:
-        return numbers
-    return numbers * ((3.0 if "lm_head" in name else 1.5) / math.sqrt(shape[-1]))
-
-
 def _file_name(number: int, num_shards: int) -> str:
-    return f"model-{number:05d}-of-{num_shards:05d}.safetensors" if num_shards > 1 else "model.safetensors"
+    return f"model-{number:05d}-of-{num_shards:05d}.safetensors" if num_shards > 1 else SINGLE
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], number: int, num_shards: int) -> None:
-    save_file(tensors, str(folder / _file_name(number, num_shards)), metadata={"format": "pt"})
+    path = folder / _file_name(number, num_shards)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def load_weights(
         opened = time.perf_counter()
         held = [source for source in sources if source.target is not None]
         total = sum(checkpoint.num_bytes(source.name, source.index) for source in held)
-        with _progress(total, show=show_progress) as report_done:
+        with byte_progress("Loading weights", total, show=show_progress) as report_done:
             for source in held:
                 _fill(source, checkpoint)
                 report_done(checkpoint.bytes_read)
@@ -180,12 +181,12 @@ def _check_tied_head(model: Decoder, checkpoint: Checkpoint) -> None:
 
 
 @contextmanager
-def _progress(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A function that is told how many bytes are done."""
+def byte_progress(title: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """A function that is told how many bytes are done; a bar on a terminal."""
     if not show or not sys.stderr.isatty():
         yield lambda done: None
         return
-    columns = (TextColumn("Loading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("weights", total=total)
         yield lambda done: bar.update(task, completed=done)
@@ -200,15 +201,21 @@ def _fill_randomly(model: Decoder) -> None:
         for layer, expert in rule.places(model.config):
             name = rule.parameter.format(layer=layer, expert=expert)
             if name in targets:
-                targets[name].copy_(_random(name, shape)[cut].view(targets[name].shape))
+                targets[name].copy_(random_weight(name, shape, _generator(name))[cut].view(targets[name].shape))
 
 
-def _random(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Norm weights near one, biases near zero, the rest scaled to keep the size of what passes through."""
+def _generator(name: str) -> torch.Generator:
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.Generator().manual_seed(seed)
+
+
+def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Norms near one, biases near zero, the rest so that every part matters and the logits are well spread."""
+    numbers = torch.randn(shape, generator=generator)
     if "norm" in name:
         return 1 + 0.1 * numbers
     if len(shape) == 1:
         return 0.1 * numbers
-    return numbers if name.startswith("embedding") else numbers / shape[-1] ** 0.5
+    if "embed" in name:
+        return numbers
+    return numbers * ((3.0 if "head" in name else 1.5) / math.sqrt(shape[-1]))
