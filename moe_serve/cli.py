@@ -56,10 +56,11 @@ def serve_options() -> type[Options]:
 
 
 class MakeModelOptions(Options):
-    folder: CliPositionalArg[Path] = Field(description="Folder to write; must be empty or absent.")
+    folder: CliPositionalArg[Path] = Field(description="Folder to write; must be empty or absent, unless --force.")
     preset: Literal["tiny", "small"] = Field("tiny", description="Size of the model.")
     arch: Literal["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"] = Field("qwen3_moe", description="Architecture.")
     seed: int = Field(0, description="Seed of the random weights.")
+    force: bool = Field(False, description="Replace the model in a folder that is not empty.")
 
 
 class ChatOptions(Options):
@@ -132,8 +133,9 @@ def run_make_model(arguments: Sequence[str]) -> int:
     options = parse(MakeModelOptions, arguments, "make-model")
     # Reached by name: it needs torch, which the other commands must not wait for.
     make_model: Any = import_target("moe_serve.make_model:make_model", "command", "make-model")
-    make_model(**options)
-    print(options["folder"])
+    folder: Path = make_model(**options, show_progress=True)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    print(f"wrote {size / 2**20:,.1f} MiB of random weights; serve them with: moe-serve serve {folder}")
     return 0
 
 

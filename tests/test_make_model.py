@@ -62,11 +62,10 @@ def test_transformers_loads_it_without_a_missing_or_unexpected_tensor(arch: str,
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 14), ("small", 1240)])
 def test_a_preset_has_the_size_it_is_known_by(preset: str, millions: int) -> None:
     sizes = PRESETS[preset]
-    attention = 2 * sizes.hidden * (sizes.heads + sizes.kv_heads) * (64)
-    layer = attention + sizes.experts * 3 * sizes.hidden * sizes.width + sizes.experts * sizes.hidden
-    assert (2 * sizes.vocab * sizes.hidden + sizes.layers * layer) / 1e6 == pytest.approx(
-        millions, rel=0.04
-    )  # as published, in whole millions
+    attention = 2 * sizes.hidden * (sizes.heads + sizes.kv_heads) * 64
+    layer = attention + sizes.experts * sizes.hidden * (3 * sizes.width + 1)
+    total = 2 * sizes.vocab * sizes.hidden + sizes.layers * layer
+    assert total / 1e6 == pytest.approx(millions, rel=0.04)  # published in whole millions
     assert sizes.hidden // sizes.heads == 64
 
 
@@ -166,6 +165,8 @@ def test_the_command_writes_a_model_and_says_where(tmp_path: Path, capsys: pytes
     message = capsys.readouterr().err
     assert "is not empty" in message
     assert "Traceback" not in message
+    assert main(["make-model", str(folder), "--force"]) == 0
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3MoeForCausalLM"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--preset", "huge"], ["model", "--seed", "x"], ["model", "--size", "1"]])
