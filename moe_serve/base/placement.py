@@ -15,6 +15,7 @@ import numpy.typing as npt
 from moe_serve.base.topology import split_range
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,8 @@ def layer_balancedness(loads_LR: Floats) -> Floats:
 def peaks(loads_LR: Floats) -> Floats:
     """float64 (..., L): max / mean rank load of each layer; 1 for a layer without load."""
     mean = loads_LR.mean(axis=-1)
-    return np.divide(loads_LR.max(axis=-1), mean, out=np.ones_like(mean), where=mean > 0)
+    ratios: Floats = np.divide(loads_LR.max(axis=-1), mean, out=np.ones_like(mean), where=mean > 0)
+    return ratios
 
 
 def all_scores(loads_LR: Floats) -> dict[str, float]:

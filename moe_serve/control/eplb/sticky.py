@@ -1,0 +1,182 @@
+"""The default policy: balance as well as the published algorithm and move a tenth of what it moves.
+
+Without a present placement: copies by marginal gain, dealt heaviest first to the lightest rank, then swaps. With one:
+change the number of copies only where loads changed much, then relieve heavy ranks by swaps while a swap gains more
+than it costs. A layer keeps what it has unless it gains; a layer that swaps cannot mend is dealt anew. Copies of an
+expert never share a rank. Nodes and expert groups are prices, not walls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_serve.base.placement import Bools, Ints, Placement, keep_slots
+from moe_serve.control.eplb.base import Floats, Problem
+from moe_serve.control.eplb.board import board_of
+from moe_serve.control.eplb.deal import deal
+from moe_serve.control.eplb.exchange import Prices, Search, exchange
+from moe_serve.control.eplb.packing import pack
+from moe_serve.control.eplb.relabel import relabel_ranks
+from moe_serve.control.eplb.repair import fit_copies, part_copies
+from moe_serve.control.eplb.replicas import copies_by_gain
+from moe_serve.control.eplb.scores import peaks, rank_loads
+
+FROM_NOTHING = Prices(move=0.0, travel=0.0, other_node=1.0, away=0.1, least=1e-4)
+TO_CHANGE = Prices(move=0.0015, travel=0.005, other_node=2.0, away=0.1, least=0.001)
+
+LEAST_PRICE_OF_GROUPS = 0.002  # largest rank load, as a share of the mean, that groups on their nodes may cost
+
+
+@dataclass(frozen=True, slots=True)
+class Stickiness:
+    """How reluctant to move. Loads in shares of the mean rank load."""
+
+    prices: Prices = TO_CHANGE
+    hysteresis: float = 1.3
+    """Copies stay while each carries between 1 / this and this times the threshold."""
+    heavy: float = 0.75
+    """A copy above this load gets no such tolerance: it would set the pace alone."""
+    least_gain: float = 0.001
+    """A layer keeps its placement unless the largest rank load falls by this, beside the price of the moves."""
+    hopeless: float = 0.1
+    """A layer is dealt anew if that lowers the largest rank load by this much more than swaps could."""
+    rounds: int = 40
+
+
+def sticky(problem: Problem, stickiness: Stickiness = Stickiness()) -> Placement:  # noqa: B008 (frozen)
+    """A placement without two copies on one rank, close to the present one if there is one."""
+    load_LE = _without_zeros(problem.load_LE)
+    if problem.current is None:
+        return _deal_anew(problem, load_LE)
+    current = problem.current
+    mended = _mend(problem, current, load_LE, stickiness)
+    mended = _redeal_hopeless(problem, mended, load_LE, stickiness)
+    keep_L = ~_gains(current, mended, load_LE, stickiness.least_gain)
+    table_LP = np.where(keep_L[:, None], current.physical_to_logical_LP, mended.physical_to_logical_LP)
+    return keep_slots(current, Placement(table_LP, problem.offsets, problem.num_experts))
+
+
+def _without_zeros(load_LE: Floats) -> Floats:
+    """Experts nobody chose weigh a trifle, so that they spread evenly too; a layer without load is even."""
+    mean_L1 = load_LE.mean(axis=1, keepdims=True)
+    return np.where(mean_L1 > 0, load_LE + 1e-6 * mean_L1, 1.0)
+
+
+def _deal_anew(problem: Problem, load_LE: Floats) -> Placement:
+    holders = int(np.count_nonzero(problem.slots_of_ranks))
+    copies_LE = copies_by_gain(load_LE, problem.num_physical, holders)
+    home_LE = _homes(problem, load_LE, None)
+    table_LP = deal(problem, load_LE, copies_LE, home_LE, FROM_NOTHING.away)
+    board = board_of(table_LP, load_LE / copies_LE, problem)
+    part_copies(board)
+    exchange(Search(board, FROM_NOTHING, home_LE=home_LE), rounds=10)
+    if home_LE is None:
+        return board.placement(problem)
+    exchange(Search(board, FROM_NOTHING), rounds=6)  # nodes decide between equals only
+    placement = board.placement(problem)
+    return _ungroup_poor(problem, load_LE, placement)
+
+
+def _ungroup_poor(problem: Problem, load_LE: Floats, placement: Placement) -> Placement:
+    """Deal those layers again, without regard to groups, in which keeping them together cost balance."""
+    peak_L = peaks(rank_loads(load_LE, placement))
+    poor_L = np.flatnonzero(peak_L > _least_peaks(problem, load_LE) + LEAST_PRICE_OF_GROUPS)
+    if not len(poor_L):
+        return placement
+    part = Problem(load_LE[poor_L], problem.offsets, problem.num_nodes)
+    anew = _deal_anew(part, load_LE[poor_L])
+    better = peaks(rank_loads(part.load_LE, anew)) < peak_L[poor_L] - LEAST_PRICE_OF_GROUPS
+    table_LP = placement.physical_to_logical_LP.copy()
+    table_LP[poor_L[better]] = anew.physical_to_logical_LP[better]
+    return Placement(table_LP, problem.offsets, problem.num_experts)
+
+
+def _mend(problem: Problem, current: Placement, load_LE: Floats, stickiness: Stickiness) -> Placement:
+    """The present placement with a few copies changed and a few experts swapped."""
+    had_LE = current.copies()
+    holders = int(np.count_nonzero(problem.slots_of_ranks))
+    mean_L1 = load_LE.sum(axis=1, keepdims=True) / problem.num_ranks
+    copies_LE = copies_by_gain(
+        load_LE,
+        problem.num_physical,
+        holders,
+        current_LE=had_LE,
+        hysteresis=stickiness.hysteresis,
+        heavy_L1=stickiness.heavy * mean_L1,
+    )
+    board = board_of(current.physical_to_logical_LP, load_LE / copies_LE, problem)
+    held_LRs = board.expert_LRs.copy()
+    fit_copies(board, had_LE - copies_LE)
+    part_copies(board)
+    home_LE = _homes(problem, load_LE, current)
+    exchange(Search(board, stickiness.prices, held_LRs, home_LE), rounds=stickiness.rounds)
+    return board.placement(problem)
+
+
+def _redeal_hopeless(problem: Problem, mended: Placement, load_LE: Floats, stickiness: Stickiness) -> Placement:
+    """Deal those layers anew in which swaps left much to gain, and give the new ranks the numbers that fit best."""
+    assert problem.current is not None
+    peak_L = peaks(rank_loads(load_LE, mended))
+    best_L = _least_peaks(problem, load_LE)
+    poor_L = np.flatnonzero(peak_L > best_L + stickiness.hopeless)
+    if not len(poor_L):
+        return mended
+    part = Problem(load_LE[poor_L], problem.offsets, problem.num_nodes, problem.num_groups)
+    anew = _deal_anew(part, load_LE[poor_L])
+    better = peaks(rank_loads(part.load_LE, anew)) < peak_L[poor_L] - stickiness.hopeless
+    if not better.any():
+        return mended
+    table_LP = mended.physical_to_logical_LP.copy()
+    held_LP = problem.current.physical_to_logical_LP
+    for layer, row in zip(poor_L[better], anew.physical_to_logical_LP[better], strict=True):
+        table_LP[layer] = relabel_ranks(held_LP[layer], row, problem)
+    return Placement(table_LP, problem.offsets, problem.num_experts)
+
+
+def _least_peaks(problem: Problem, load_LE: Floats) -> Floats:
+    """float64 (L,): max / mean rank load that no placement can be below: of the heaviest copy, and 1."""
+    copies_LE = copies_by_gain(load_LE, problem.num_physical, int(np.count_nonzero(problem.slots_of_ranks)))
+    heaviest_L: Floats = (load_LE / copies_LE).max(axis=1) * problem.num_ranks / load_LE.sum(axis=1)
+    return np.maximum(heaviest_L, 1.0)
+
+
+def _gains(current: Placement, mended: Placement, load_LE: Floats, least: float) -> Bools:
+    """bool (L,): whether a layer's change pays, or parts copies that shared a rank."""
+    before_L, after_L = (peaks(rank_loads(load_LE, placement)) for placement in (current, mended))
+    had_L, left_L = _duplicates(current), _duplicates(mended)
+    gains: Bools = (before_L - after_L > least) | (had_L > left_L)
+    return gains
+
+
+def _duplicates(placement: Placement) -> Ints:
+    """int64 (L,): slots whose expert another slot of their rank holds already."""
+    ordered_LP = np.sort(placement.holdings(), axis=1)
+    duplicates: Ints = (ordered_LP[:, 1:] == ordered_LP[:, :-1]).sum(axis=1)
+    return duplicates
+
+
+def _homes(problem: Problem, load_LE: Floats, current: Placement | None) -> Ints | None:
+    """int64 (L, E + 1): the node each expert's group should be on, -1 for nobody; None if groups do not matter."""
+    nodes, groups = problem.num_nodes, problem.num_groups
+    if nodes == 1 or groups == 1 or groups % nodes:
+        return None
+    size = problem.num_experts // groups
+    weight_LG = load_LE.reshape(len(load_LE), groups, size).sum(axis=2)
+    node_LG, _ = pack(weight_LG, np.full(nodes, groups // nodes))
+    if current is not None:
+        node_LG = _present_homes(problem, current, node_LG)
+    home_LE = np.repeat(node_LG, size, axis=1)
+    return np.concatenate([home_LE, np.full((len(load_LE), 1), -1)], axis=1)
+
+
+def _present_homes(problem: Problem, current: Placement, node_LG: Ints) -> Ints:
+    """For each group the node that has most of its slots; the given one where none has a clear majority."""
+    groups, nodes, layers = problem.num_groups, problem.num_nodes, problem.num_layers
+    group_LP = current.physical_to_logical_LP // (problem.num_experts // groups)
+    node_P = problem.node_of_rank[current.rank_of_slot()]
+    cell_LP = (np.arange(layers)[:, None] * groups + group_LP) * nodes + node_P
+    slots_LGN = np.bincount(cell_LP.ravel(), minlength=layers * groups * nodes).reshape(layers, groups, nodes)
+    clear_LG = 2 * slots_LGN.max(axis=2) > slots_LGN.sum(axis=2)
+    return np.where(clear_LG, slots_LGN.argmax(axis=2), node_LG)
