@@ -18,7 +18,9 @@ from torch import Tensor
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import load_model_config
+from moe_serve.base.topology import Topology
 from moe_serve.model.partition import make_partition
+from moe_serve.parallel.groups import build_groups
 from tests.support.forward import all_logits, alone, load_decoder, rank_logits
 from tests.support.ranks import Ranks
 from tests.support.tiny_model import ARCHS, SIZES, tiny_model
@@ -185,3 +187,23 @@ def test_with_more_ranks_than_experts_some_ranks_hold_none(tmp_path: Path) -> No
     config = load_model_config(tmp_path)
     held = [make_partition(config, parallel, rank).experts_of(1) for rank in range(4)]
     assert held == [[0], [1], [2], []]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("chunk", [None, 3], ids=["whole prompts", "small steps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_logits_are_the_same_on_a_cuda_device(arch: str, dtype: torch.dtype, chunk: int | None, tmp_path: Path) -> None:
+    """In bfloat16 only their direction is compared: rounding may send a row to another expert."""
+    oracle = tiny_model(tmp_path, arch)
+    device = torch.device("cuda")
+    groups = build_groups(Topology(), 0, store_host="", store_port=0, token="", device=device)
+    asked = prompts([19, 1, 8])
+    found = all_logits(load_decoder(tmp_path, groups, dtype=dtype, device=device), [asked], chunk=chunk)
+    for prompt, logits in zip(asked, found, strict=True):
+        theirs = expected(oracle, prompt)
+        if dtype == torch.float32:
+            assert_same_logits(logits.cpu(), theirs)
+        else:
+            assert torch.cosine_similarity(logits.cpu().flatten(), theirs.flatten(), dim=0) > 0.98
