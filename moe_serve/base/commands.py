@@ -75,6 +75,10 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
     `tokens_by_dp_rank[r]` tokens DP rank r brings to this step (this engine's own included); an empty `scheduled`
     is a dummy step: zero rows through every layer.
+
+    What all ranks agreed on for this step (control/lockstep.py): before it, commit what was staged as `commit_epoch`
+    (0: nothing), or give the stage up once `drop_after_pieces` pieces were exchanged (-1: no); after it,
+    `collect_load` of the steps since the last time.
     """
 
     step: int
@@ -82,6 +86,9 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     new: list[NewRequest] = []
     dropped: list[str] = []
     tokens_by_dp_rank: list[int]
+    commit_epoch: int = 0
+    drop_after_pieces: int = -1
+    collect_load: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +120,47 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
     prompt_logprobs: dict[str, list[TokenLogprob]] = {}
     seconds: float = 0.0
     all2all_seconds: float = 0.0
+    load: bytes = b""
+    """With collect_load, from expert-parallel rank 0: int64 (layers, prefill and decode, experts), over all ranks."""
+    stage: StageStatus | None = None
+    commit_seconds: float = 0.0
+
+
+class StageStatus(msgspec.Struct, frozen=True, kw_only=True, tag="stage_status"):
+    """How far an engine is with a stage; the least over its workers. `failed` says why it cannot be finished."""
+
+    epoch: int
+    staged: bool = False
+    failed: str = ""
+    pieces_posted: int = 0
+    bytes_received: int = 0
+    seconds: float = 0.0
+
+
+class StageExperts(msgspec.Struct, frozen=True, kw_only=True, tag="stage_experts"):
+    """Begin to fetch the experts that a new placement of some layers needs. Answered with Done, at once.
+
+    `rows[layer]` its new physical_to_logical (P,). `shares[ep_rank]` what ExpertMap uses once it is committed:
+    float32 (layers in `rows`, experts, most copies) as bytes, cumulative.
+    """
+
+    epoch: int
+    rows: dict[int, list[int]]
+    shares: dict[int, bytes]
+
+
+class SetShares(msgspec.Struct, frozen=True, kw_only=True, tag="set_shares"):
+    """Split the load over the copies of every expert anew; no weight moves. Ignored unless `epoch` is the one served.
+
+    `shares[ep_rank]`: float32 (layers, experts, most copies) as bytes, cumulative. Answered with Done.
+    """
+
+    epoch: int
+    shares: dict[int, bytes]
+
+
+class PollStage(msgspec.Struct, frozen=True, tag="poll_stage"):
+    """Go on with a stage while no steps are run. Answered with StageStatus."""
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag="load_model"):
@@ -162,8 +210,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
         return kind(self.message if issubclass(kind, ConfigError | MissingExtra) else f"{who}: {self.message}")
 
 
-Command = LoadModel | AllocateKV | StepPlan
-Reply = WorkerFacts | Done | StepResult | Failed
+Command = LoadModel | AllocateKV | StepPlan | StageExperts | SetShares | PollStage
+Reply = WorkerFacts | Done | StepResult | StageStatus | Failed
 
 _CARRIED: dict[str, type[MoEServeError]] = {
     kind.__name__: kind

@@ -206,6 +206,11 @@ class ParallelConfig(Section):
             )
         if (self.data_parallel_external_lb or self.data_parallel_hybrid_lb) and dp == 1:
             raise ValueError("data_parallel_external_lb and data_parallel_hybrid_lb need data_parallel_size > 1")
+        if self.expert_placement_strategy != "linear" and not self.enable_expert_parallel:
+            raise ValueError(
+                f"expert_placement_strategy {self.expert_placement_strategy} needs enable_expert_parallel: without it "
+                "every rank holds a part of every expert"
+            )
         if self.tensor_parallel_size % self.decode_context_parallel_size:
             raise ValueError(
                 f"decode_context_parallel_size ({self.decode_context_parallel_size}) must divide "

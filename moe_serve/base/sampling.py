@@ -8,6 +8,10 @@ from moe_serve.base.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_STOP_TOKEN_IDS = 1024  # looked at again in every step of the first min_tokens
+OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+INTEGERS = ("n", "top_k", "min_tokens", *OPTIONAL)
+NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -41,6 +45,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         _within("n", self.n, 1, MAX_CHOICES)
         _within("temperature", self.temperature, 0, 100)
         _within("top_p", self.top_p, 0, 1, open_low=True)
@@ -59,8 +64,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 _within(name, getattr(self, name), 0, MAX_LOGPROBS)
         for bias in self.logit_bias.values():
             _within("logit_bias", bias, -100, 100)
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids, not {len(self.stop_token_ids)}",
+                param="stop_token_ids",
+            )
         if any(not text for text in self.stop):
             raise RequestError("stop must not hold an empty string", param="stop")
+
+    def _check_types(self) -> None:
+        """msgspec checks types only when it decodes, which is too late: in the engine, for everybody's requests."""
+        if isinstance(self.stop, str):  # ("end",) is meant, not ("e", "n", "d")
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        for name in (*INTEGERS, *NUMBERS):
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if name in INTEGERS else (int, float)):
+                what = "an integer" if name in INTEGERS else "a number"
+                raise RequestError(f"{name} must be {what}, not {value!r}", param=name)
 
     def choices(self) -> list[SamplingParams]:
         """The n single generations these params ask for; with a seed, choice i has seed + i (wrapping at 2^63)."""

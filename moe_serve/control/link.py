@@ -19,7 +19,7 @@ from moe_serve.base.errors import ConfigError, RankTimeout
 from moe_serve.base.messages import Ack, FromMember, Heartbeat, Hello, Leaving, Refused, ToMember, Welcome
 from moe_serve.base.progress import Progress
 
-MAX_FRAME = 1 << 20
+MAX_FRAME = 1 << 26
 HEADER = struct.Struct(">I")
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 8.0

@@ -7,35 +7,50 @@ same step; naps are numbered, and only `Wake(n)` ends nap n, so that late or reo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from moe_serve.base.errors import EngineError
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """`num_tokens` this rank would compute in `step`; `has_work` unfinished requests; `nap` naps taken so far."""
+    """`num_tokens` this rank would compute in `step`; `has_work` unfinished requests; `nap` naps taken so far.
+
+    Of a rearrangement of experts: `staged_epoch` all weights are here, `dropped_epoch` told to give it up (0: neither),
+    `pieces_posted` exchanges begun. `recording`: told to collect the load of every step.
+    """
 
     step: int
     nap: int
     has_work: bool
     num_tokens: int
+    staged_epoch: int = 0
+    dropped_epoch: int = 0
+    pieces_posted: int = 0
+    recording: bool = False
 
     def to_ints(self) -> list[int]:
-        return [self.step, self.nap, int(self.has_work), self.num_tokens]
+        return [int(getattr(self, each.name)) for each in fields(self)]
 
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> Vote:
-        step, nap, has_work, num_tokens = values
-        return cls(step, nap, bool(has_work), num_tokens)
+        step, nap, has_work, num_tokens, staged, dropped, pieces, recording = values
+        return cls(step, nap, bool(has_work), num_tokens, staged, dropped, pieces, bool(recording))
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`run`: compute a step (a rank without tokens a dummy one), else sleep. `tokens_by_dp_rank` sizes of the step."""
+    """`run`: compute a step (a rank without tokens a dummy one), else sleep. `tokens_by_dp_rank` sizes of the step.
+
+    Before the step: commit `commit_epoch` (0: nothing), or give the stage under way up after `drop_after_pieces` pieces
+    (-1: no). After it: collect the load (`recording`).
+    """
 
     run: bool
     tokens_by_dp_rank: list[int]
+    commit_epoch: int = 0
+    drop_after_pieces: int = -1
+    recording: bool = False
 
     @property
     def padding(self) -> int:
@@ -50,7 +65,20 @@ def decide(votes: Sequence[Vote]) -> Verdict:
         if len(set(values)) > 1:
             listing = ", ".join(f"dp {rank}: {value}" for rank, value in enumerate(values))
             raise EngineError(f"data-parallel ranks are out of step ({field} of {listing})")
-    return Verdict(any(vote.has_work for vote in votes), [vote.num_tokens for vote in votes])
+    commit_epoch = _agreed([vote.staged_epoch for vote in votes])
+    dropped = _agreed([vote.dropped_epoch for vote in votes])
+    return Verdict(
+        run=any(vote.has_work for vote in votes) or bool(commit_epoch or dropped),
+        tokens_by_dp_rank=[vote.num_tokens for vote in votes],
+        commit_epoch=0 if dropped else commit_epoch,
+        drop_after_pieces=max(vote.pieces_posted for vote in votes) if dropped else -1,
+        recording=all(vote.recording for vote in votes),
+    )
+
+
+def _agreed(epochs: Sequence[int]) -> int:
+    """The epoch that every rank names; 0 where they differ."""
+    return epochs[0] if len(set(epochs)) == 1 else 0
 
 
 class Naps:

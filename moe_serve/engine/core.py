@@ -59,6 +59,7 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         )
+        self.last_result: StepResult | None = None
         self._load = LoadReport(num_blocks=num_blocks, load_seconds=dict(load_seconds or {}))
 
     @property
@@ -76,7 +77,7 @@ class EngineCore:
 
     def run(self, plan: StepPlan) -> list[TokenEvent]:
         """Have the workers carry out a plan (a dummy one too) and book what came of it."""
-        result = self._wait(plan)
+        result = self.last_result = self._wait(plan)
         load = self._load
         self._load = msgspec.structs.replace(
             load,
@@ -149,6 +150,11 @@ class EngineCore:
         self._check_vocabulary("prompt", token_ids)
         self._check_vocabulary("stop_token_ids", sampling.stop_token_ids)
         self._check_vocabulary("logit_bias", sampling.logit_bias)
+        if sampling.min_tokens and len({*sampling.stop_token_ids, *self.eos_token_ids}) >= self.vocab_size:
+            raise RequestError(
+                "stop_token_ids holds the whole vocabulary, which min_tokens bans: no token would be left",
+                param="stop_token_ids",
+            )
 
     def _check_vocabulary(self, param: str, token_ids: Collection[int]) -> None:
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):

@@ -14,14 +14,27 @@ from moe_serve.base.messages import LoadReport, TokenEvent
 from moe_serve.base.progress import Progress
 from moe_serve.control.lockstep import Naps, Vote, decide
 from moe_serve.engine.core import EngineCore
+from moe_serve.engine.rearranging import Rearranging
 from moe_serve.parallel.groups import ControlGroup
 
 
 class DPRank:
-    """`pads`: the all2all backend pads ragged shares, so that wasted rows can be counted."""
+    """`pads`: the all2all backend pads ragged shares, so that wasted rows can be counted.
 
-    def __init__(self, core: EngineCore, votes: ControlGroup, *, progress: Progress, pads: bool) -> None:
+    `rearranging` where experts may move.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        votes: ControlGroup,
+        *,
+        progress: Progress,
+        pads: bool,
+        rearranging: Rearranging | None = None,
+    ) -> None:
         self.core = core
+        self.rearranging = rearranging
         self.naps = Naps()
         self._group = votes
         self._progress = progress
@@ -32,11 +45,17 @@ class DPRank:
         self._vote_seconds = 0.0
         self._padding_tokens = 0
 
+    @property
+    def wants_turn(self) -> bool:
+        """Requests to serve, or news of a rearrangement for a vote: a sleeping world should wake."""
+        return self.core.has_work or (self.rearranging is not None and self.rearranging.wants_turn)
+
     def turn(self) -> list[TokenEvent]:
         """Vote, then do what all ranks do; events of the step if there was one."""
         plan = self.core.schedule()
         self._step += 1
-        verdict = decide(self._exchange(Vote(self._step, self.naps.taken, self.core.has_work, plan.num_tokens)))
+        vote = Vote(self._step, self.naps.taken, self.core.has_work, plan.num_tokens)
+        verdict = decide(self._exchange(vote if self.rearranging is None else self.rearranging.vote(vote)))
         dropped = self._undelivered + plan.dropped
         if not verdict.run:
             # Workers hear of forgotten requests with the next step.
@@ -46,9 +65,16 @@ class DPRank:
         self._undelivered = []
         self._padding_tokens += verdict.padding if self._pads else 0
         self._progress.enter("step", self._step)
-        return self.core.run(
-            msgspec.structs.replace(plan, step=self._step, dropped=dropped, tokens_by_dp_rank=verdict.tokens_by_dp_rank)
+        plan = msgspec.structs.replace(
+            plan, step=self._step, dropped=dropped, tokens_by_dp_rank=verdict.tokens_by_dp_rank
         )
+        if self.rearranging is None:
+            return self.core.run(plan)
+        plan = self.rearranging.plan(plan, verdict)
+        events = self.core.run(plan)
+        assert self.core.last_result is not None
+        self.rearranging.learn(plan, self.core.last_result)
+        return events
 
     def report(self) -> LoadReport:
         """The core's report with what only this floor knows."""

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from moe_serve.base.commands import AllocateKV, Meeting, WorkerFacts
+from moe_serve.base.commands import AllocateKV, Meeting, SetShares, StageExperts, WorkerFacts
 from moe_serve.base.config import ALL2ALL
 from moe_serve.base.errors import (
     ConfigError,
@@ -30,6 +30,7 @@ from moe_serve.base.log import setup_logging
 from moe_serve.base.member import ENVIRONMENT, MemberSpec, end_all, started_with
 from moe_serve.base.messages import (
     Abort,
+    DropStage,
     EngineHello,
     Events,
     Failure,
@@ -37,6 +38,7 @@ from moe_serve.base.messages import (
     Generate,
     Hello,
     Ready,
+    Record,
     Stop,
     StoreAt,
     ToEngine,
@@ -49,6 +51,7 @@ from moe_serve.base.progress import Progress
 from moe_serve.control.link import Link
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank
+from moe_serve.engine.rearranging import Rearranging
 from moe_serve.engine.sockets import FrontendSockets
 from moe_serve.executor.base import Executor
 from moe_serve.executor.choose import choose_executor
@@ -57,6 +60,8 @@ from moe_serve.parallel.stateless import open_store
 
 MEET_SECONDS = 300.0
 FAREWELL_SECONDS = 5.0
+COLLECTIONS_PER_WINDOW = 20
+STAGE_POLL_SECONDS = 0.01
 log = logging.getLogger("moe_serve.engine.process")  # run as __main__, which is no child of moe_serve
 
 
@@ -166,7 +171,12 @@ class EngineProcess:
         )
         backend = ALL2ALL.load(parallel.all2all_backend)
         pads = bool(getattr(backend, "pads", False))
-        return DPRank(core, votes, progress=self._progress, pads=pads), self._describe(facts, num_blocks, core)
+        rearranging = None
+        if parallel.enable_eplb:
+            interval = max(1, parallel.eplb_config.window_size // COLLECTIONS_PER_WINDOW)
+            rearranging = Rearranging(self._executor, collect_interval=interval)
+        rank = DPRank(core, votes, progress=self._progress, pads=pads, rearranging=rearranging)
+        return rank, self._describe(facts, num_blocks, core)
 
     def _meet(self) -> StoreAt:
         """Engine 0 opens the store and tells; the others are told."""
@@ -223,13 +233,14 @@ class EngineProcess:
             self._take_in(rank, sockets)
             if not rank.naps.asleep:
                 self._tell(rank.turn(), rank, sockets)
+            self._pass_on_news(rank)
 
     def _take_in(self, rank: DPRank, sockets: FrontendSockets) -> None:
         """Everything in the inbox; while asleep, wait for something."""
         if rank.naps.asleep:
             self._progress.enter("asleep")
         while rank.naps.asleep or not self._inbox.empty():
-            message = self._inbox.get()
+            message = self._next_message(rank)
             match message:
                 case (str() as address, Generate() as request):
                     self._accept(address, request, rank, sockets)
@@ -243,11 +254,31 @@ class EngineProcess:
                     self._frontends = message.addresses
                     for address in message.addresses:
                         sockets.connect(address)
+                case StageExperts() | SetShares() | DropStage() | Record():
+                    if rank.rearranging is not None:
+                        rank.rearranging.hear(message)
+                case None:
+                    self._pass_on_news(rank)
                 case _:
                     self._take(message)
-            if rank.naps.asleep and rank.core.has_work:
+            if rank.naps.asleep and rank.wants_turn:
                 assert self._link is not None
                 self._link.send(Wake(rank.naps.wake_up()))
+
+    def _next_message(self, rank: DPRank) -> ToMember | tuple[str, ToEngine] | None:
+        """The next one; None after some progress with a rearrangement that goes on while the world sleeps."""
+        if rank.rearranging is None or not rank.rearranging.active:
+            return self._inbox.get()
+        try:
+            return self._inbox.get(timeout=STAGE_POLL_SECONDS)
+        except queue.Empty:
+            rank.rearranging.poll()
+            return None
+
+    def _pass_on_news(self, rank: DPRank) -> None:
+        assert self._link is not None
+        for news in () if rank.rearranging is None else rank.rearranging.take_news():
+            self._link.send(news)
 
     def _take(self, message: ToMember | tuple[str, ToEngine]) -> None:
         """What may arrive before this engine serves."""

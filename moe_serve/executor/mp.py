@@ -23,7 +23,21 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from moe_serve.base.commands import AllocateKV, Command, Failed, LoadModel, Meeting, Reply, StepPlan, WorkerFacts
+from moe_serve.base.commands import (
+    AllocateKV,
+    Command,
+    Failed,
+    LoadModel,
+    Meeting,
+    PollStage,
+    Reply,
+    SetShares,
+    StageExperts,
+    StageStatus,
+    StepPlan,
+    StepResult,
+    WorkerFacts,
+)
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineError, MoEServeError, RankTimeout, WorkerDied
 from moe_serve.base.progress import Progress
@@ -277,7 +291,7 @@ class MultiprocessExecutor:
         if isinstance(answer.reply, Failed):
             call.set_exception(self._cause(answer.tp, answer.reply))
         else:
-            call.set_result(call.replies[0])
+            call.set_result(combine_replies([call.replies[tp] for tp in range(len(self._seats))]))
 
     def _cause(self, tp: int, failed: Failed) -> MoEServeError:
         """A worker that failed in an exchange may have met with another's death, which is known a moment later."""
@@ -319,6 +333,28 @@ class MultiprocessExecutor:
             call.set_exception(self._failure)
 
 
+def combine_replies(replies: list[Reply]) -> Reply:
+    """What tp rank 0 answers, but a stage of experts is as far as the last of the workers."""
+    first = replies[0]
+    if isinstance(first, StepResult):
+        stages = [reply.stage for reply in replies if isinstance(reply, StepResult) and reply.stage is not None]
+        return msgspec.structs.replace(first, stage=_combine_stages(stages, len(replies))) if stages else first
+    if isinstance(first, StageStatus):
+        return _combine_stages([reply for reply in replies if isinstance(reply, StageStatus)], len(replies))
+    return first
+
+
+def _combine_stages(stages: list[StageStatus], num_workers: int) -> StageStatus:
+    return StageStatus(
+        epoch=max(stage.epoch for stage in stages),
+        staged=len(stages) == num_workers and all(stage.staged for stage in stages),
+        failed=next((stage.failed for stage in stages if stage.failed), ""),
+        pieces_posted=max(stage.pieces_posted for stage in stages),
+        bytes_received=sum(stage.bytes_received for stage in stages),
+        seconds=max(stage.seconds for stage in stages),
+    )
+
+
 def combine_facts(replies: list[Reply], *, start_seconds: float) -> WorkerFacts:
     """The least blocks, the sum of bytes held and read, the longest seconds. The checkpoint's size is its own."""
     facts = [reply for reply in replies if isinstance(reply, WorkerFacts)]
@@ -345,6 +381,8 @@ def _deed(command: Command) -> str:
             return f"finish step {command.step} (--step-timeout-seconds)"
         case AllocateKV():
             return "make the KV cache"
+        case StageExperts() | PollStage() | SetShares():
+            return "take up a rearrangement of experts"
         case LoadModel():
             return "load the model"
 

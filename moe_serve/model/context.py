@@ -33,7 +33,8 @@ class ForwardContext:
 
     `rows_by_ep_rank[i]` rows EP rank i brings to every MoE layer of this step (each engine's tokens cut over its TP
     ranks by topology.split_range); known to all ranks from the step plan, so sizes need no exchange. `row_hash_T`
-    int64 tells rows apart where experts have several copies (see moe/expert_map.py).
+    int64 tells rows apart where experts have several copies (see moe/expert_map.py). `routes`, where load is watched,
+    gets each layer's logical expert ids (S, K) of this rank's own rows, in order of the layers.
     """
 
     positions_T: Tensor
@@ -41,5 +42,6 @@ class ForwardContext:
     kv: tuple[LayerKV, ...]
     rows_by_ep_rank: tuple[int, ...]
     row_hash_T: Tensor | None = None
+    routes: list[Tensor] | None = None
     progress: Progress = field(default_factory=Progress)
     clock: StepClock = field(default_factory=StepClock)

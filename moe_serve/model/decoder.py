@@ -94,6 +94,14 @@ class Decoder(nn.Module):
         logits_SV: Tensor = self.head(hidden_SD)
         return logits_SV
 
+    def moe_layers(self) -> list[MoELayer]:
+        """The mixture-of-experts part of each layer, in order."""
+        found = []
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            found.append(layer.moe)
+        return found
+
     def targets(self) -> dict[str, Tensor]:
         """Parameter name of the weight rules -> view of this rank's memory; absent for what it does not hold."""
         found: dict[str, Tensor] = {"embedding.weight": self.embedding.weight, "norm.weight": self.norm.weight}

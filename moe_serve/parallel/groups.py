@@ -18,7 +18,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """A worker's groups. Axes with the same ranks share one group. `control` is over the world, on the CPU."""
+    """A worker's groups. Axes with the same ranks share one group. `control` is over the world, on the CPU.
+
+    `migration`, where experts may move: over the ranks of `ep`, and used for nothing else.
+    """
 
     world: Group
     dp: Group
@@ -26,6 +29,7 @@ class Groups:
     ep: Group
     control: Group
     _owned: list[Group] = field(repr=False)
+    migration: Group | None = None
 
     def close(self) -> None:
         """Leave every group. Safe to call twice."""
@@ -42,11 +46,13 @@ def build_groups(
     token: str,
     device: torch.device,
     timeout_seconds: float = 300.0,
+    migrates: bool = False,
 ) -> Groups:
     """Join the groups of a global rank through the world's store, which rank 0's engine keeps open elsewhere."""
     if topology.world_size == 1:
         one = alone("world", rank, device)
-        return Groups(one, one, one, one, one if device.type == "cpu" else alone("control", rank, CPU), [])
+        control = one if device.type == "cpu" else alone("control", rank, CPU)
+        return Groups(one, one, one, one, control, [], one if migrates else None)
     store, _ = open_store(store_host, store_port, is_master=False, token=token, timeout_seconds=timeout_seconds)
     meeting = _Meeting(store, rank, local_address(store_host, store_port), timeout_seconds)
     axes = {
@@ -61,7 +67,9 @@ def build_groups(
             made[tuple(ranks)] = meeting.join(axis, ranks, device)
     world, dp, tp, ep = (made[tuple(ranks)] for ranks in axes.values())
     control = world if device.type == "cpu" else meeting.join("control", axes["world"], CPU)
-    return Groups(world, dp, tp, ep, control, [*made.values(), control])
+    migration = meeting.join("migration", axes["ep"], device) if migrates else None
+    owned = [*made.values(), control, *([] if migration is None else [migration])]
+    return Groups(world, dp, tp, ep, control, owned, migration)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Runs on the host once per step; plain lists until the end, because most steps ar
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ class KnownRequest:
     num_prompt_tokens: int
     block_ids: list[int]
     sampling: SamplingState | None
+    number: int
+    """Different for each request id, the same in every run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,11 @@ class PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A step on the device. `sample_rows[i]` is the row whose logits give the next token of `sample_ids[i]`."""
+    """A step on the device. `sample_rows[i]` is the row whose logits give the next token of `sample_ids[i]`.
+
+    Where load is watched: `row_hash_T` int64 differs between requests and positions, whatever the batch; `decode_T`
+    int64 is 1 for rows of generated tokens, else 0.
+    """
 
     token_ids_T: Tensor
     positions_T: Tensor
@@ -47,13 +54,19 @@ class StepInputs:
     sample_rows: list[int]
     sample_ids: list[str]
     prompt_rows: list[PromptRows]
+    row_hash_T: Tensor | None
+    decode_T: Tensor | None
 
 
 class RequestTable:
-    """All requests of this engine that are running. `samples` false: keep nothing for the sampler."""
+    """All requests of this engine that are running. `samples` false: keep nothing for the sampler.
 
-    def __init__(self, *, block_size: int, samples: bool, device: torch.device) -> None:
+    `watches_load`: tell rows apart by request and kind for the load balancer.
+    """
+
+    def __init__(self, *, block_size: int, samples: bool, device: torch.device, watches_load: bool = False) -> None:
         self._block_size = block_size
+        self._watches_load = watches_load
         self._samples = samples
         self._device = device
         self._known: dict[str, KnownRequest] = {}
@@ -79,12 +92,17 @@ class RequestTable:
         sample_rows: list[int] = []
         sample_ids: list[str] = []
         prompt_rows: list[PromptRows] = []
+        hashes: list[int] = []
+        decodes: list[bool] = []
         for part in plan.scheduled:
             known = self._known[part.request_id]
             self._extend(known, part)
             first_row, end = len(token_ids), part.start + part.num_tokens
             token_ids += known.token_ids[part.start : end]
             positions += range(part.start, end)
+            if self._watches_load:
+                hashes += range(known.number + part.start, known.number + end)
+                decodes += [position >= known.num_prompt_tokens for position in range(part.start, end)]
             assert len(token_ids) == first_row + part.num_tokens, f"{part} goes past the known tokens"
             sequences.append(SequenceShape(part.start, part.num_tokens, known.block_ids))
             if part.sample:
@@ -102,6 +120,8 @@ class RequestTable:
             sample_rows=sample_rows,
             sample_ids=sample_ids,
             prompt_rows=prompt_rows,
+            row_hash_T=self._tensor(hashes) if self._watches_load else None,
+            decode_T=self._tensor(decodes) if self._watches_load else None,
         )
 
     def _learn(self, new: NewRequest) -> KnownRequest:
@@ -116,7 +136,8 @@ class RequestTable:
                 stop_ids=new.stop_ids,
             )
         # Copies: with the uni executor the plan's lists are the scheduler's own.
-        return KnownRequest(list(new.token_ids), new.num_prompt_tokens, list(new.block_ids), sampling)
+        number = zlib.crc32(new.request_id.encode()) << 28
+        return KnownRequest(list(new.token_ids), new.num_prompt_tokens, list(new.block_ids), sampling, number)
 
     @staticmethod
     def _extend(known: KnownRequest, part: Scheduled) -> None:
@@ -125,7 +146,7 @@ class RequestTable:
         if part.new_token_ids and known.sampling is not None:
             known.sampling.append(part.new_token_ids)
 
-    def _tensor(self, values: list[int]) -> Tensor:
+    def _tensor(self, values: list[int] | list[bool]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from moe_serve.base.commands import Sampled, StepPlan, StepResult, TokenLogprob
 from moe_serve.base.progress import Progress
-from moe_serve.base.topology import Topology
+from moe_serve.base.topology import Topology, split_range
 from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
 from moe_serve.model.decoder import Decoder
+from moe_serve.worker.expert_balance import ExpertBalance
 from moe_serve.worker.inputs import RequestTable, StepInputs, rows_by_ep_rank
 from moe_serve.worker.logprobs import token_logprobs
 from moe_serve.worker.sampler import sample
@@ -35,19 +36,24 @@ class Runner:
         block_size: int,
         device: torch.device,
         progress: Progress,
+        balance: ExpertBalance | None = None,
     ) -> None:
+        self._balance = balance
         self._decoder = decoder
         self._kv = kv
         self._topology = topology
-        self._samples = tp_rank == 0
+        self._tp_rank, self._samples = tp_rank, tp_rank == 0
         self._progress = progress
-        self._table = RequestTable(block_size=block_size, samples=self._samples, device=device)
+        self._table = RequestTable(
+            block_size=block_size, samples=self._samples, device=device, watches_load=balance is not None
+        )
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Carry out a plan. One without requests still goes through every layer: others may need our experts."""
         started = time.perf_counter()
         self._progress.enter("prepare", plan.step)
+        commit_seconds = 0.0 if self._balance is None else self._balance.before_step(plan)
         inputs = self._table.build(plan, rows_by_ep_rank(plan.tokens_by_dp_rank, self._topology))
         clock = StepClock()
         ctx = ForwardContext(
@@ -55,10 +61,13 @@ class Runner:
             attention=self._decoder.attention_backend.plan(inputs.shape),
             kv=self._kv,
             rows_by_ep_rank=inputs.rows_by_ep_rank,
+            row_hash_T=inputs.row_hash_T,
+            routes=None if self._balance is None else [],
             progress=self._progress,
             clock=clock,
         )
         hidden_TD = self._decoder(inputs.token_ids_T, ctx)
+        load = self._watch(plan, inputs, ctx)
         prompt_logprobs = self._prompt_logprobs(hidden_TD, inputs)
         sampled = self._sample(hidden_TD, inputs)
         return StepResult(
@@ -67,7 +76,19 @@ class Runner:
             prompt_logprobs=prompt_logprobs,
             seconds=time.perf_counter() - started,
             all2all_seconds=clock.all2all_seconds,
+            load=load,
+            stage=None if self._balance is None else self._balance.status(),
+            commit_seconds=commit_seconds,
         )
+
+    def _watch(self, plan: StepPlan, inputs: StepInputs, ctx: ForwardContext) -> bytes:
+        """Count which experts this rank's own rows went to."""
+        if self._balance is None:
+            return b""
+        assert ctx.routes is not None
+        assert inputs.decode_T is not None
+        part = split_range(len(inputs.decode_T), self._topology.tp, self._tp_rank)
+        return self._balance.after_step(plan, ctx.routes, inputs.decode_T[part.start : part.stop])
 
     def _sample(self, hidden_TD: Tensor, inputs: StepInputs) -> list[Sampled]:
         if not inputs.sample_rows:

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import torch
 
-from moe_serve.base.commands import AllocateKV, Command, Done, LoadModel, Meeting, Reply, StepPlan, WorkerFacts
+from moe_serve.base.commands import (
+    AllocateKV,
+    Command,
+    Done,
+    LoadModel,
+    Meeting,
+    PollStage,
+    Reply,
+    SetShares,
+    StageExperts,
+    StepPlan,
+    WorkerFacts,
+)
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineError
 from moe_serve.base.model_config import ModelConfig, load_model_config
@@ -20,6 +32,7 @@ from moe_serve.model.context import LayerKV
 from moe_serve.model.decoder import Decoder
 from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.device import choose_device, choose_dtype, rank_on_machine, ranks_on_machine
+from moe_serve.worker.expert_balance import ExpertBalance
 from moe_serve.worker.kv_cache import KVShape, blocks_for, cpu_room, cuda_room, fitting_blocks
 from moe_serve.worker.loader import load_weights
 from moe_serve.worker.runner import Runner, rehearse
@@ -44,6 +57,7 @@ class Worker:
         self._groups: Groups | None = None
         self._decoder: Decoder | None = None
         self._runner: Runner | None = None
+        self._balance: ExpertBalance | None = None
 
     def handle(self, command: Command) -> Reply:
         """Carry out one command."""
@@ -52,6 +66,14 @@ class Worker:
                 case StepPlan():
                     assert self._runner is not None, "a step before AllocateKV"
                     return self._runner.run(command)
+                case PollStage():
+                    return self._expert_balance().poll()
+                case StageExperts():
+                    self._expert_balance().stage(command)
+                    return Done()
+                case SetShares():
+                    self._expert_balance().set_shares(command)
+                    return Done()
                 case LoadModel():
                     return self._load()
                 case AllocateKV(num_blocks):
@@ -95,12 +117,15 @@ class Worker:
                 token=self._meeting.token,
                 device=device,
                 timeout_seconds=max(COLLECTIVE_SECONDS, 1.5 * config.scheduler.step_timeout_seconds),
+                migrates=parallel.enable_eplb,
             )
         with self._phase("build model"):
             decoder = build_model(model_config, parallel, self._rank, self._groups, dtype=dtype, device=device)
         with self._phase("load weights"):
             loaded = load_weights(decoder, folder, load_format=config.model.load_format, show_progress=self._rank == 0)
         self._decoder = decoder
+        if parallel.enable_eplb:
+            self._balance = self._make_balance(decoder, self._groups)
         shape = self._kv_shape(decoder)
         with self._phase("measure memory"):
             blocks = self._fitting_blocks(decoder, shape, model_config)
@@ -114,6 +139,23 @@ class Worker:
             checkpoint_bytes_total=loaded.bytes_total,
             load_seconds=self._seconds,
         )
+
+    def _make_balance(self, decoder: Decoder, groups: Groups) -> ExpertBalance:
+        placement = decoder.partition.placement
+        assert placement is not None, "load balancing needs expert parallelism"
+        assert groups.migration is not None
+        return ExpertBalance(
+            decoder.moe_layers(),
+            placement,
+            groups.ep,
+            groups.migration,
+            max_bytes_per_step=self._config.parallel.eplb_config.max_bytes_per_step,
+        )
+
+    def _expert_balance(self) -> ExpertBalance:
+        if self._balance is None:
+            raise EngineError("a load-balancing command, but --enable-eplb is off")
+        return self._balance
 
     def _kv_shape(self, decoder: Decoder) -> KVShape:
         return KVShape(
@@ -180,6 +222,7 @@ class Worker:
             block_size=self._config.cache.block_size,
             device=decoder.device,
             progress=self._progress,
+            balance=self._balance,
         )
 
     @contextmanager

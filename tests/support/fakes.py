@@ -17,9 +17,12 @@ from moe_serve.base.commands import (
     Done,
     LoadModel,
     NewRequest,
+    PollStage,
     Reply,
     Sampled,
     Scheduled,
+    SetShares,
+    StageExperts,
     StepPlan,
     StepResult,
     TokenLogprob,
@@ -146,6 +149,8 @@ class FakeExecutor:
                 return self.start()
             case AllocateKV(num_blocks):
                 self.num_blocks = num_blocks
+                return Done()
+            case StageExperts() | SetShares() | PollStage():
                 return Done()
             case StepPlan():
                 return self._step(command)

@@ -43,11 +43,14 @@ class ExpertMap(nn.Module):
         return self.slots_EC[ids_TK, copies_TK]
 
     def update(self, slots_EC: Tensor, shares_EC: Tensor) -> None:
-        """Another placement or other shares, written into the same memory."""
+        """Another placement or other shares; written into the same memory unless the most copies are other ones."""
         assert self.slots_EC is not None, "experts cut by width have no placement"
         assert self.shares_EC is not None
-        self.slots_EC.copy_(slots_EC)
-        self.shares_EC.copy_(shares_EC)
+        if self.slots_EC.shape == slots_EC.shape:
+            self.slots_EC.copy_(slots_EC)
+            self.shares_EC.copy_(shares_EC)
+        else:
+            self.slots_EC, self.shares_EC = slots_EC, shares_EC
 
     def _draws(self, ids_TK: Tensor, hash_T: Tensor) -> Tensor:
         """(T, K) float32 in [0, 1), as if drawn anew for each row, layer, expert and source rank."""

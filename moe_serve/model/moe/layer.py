@@ -49,6 +49,8 @@ class MoELayer(nn.Module):
 
     def _own_rows(self, x_SD: Tensor, mine: slice, ctx: ForwardContext) -> Tensor:
         ids_SK, weights_SK = self.router(x_SD)
+        if ctx.routes is not None:
+            ctx.routes.append(ids_SK)
         slots_SK = self.expert_map(ids_SK, None if ctx.row_hash_T is None else ctx.row_hash_T[mine])
         dispatched = _timed(lambda: self.all2all.dispatch(x_SD, slots_SK, weights_SK, ctx.rows_by_ep_rank), ctx)
         shared_SD = None if self.shared is None else self.shared(x_SD)  # computed while the rows travel

@@ -1,0 +1,123 @@
+"""One engine's part in a rearrangement of experts: orders go to its workers, progress into its votes, news out.
+
+Nothing here waits for another rank: workers begin and go on between steps, and all ranks commit in the step in which
+every vote says that the weights are here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+
+from moe_serve.base.commands import PollStage, SetShares, StageExperts, StageStatus, StepPlan, StepResult
+from moe_serve.base.messages import DropStage, Record, StageReport, StageState, StepLoad
+from moe_serve.control.lockstep import Verdict, Vote
+from moe_serve.executor.base import Executor
+
+Order = StageExperts | SetShares | DropStage | Record
+News = StageReport | StepLoad
+ORDER_SECONDS = 60.0
+
+
+class Rearranging:
+    """`collect_interval` steps between two collections of load. One thread uses it."""
+
+    def __init__(self, executor: Executor, *, collect_interval: int) -> None:
+        self._executor = executor
+        self._interval = collect_interval
+        self._status: StageStatus | None = None
+        self._dropped = 0
+        self._recording = False
+        self._steps = 0
+        self._news: list[News] = []
+        self.wants_turn = False
+        """Something to tell in a vote: a sleeping world should wake for it, once."""
+
+    @property
+    def active(self) -> bool:
+        """A stage is under way, and needs polling."""
+        return self._status is not None
+
+    def hear(self, order: Order) -> None:
+        """An order of the coordinator, between two steps."""
+        match order:
+            case StageExperts():
+                self._executor.submit(order).result(timeout=ORDER_SECONDS)
+                self._status = StageStatus(epoch=order.epoch)
+            case SetShares():
+                self._executor.submit(order).result(timeout=ORDER_SECONDS)
+            case DropStage(epoch):
+                if self._status is not None and self._status.epoch == epoch:
+                    self._dropped, self.wants_turn = epoch, True
+            case Record(on):
+                self._recording = on
+
+    def vote(self, vote: Vote) -> Vote:
+        """The vote with what this engine knows of the stage."""
+        self.wants_turn = False
+        status = self._status or StageStatus(epoch=0)
+        return replace(
+            vote,
+            staged_epoch=status.epoch if status.staged else 0,
+            dropped_epoch=self._dropped,
+            pieces_posted=status.pieces_posted,
+            recording=self._recording,
+        )
+
+    def plan(self, plan: StepPlan, verdict: Verdict) -> StepPlan:
+        """The plan with what all ranks agreed on."""
+        self._steps += 1
+        return msgspec.structs.replace(
+            plan,
+            commit_epoch=verdict.commit_epoch,
+            drop_after_pieces=verdict.drop_after_pieces,
+            collect_load=verdict.recording or plan.step % self._interval == 0,
+        )
+
+    def learn(self, plan: StepPlan, result: StepResult) -> None:
+        """What a step did."""
+        if result.load:
+            self._news.append(StepLoad(step=plan.step, steps=self._steps, load=result.load))
+        if plan.collect_load:
+            self._steps = 0
+        if plan.commit_epoch and self._status is not None:
+            self._report("committed", self._status, commit_seconds=result.commit_seconds)
+            self._status = None
+        self._take(result.stage)
+
+    def poll(self) -> None:
+        """Go on with the stage while the world sleeps."""
+        status = self._executor.submit(PollStage()).result(timeout=ORDER_SECONDS)
+        assert isinstance(status, StageStatus)
+        self._take(status if status.epoch else None)
+
+    def take_news(self) -> list[News]:
+        """What the coordinator should hear; each is given once."""
+        news, self._news = self._news, []
+        return news
+
+    def _take(self, status: StageStatus | None) -> None:
+        before, self._status = self._status, status
+        if before is None:
+            return
+        if status is None:
+            self._dropped = 0
+            self._report("dropped", before)
+        elif status.failed and not before.failed:
+            self._report("failed", status)
+        elif status.staged and not before.staged:
+            self.wants_turn = True
+            self._report("staged", status)
+
+    def _report(self, state: StageState, status: StageStatus, *, commit_seconds: float = 0.0) -> None:
+        self._news.append(
+            StageReport(
+                epoch=status.epoch,
+                state=state,
+                reason=status.failed,
+                stage_seconds=status.seconds,
+                commit_seconds=commit_seconds,
+                bytes_received=status.bytes_received,
+            )
+        )
