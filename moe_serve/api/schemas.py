@@ -7,6 +7,7 @@ as OpenAI does. null means "not given". Types are strict: "5" is no number. All 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self, TypeVar
 
@@ -23,6 +24,7 @@ MAX_SEQUENCES = 2048  # prompts x n of one request
 MAX_STOPS = 32
 MAX_STOP_LENGTH = 1024
 DEFAULT_COMPLETION_TOKENS = 16
+INLINE_BYTES = 2**17  # a larger body is read in a thread, so that it holds up nobody else's stream
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Prompt = str | list[int]
@@ -285,7 +287,10 @@ async def read_body(kind: type[Body], request: Request) -> Body:
     declared = request.headers.get("content-type", "application/json")
     if declared.partition(";")[0].strip().lower() != "application/json":
         raise NotJson(f"the body must be JSON (header Content-Type: application/json), not {shown(declared)}")
-    return parse(kind, await request.body())
+    body = await request.body()
+    if len(body) <= INLINE_BYTES:
+        return parse(kind, body)
+    return await asyncio.to_thread(parse, kind, body)
 
 
 def parse(kind: type[Body], body: bytes) -> Body:

@@ -148,6 +148,26 @@ def test_a_chunked_body_over_the_limit_is_refused(served: Served) -> None:
         assert_refused(answer, 413)
 
 
+def test_a_client_that_asks_first_is_refused_before_it_sends(served: Served) -> None:
+    with connect(served) as raw:
+        raw.sendall(raw_head(served, "expect: 100-continue\r\ncontent-length: 300000"))
+        assert raw.recv(100).startswith(b"HTTP/1.1 413")
+    assert_serves(served)
+    with connect(served) as raw:
+        raw.sendall(raw_head(served, "expect: 100-continue\r\ncontent-length: 2"))
+        assert raw.recv(100).startswith(b"HTTP/1.1 100")
+        raw.sendall(b"{}")
+        assert raw.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_a_large_body_under_the_limit_is_read(served: Served) -> None:
+    body = json.dumps({"tokens": [1] * 60_000}).encode()
+    assert len(body) > 150_000
+    assert send(served, "/detokenize", body).status_code == 200
+    refused = send(served, "/detokenize", json.dumps({"tokens": ["x"] * 30_000}).encode())
+    assert "tokens" in assert_refused(refused)
+
+
 def test_a_body_that_never_ends_is_cut_off(served: Served) -> None:
     head = raw_head(served, "transfer-encoding: chunked")
     with connect(served) as raw:

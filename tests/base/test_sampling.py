@@ -43,6 +43,7 @@ from moe_serve.base.sampling import SamplingParams
         ("prompt_logprobs", -1),
         ("logit_bias", {5: 101.0}),
         ("stop", ("",)),
+        ("stop_token_ids", tuple(range(1025))),
     ],
 )
 def test_what_cannot_be_is_refused_under_its_name(name: str, value: Any) -> None:

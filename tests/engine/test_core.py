@@ -115,6 +115,9 @@ def test_a_request_that_cannot_be_served_is_refused_with_the_field_and_disturbs_
     assert f"token id {VOCAB_SIZE}, outside the vocabulary [0, {VOCAB_SIZE})" in str(refused(core, [1, VOCAB_SIZE]))
     assert refused(core, [1], SamplingParams(stop_token_ids=(VOCAB_SIZE,))).param == "stop_token_ids"
     assert refused(core, [1], SamplingParams(logit_bias={VOCAB_SIZE: 1.0})).param == "logit_bias"
+    all_but_the_end = tuple(token for token in range(VOCAB_SIZE) if token != 7)
+    nothing_left = refused(core, [1], SamplingParams(min_tokens=1, stop_token_ids=all_but_the_end))
+    assert nothing_left.param == "stop_token_ids"
     assert len(drain(core)["a"]) == 6
 
 
