@@ -39,6 +39,11 @@ class Board:
         loads: Floats = self.weights().sum(axis=2)
         return loads
 
+    @property
+    def ragged(self) -> bool:
+        """Whether ranks have unequal numbers of places."""
+        return int(self.places_R.min()) != int(self.places_R.max())
+
     def is_padding(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """bool (R, s)."""
         return np.arange(self.expert_LRs.shape[2]) >= self.places_R[:, None]

@@ -133,27 +133,39 @@ def _swap(search: Search, weight_LRs: Floats, pairs: Pairs) -> Ints:
     board = search.board
     if not len(pairs.layer):
         return pairs.layer
-    same_Xss = pairs.given_Xs[:, :, None] == pairs.taken_Xs[:, None, :]
-    padding = board.is_padding()
-    loss_Xs = weight_LRs[pairs.layer, pairs.heavy] - pairs.half[:, None]
-    loss_Xs[same_Xss.any(axis=2) | padding[pairs.heavy]] = np.inf
-    gain_Xs = weight_LRs[pairs.layer, pairs.light]
-    gain_Xs[same_Xss.any(axis=1) | padding[pairs.light]] = -np.inf
     # How far above the middle of the two the heavier of both would end up, and what the swap costs beside.
+    loss_Xs = weight_LRs[pairs.layer, pairs.heavy] - pairs.half[:, None]
+    gain_Xs = weight_LRs[pairs.layer, pairs.light]
+    if board.ragged:
+        padding = board.is_padding()
+        loss_Xs[padding[pairs.heavy]] = np.inf
+        gain_Xs[padding[pairs.light]] = -np.inf
     off_Xss = np.abs(loss_Xs[:, :, None] - gain_Xs[:, None, :])
     for fee_given, fee_taken in _fees(search, pairs):
         off_Xss += fee_given[:, :, None]
         off_Xss += fee_taken[:, None, :]
-    off_Xn = off_Xss.reshape(len(pairs.layer), -1)
-    best = off_Xn.argmin(axis=1)
-    saved = pairs.half - off_Xn[np.arange(len(best)), best]
+    give, take = _best_legal(pairs, off_Xss)
+    saved = pairs.half - off_Xss[np.arange(len(give)), give, take]
     good = np.flatnonzero(saved > search.prices.least * pairs.mean)
-    here_place, there_place = np.divmod(best[good], pairs.given_Xs.shape[1])
-    here = pairs.layer[good], pairs.heavy[good], here_place
-    there = pairs.layer[good], pairs.light[good], there_place
+    here = pairs.layer[good], pairs.heavy[good], give[good]
+    there = pairs.layer[good], pairs.light[good], take[good]
     for array in (board.expert_LRs, weight_LRs):
         array[here], array[there] = array[there], array[here]
     return pairs.layer[good]
+
+
+def _best_legal(pairs: Pairs, off_Xss: Floats) -> tuple[Ints, Ints]:
+    """Places (given, taken) of the lowest entry of each pair that brings no rank a second copy of an expert."""
+    places = off_Xss.shape[2]
+    row = np.arange(len(off_Xss))
+    give, take = np.divmod(off_Xss.reshape(len(row), -1).argmin(axis=1), places)
+    given_X1, taken_X1 = pairs.given_Xs[row, give][:, None], pairs.taken_Xs[row, take][:, None]
+    wrong = np.flatnonzero(((pairs.taken_Xs == given_X1) | (pairs.given_Xs == taken_X1)).any(axis=1))
+    if len(wrong):  # look at all places only where the best is forbidden
+        same_Xss = pairs.given_Xs[wrong, :, None] == pairs.taken_Xs[wrong, None, :]
+        off_Xss[wrong] += np.where(same_Xss.any(axis=2)[:, :, None] | same_Xss.any(axis=1)[:, None, :], np.inf, 0.0)
+        give[wrong], take[wrong] = np.divmod(off_Xss[wrong].reshape(len(wrong), -1).argmin(axis=1), places)
+    return give, take
 
 
 def _fees(search: Search, pairs: Pairs) -> list[tuple[Floats, Floats]]:

@@ -76,13 +76,13 @@ def _deal_anew(problem: Problem, load_LE: Floats) -> Placement:
         return board.placement(problem)
     exchange(Search(board, FROM_NOTHING), rounds=6)  # nodes decide between equals only
     placement = board.placement(problem)
-    return _ungroup_poor(problem, load_LE, placement)
+    return _ungroup_poor(problem, load_LE, placement, _least_peaks(problem, load_LE, copies_LE))
 
 
-def _ungroup_poor(problem: Problem, load_LE: Floats, placement: Placement) -> Placement:
+def _ungroup_poor(problem: Problem, load_LE: Floats, placement: Placement, least_L: Floats) -> Placement:
     """Deal those layers again, without regard to groups, in which keeping them together cost balance."""
     peak_L = peaks(rank_loads(load_LE, placement))
-    poor_L = np.flatnonzero(peak_L > _least_peaks(problem, load_LE) + LEAST_PRICE_OF_GROUPS)
+    poor_L = np.flatnonzero(peak_L > least_L + LEAST_PRICE_OF_GROUPS)
     if not len(poor_L):
         return placement
     part = Problem(load_LE[poor_L], problem.offsets, problem.num_nodes)
@@ -119,8 +119,11 @@ def _redeal_hopeless(problem: Problem, mended: Placement, load_LE: Floats, stick
     """Deal those layers anew in which swaps left much to gain, and give the new ranks the numbers that fit best."""
     assert problem.current is not None
     peak_L = peaks(rank_loads(load_LE, mended))
-    best_L = _least_peaks(problem, load_LE)
-    poor_L = np.flatnonzero(peak_L > best_L + stickiness.hopeless)
+    if peak_L.max() <= 1 + stickiness.hopeless:
+        return mended
+    holders = int(np.count_nonzero(problem.slots_of_ranks))
+    least_L = _least_peaks(problem, load_LE, copies_by_gain(load_LE, problem.num_physical, holders))
+    poor_L = np.flatnonzero(peak_L > least_L + stickiness.hopeless)
     if not len(poor_L):
         return mended
     part = Problem(load_LE[poor_L], problem.offsets, problem.num_nodes, problem.num_groups)
@@ -135,9 +138,8 @@ def _redeal_hopeless(problem: Problem, mended: Placement, load_LE: Floats, stick
     return Placement(table_LP, problem.offsets, problem.num_experts)
 
 
-def _least_peaks(problem: Problem, load_LE: Floats) -> Floats:
-    """float64 (L,): max / mean rank load that no placement can be below: of the heaviest copy, and 1."""
-    copies_LE = copies_by_gain(load_LE, problem.num_physical, int(np.count_nonzero(problem.slots_of_ranks)))
+def _least_peaks(problem: Problem, load_LE: Floats, copies_LE: Ints) -> Floats:
+    """float64 (L,): max / mean rank load that no placement of these copies can be below."""
     heaviest_L: Floats = (load_LE / copies_LE).max(axis=1) * problem.num_ranks / load_LE.sum(axis=1)
     return np.maximum(heaviest_L, 1.0)
 
