@@ -26,7 +26,7 @@ def deal(problem: Problem, load_LE: Floats, copies_LE: Ints, home_LE: Ints | Non
     avoid_LR = np.zeros((layers, ranks))
     again_LP = np.zeros(expert_LP.shape, dtype=np.bool_)
     again_LP[:, 1:] = expert_LP[:, 1:] == expert_LP[:, :-1]
-    any_again: list[bool] = [*map(bool, again_LP.any(axis=0)), False]
+    any_again = np.append(again_LP.any(axis=0), False)
     rank_LP = np.empty_like(expert_LP)
     bias = _Bias(problem, load_LE, home_LE, away)
     end = 0

@@ -63,7 +63,7 @@ class Pairs:
 def exchange(search: Search, *, rounds: int) -> None:
     """Swap on the board until nothing gains, at most `rounds` times."""
     board = search.board
-    if board.expert_LRs.shape[1] < 2:
+    if min(board.expert_LRs.shape[1:]) < 2:  # one place a rank: a swap only renames ranks
         return
     ways = _ways(board.node_R)
     idle_L = np.zeros(len(board.expert_LRs), dtype=np.int64)
