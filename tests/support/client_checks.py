@@ -370,10 +370,13 @@ def check_too_long_names_both_numbers(client: openai.OpenAI, base_url: str, mode
     assert caught.value.code == "context_length_exceeded"
     for number in (num_prompt, limit):
         assert str(number) in caught.value.message
+    token = tokens_of(client, base_url, "x")[-1]
     with pytest.raises(openai.BadRequestError) as caught:
-        complete(client, model, [tokens_of(client, base_url, "x")[0]] * limit, max_tokens=1)
+        complete(client, model, [token] * limit, max_tokens=1)
     assert caught.value.code == "context_length_exceeded"
-    assert complete(client, model, max_tokens=limit - num_prompt).usage is not None, "exactly full is allowed"
+    full = complete(client, model, [token] * (limit - 2), max_tokens=2).usage
+    assert full is not None
+    assert full.total_tokens == limit, "exactly full is allowed"
 
 
 def check_errors_are_the_clients_own_classes(client: openai.OpenAI, base_url: str, model: str) -> None:
