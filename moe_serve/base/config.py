@@ -45,6 +45,16 @@ EXECUTORS = Registry(
     },
     planned=("ray", "external_launcher"),
 )
+EPLB_POLICIES = Registry(
+    "EPLB policy",
+    "--eplb-config.policy",
+    {
+        "sticky": "moe_serve.control.eplb.sticky:sticky",
+        "deepseek": "moe_serve.control.eplb.deepseek:deepseek",
+        "static": "moe_serve.control.eplb.static:static",
+        "shuffle": "moe_serve.control.eplb.shuffle:shuffle",
+    },
+)
 PlacementStrategy = Literal["linear", "round_robin"]
 Size = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]

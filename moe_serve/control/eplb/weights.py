@@ -16,7 +16,7 @@ from moe_serve.control.eplb.base import Floats, nodes_of_ranks
 from moe_serve.control.eplb.scores import sum_by_rank
 
 SWEEPS = 10
-POWER = 2.0
+POWER = 3.0  # of mean / rank load in a sweep; more swings to and fro
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def even_split(placement: Placement, *, num_nodes: int = 1, prefer_local: bool =
 def solve_split(
     placement: Placement, load: Floats, *, num_nodes: int = 1, prefer_local: bool = False, sweeps: int = SWEEPS
 ) -> Split:
-    """Shares under which rank loads even out, by multiplicative sweeps from an even start.
+    """Shares under which rank loads even out, by multiplicative sweeps from an even start; of these the best.
 
     `load` is float64 (L, E), then every rank sends the same part, or (R, L, E) by source rank.
     """
@@ -89,14 +89,21 @@ def solve_split(
     fixed_LP, near_LP, far_LP = _pools(where, load_RLE, prefer_local)
     anywhere_LP, on_node_LP = split.anywhere_LP, split.on_node_LP
     mean_L1 = load_RLE.sum(axis=(0, 2))[:, None] / placement.num_ranks
-    for _ in range(sweeps if placement.num_redundant else 0):
+    best = anywhere_LP.copy(), on_node_LP.copy()
+    best_peak_L = np.full(placement.num_layers, np.inf)
+    for sweep in range(sweeps + 1 if placement.num_redundant else 0):
         rank_LR = sum_by_rank(fixed_LP + on_node_LP * near_LP + anywhere_LP * far_LP, placement.offsets)
+        better = rank_LR.max(axis=1) < best_peak_L
+        best_peak_L[better] = rank_LR.max(axis=1)[better]
+        best[0][better], best[1][better] = anywhere_LP[better], on_node_LP[better]
+        if sweep == sweeps:
+            break
         relief_LR = (mean_L1 / np.maximum(rank_LR, 1e-9 * mean_L1 + 1e-300)) ** POWER
         relief_LP = np.clip(relief_LR, 0.1, 10.0)[:, where.rank_P]
         anywhere_LP = where.per_expert(anywhere_LP * relief_LP)
         if prefer_local:
             on_node_LP = where.per_node(on_node_LP * relief_LP)
-    return Split(placement, num_nodes, prefer_local, anywhere_LP, on_node_LP)
+    return Split(placement, num_nodes, prefer_local, *best)
 
 
 def split_loads(split: Split, load: Floats) -> Floats:
