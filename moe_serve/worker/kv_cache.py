@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
@@ -35,12 +38,16 @@ class KVShape:
         """One pair of tensors per layer; zeros, since a masked score of a stray NaN would still be NaN."""
         size = (num_blocks * self.block_size, self.num_kv_heads, self.head_dim)
         return tuple(
-            LayerKV(
-                torch.zeros(size, dtype=self.dtype, device=device),
-                torch.zeros(size, dtype=self.dtype, device=device),
-            )
-            for _ in range(self.num_layers)
+            LayerKV(_zeros(size, self.dtype, device), _zeros(size, self.dtype, device)) for _ in range(self.num_layers)
         )
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU memory that is zero because nobody has touched it: torch.zeros would write, and so take, all of it."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    untouched = torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8))
+    return untouched.view(dtype).view(size)
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

@@ -1,0 +1,78 @@
+"""Expert load of the last steps, and recordings of it step by step. numpy only.
+
+Shape letters: L layers, E logical experts; 2 is prefill and decode.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+Counts = npt.NDArray[np.int64]
+MAX_RECORD_BYTES = 32 << 20
+"""What one recording may hold: a dump is one message on the coordinator's link."""
+
+
+@dataclass(slots=True)
+class LoadWindow:
+    """`size` in steps; load comes in buckets of several steps."""
+
+    num_layers: int
+    num_experts: int
+    size: int
+    _buckets: deque[tuple[int, Counts]] = field(default_factory=deque)
+    _steps: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in the window now."""
+        return self._steps
+
+    def add(self, steps: int, load: bytes) -> Counts:
+        """A bucket, int64 (L, 2, E) as bytes; the oldest go once the rest fills the window. The bucket as an array."""
+        counts = np.frombuffer(load, dtype=np.int64).reshape(self.num_layers, 2, self.num_experts)
+        self._buckets.append((steps, counts))
+        self._steps += steps
+        while self._steps - self._buckets[0][0] >= self.size:
+            self._steps -= self._buckets.popleft()[0]
+        return counts
+
+    def load(self, last_steps: int | None = None) -> Counts:
+        """int64 (L, 2, E) summed over the window, or over its newest buckets with at least `last_steps` steps."""
+        total = np.zeros((self.num_layers, 2, self.num_experts), dtype=np.int64)
+        seen = 0
+        for steps, counts in reversed(self._buckets):
+            if last_steps is not None and seen >= last_steps:
+                break
+            total += counts
+            seen += steps
+        return total
+
+
+@dataclass(slots=True)
+class Recording:
+    """Counts of single steps, until it is full. `on`: still growing."""
+
+    on: bool = False
+    steps: list[Counts] = field(default_factory=list)
+    full: bool = False
+
+    def start(self) -> None:
+        """Begin anew; what was recorded before is forgotten."""
+        self.on, self.full, self.steps = True, False, []
+
+    def add(self, counts: Counts) -> None:
+        """A step's (L, 2, E)."""
+        total = counts.sum(axis=1)
+        if (len(self.steps) + 1) * total.nbytes > MAX_RECORD_BYTES:
+            self.on, self.full = False, True
+        else:
+            self.steps.append(total)
+
+    def dump(self, metadata: dict[str, str]) -> bytes:
+        """A safetensors file with `logical_count` int64 (steps, L, E)."""
+        return save({"logical_count": np.ascontiguousarray(np.stack(self.steps))}, metadata=metadata)

@@ -1,0 +1,352 @@
+"""When experts move, and how a rearrangement goes on: a pure state machine, given loads and news, giving orders.
+
+A rearrangement is a target placement, carried out in chunks of layers. Each chunk is an epoch: every engine stages it,
+the votes commit it in one step everywhere, the next chunk follows. A chunk that fails anywhere, or makes no progress
+for too long, is given up, and with it the rest; what was committed before stays, and is a whole placement.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe_serve.base.commands import SetShares, StageExperts
+from moe_serve.base.config import EPLBConfig
+from moe_serve.base.errors import ConfigError
+from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
+from moe_serve.base.placement import Placement, moves
+from moe_serve.base.topology import Topology
+from moe_serve.control.eplb.base import Floats, Policy, Problem
+from moe_serve.control.eplb.scores import mean_of_ratios, ratio_of_sums, sum_by_rank
+from moe_serve.control.eplb.weights import Split, solve_split, split_loads
+from moe_serve.control.load_window import LoadWindow, Recording
+from moe_serve.control.rearrangement import (
+    Chunk,
+    Order,
+    Plan,
+    Rearrangement,
+    Send,
+    Totals,
+    chunks_of,
+)
+
+STAGE_SECONDS = 60.0
+"""A chunk that is neither committed nor dropped after this long without news is given up."""
+COPY_BYTES_PER_SECOND = 1e9
+"""How fast a commit copies, until one has been measured."""
+FIRST_INTERVAL_SHARE = 4
+SHARE_REFRESH_STEPS = 50
+MAX_HISTORY = 200
+
+
+class Rebalancer:
+    """`expert_bytes` of one expert's weights, on the ranks and nodes of `topology`.
+
+    Times are seconds of any clock. What it returns are orders for engines; it does nothing itself.
+    """
+
+    def __init__(
+        self,
+        config: EPLBConfig,
+        topology: Topology,
+        placement: Placement,
+        *,
+        policy: Policy,
+        expert_bytes: int,
+        num_nodes: int = 1,
+        num_groups: int = 1,
+    ) -> None:
+        self.config = config
+        self.topology = topology
+        self.placement = placement
+        self.num_nodes = num_nodes
+        self.epoch = 0
+        self.history: list[dict[str, object]] = []
+        self.totals = Totals()
+        self.recording = Recording()
+        self.window = LoadWindow(placement.num_layers, placement.num_logical, config.window_size)
+        self.last_prediction: float | None = None
+        self.log: list[str] = []
+        """Lines for people; whoever drives this takes them."""
+        self._policy = policy
+        self._expert_bytes = expert_bytes
+        self._num_groups = num_groups
+        self._until_next = max(1, config.step_interval // FIRST_INTERVAL_SHARE)
+        self._since_refresh = 0
+        self._step = 0
+        self._now: Rearrangement | None = None
+        self._previous: list[Placement] = []
+        self._seconds_per_step = 0.0
+        self._last_load_at: float | None = None
+        self._next_epoch = 1
+
+    # -- what comes in --
+
+    def hear_load(self, load: StepLoad, now: float) -> list[Send]:
+        """A bucket of load; perhaps it is time to rearrange, or to split the load over copies anew."""
+        counts = self.window.add(load.steps, load.load)
+        sends: list[Send] = []
+        if self.recording.on and load.steps == 1:
+            self.recording.add(counts)
+            if self.recording.full:
+                self.log.append(f"the recording of expert load is full after {len(self.recording.steps)} steps")
+                sends += self._all(Record(on=False))
+        if self._last_load_at is not None and load.steps:
+            self._seconds_per_step = (now - self._last_load_at) / load.steps
+        self._last_load_at, self._step = now, load.step
+        self._until_next -= load.steps
+        self._since_refresh += load.steps
+        if self._now is None and self._until_next <= 0:
+            self._until_next = self.config.step_interval
+            return sends + self._consider(now)
+        if self._since_refresh >= SHARE_REFRESH_STEPS:
+            self._since_refresh = 0
+            sends += self._refresh_shares()
+        return sends
+
+    def hear_stage(self, dp: int, report: StageReport, now: float) -> list[Send]:
+        """News of a chunk from one engine."""
+        chunk = None if self._now is None else self._now.chunk
+        if self._now is None or chunk is None or report.epoch != chunk.epoch:
+            return []
+        chunk.last_news = now
+        if report.state == "staged":
+            chunk.staged.add(dp)
+            return []
+        if report.state == "failed":
+            return self._give_up(chunk, f"engine dp {dp}: {report.reason}")
+        chunk.done[dp] = report
+        if len(chunk.done) < self.topology.dp:
+            return []
+        if report.state == "committed":
+            return self._committed(self._now, chunk, now)
+        return self._finish(self._now, now, failure=chunk.dropping)
+
+    def tick(self, now: float) -> list[Send]:
+        """Give up a chunk without news; call it about twice a second."""
+        chunk = None if self._now is None else self._now.chunk
+        if chunk is None or chunk.dropping or now - chunk.last_news < STAGE_SECONDS:
+            return []
+        missing = [dp for dp in range(self.topology.dp) if dp not in chunk.staged and dp not in chunk.done]
+        named = ", ".join(f"dp {dp}" for dp in missing) or "a step in which to commit"
+        return self._give_up(chunk, f"no news for {STAGE_SECONDS:g} s; waiting for {named}")
+
+    @property
+    def in_flight(self) -> bool:
+        return self._now is not None
+
+    # -- what it can be asked --
+
+    def predict(self, placement: Placement) -> Plan:
+        """What a placement would bring under the load of the window; ConfigError if it is of another model or world."""
+        self._check_alike(placement)
+        load_LE = self.load()
+        before, after = self._rank_loads(load_LE, self.placement), self._rank_loads(load_LE, placement)
+        gain = 1.0 - ratio_of_sums(before) / ratio_of_sums(after)
+        num_moves = len(moves(self.placement, placement))
+        return Plan(
+            placement, mean_of_ratios(before), mean_of_ratios(after), gain, num_moves, num_moves * self._expert_bytes
+        )
+
+    def propose(self, policy: Policy | None = None) -> Plan:
+        """What the policy would do now. ConfigError without any load."""
+        problem = Problem(
+            self.load(), self.placement.offsets, self.num_nodes, self._num_groups, self.placement, seed=self._next_epoch
+        )
+        return self.predict((policy or self._policy)(problem))
+
+    def apply(self, plan: Plan, now: float, *, why: str) -> list[Send]:
+        """Begin a rearrangement; ConfigError while one is under way or if nothing would change."""
+        if self._now is not None:
+            raise ConfigError("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
+        chunks = chunks_of(self.placement, plan.placement, self.load(), self._expert_bytes)
+        if not chunks:
+            raise ConfigError("the placement is the one that is served: nothing to do")
+        self._now = Rearrangement(plan, self.placement, chunks, now, self._step, why)
+        self._until_next = self.config.step_interval
+        return self._next_chunk(self._now, now)
+
+    def rollback(self, now: float) -> list[Send]:
+        """Back to the placement before the last rearrangement; ConfigError if there is none."""
+        if self._now is None and not self._previous:
+            raise ConfigError("nothing to roll back to: no rearrangement has been applied")
+        if self._now is not None:
+            raise ConfigError("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
+        wanted = self._previous[-1]
+        sends = self.apply(self._plan_without_load(wanted), now, why="rollback")
+        self._previous.pop()
+        return sends
+
+    def record(self, on: bool) -> list[Send]:
+        """Begin to collect the load of every step, or stop."""
+        if on:
+            self.recording.start()
+        else:
+            self.recording.on = False
+        return self._all(Record(on))
+
+    def load(self) -> Floats:
+        """float64 (L, E) of the window, prefill and decode together."""
+        total: Floats = self.window.load().sum(axis=1).astype(np.float64)
+        return total
+
+    def rank_loads(self) -> Floats:
+        """float64 (L, R): rows each rank computes under the load of the window, as they are split now."""
+        return self._rank_loads(self.load(), self.placement)
+
+    # -- deciding --
+
+    def _consider(self, now: float) -> list[Send]:
+        """The interval is over: rearrange, or say why not."""
+        try:
+            plan = self.propose()
+        except ConfigError as error:
+            return self._skip("no_load", str(error))
+        self.last_prediction = plan.balancedness_after
+        if self.config.log_balancedness:
+            self.log.append(f"balancedness {plan.balancedness_before:.3f}, {plan.balancedness_after:.3f} if rearranged")
+        if not chunks_of(self.placement, plan.placement, self.load(), self._expert_bytes):
+            return self._skip("no_moves", "the policy keeps everything where it is")
+        paid = plan.gain - self._cost_share(plan)
+        if self.config.min_gain and paid < self.config.min_gain:
+            return self._skip(
+                "small_gain",
+                f"moving {plan.num_moves} experts would save {paid:.2%} of the expert time over the next "
+                f"{self.config.step_interval} steps, less than min_gain ({self.config.min_gain:.2%})",
+            )
+        return self.apply(plan, now, why="interval")
+
+    def _cost_share(self, plan: Plan) -> float:
+        """Seconds the move would stall serving, as a share of the next interval."""
+        horizon = self._seconds_per_step * self.config.step_interval
+        moved, seconds = self.totals.moved_bytes, sum(self.totals.commit_seconds)
+        speed = moved / seconds if moved and seconds else COPY_BYTES_PER_SECOND
+        return plan.num_bytes / speed / horizon if horizon else 0.0
+
+    def _skip(self, reason: str, text: str) -> list[Send]:
+        self.totals.skipped[reason] += 1
+        self._remember({"step": self._step, "skipped": reason, "text": text})
+        return []
+
+    def _refresh_shares(self) -> list[Send]:
+        """Even out the ranks under the newest load, without moving a weight."""
+        if not self.placement.num_redundant or self._now is not None:
+            return []
+        recent = self.window.load(SHARE_REFRESH_STEPS).sum(axis=1).astype(np.float64)
+        if not recent.any():
+            return []
+        split = self._split(recent, self.placement)
+        layers = list(range(self.placement.num_layers))
+        return [
+            Send(dp, SetShares(epoch=self.epoch, shares=self._shares(split, dp, layers)))
+            for dp in range(self.topology.dp)
+        ]
+
+    # -- carrying out --
+
+    def _next_chunk(self, work: Rearrangement, now: float) -> list[Send]:
+        layers = sorted(work.chunks.pop(0))
+        work.chunk = Chunk(self._next_epoch, layers, now)
+        self._next_epoch += 1
+        new = work.plan.placement
+        rows = {layer: new.physical_to_logical_LP[layer].tolist() for layer in layers}
+        split = self._split(self.load(), new)
+        return [
+            Send(dp, StageExperts(epoch=work.chunk.epoch, rows=rows, shares=self._shares(split, dp, layers)))
+            for dp in range(self.topology.dp)
+        ]
+
+    def _committed(self, work: Rearrangement, chunk: Chunk, now: float) -> list[Send]:
+        """All engines switched some layers in the same step."""
+        table = self.placement.physical_to_logical_LP.copy()
+        table[chunk.layers] = work.plan.placement.physical_to_logical_LP[chunk.layers]
+        self.placement = Placement(table, self.placement.offsets, self.placement.num_logical)
+        self.epoch = chunk.epoch
+        reports = chunk.done.values()
+        self.totals.stage_seconds.append(max(report.stage_seconds for report in reports))
+        self.totals.commit_seconds.append(max(report.commit_seconds for report in reports))
+        work.num_chunks += 1
+        work.stage_seconds += self.totals.stage_seconds[-1]
+        work.commit_seconds += self.totals.commit_seconds[-1]
+        work.bytes_received += sum(report.bytes_received for report in reports)
+        return self._next_chunk(work, now) if work.chunks else self._finish(work, now, failure="")
+
+    def _give_up(self, chunk: Chunk, why: str) -> list[Send]:
+        """Ask all engines to drop the chunk; once they have, the rearrangement is over."""
+        if chunk.dropping:
+            return []
+        chunk.dropping = why
+        self.log.append(f"giving up epoch {chunk.epoch} of a rearrangement: {why}")
+        return self._all(DropStage(chunk.epoch))
+
+    def _finish(self, work: Rearrangement, now: float, *, failure: str) -> list[Send]:
+        """Book a rearrangement that is over, wholly or after some of its chunks."""
+        self._now = None
+        moved = len(moves(work.before, self.placement))
+        if work.num_chunks:
+            self._previous = [*self._previous, work.before][-MAX_HISTORY:]
+            self.totals.moved_experts += moved
+            self.totals.moved_bytes += work.bytes_received
+        if failure:
+            self.totals.skipped["failed"] += 1
+        else:
+            self.totals.rebalances += 1
+            self.totals.last_success = now
+        self._remember(
+            {
+                "step": work.step,
+                "why": work.why,
+                "failure": failure,
+                "epoch": self.epoch,
+                "moved_experts": moved,
+                "moved_bytes": work.bytes_received,
+                "seconds": now - work.started,
+                "stage_seconds": work.stage_seconds,
+                "commit_seconds": work.commit_seconds,
+                "balancedness_before": work.plan.balancedness_before,
+                "balancedness_predicted": work.plan.balancedness_after,
+                "gain": work.plan.gain,
+            }
+        )
+        self.log.append(
+            f"rearrangement ({work.why}) {'given up' if failure else 'done'}: {moved} experts, "
+            f"{work.bytes_received / 2**20:.1f} MiB in {now - work.started:.2f} s, "
+            f"balancedness {work.plan.balancedness_before:.3f} -> {work.plan.balancedness_after:.3f} predicted"
+        )
+        return []
+
+    def _remember(self, entry: dict[str, object]) -> None:
+        self.history = [*self.history, entry][-MAX_HISTORY:]
+
+    # -- small things --
+
+    def _all(self, order: Order) -> list[Send]:
+        return [Send(dp, order) for dp in range(self.topology.dp)]
+
+    def _plan_without_load(self, placement: Placement) -> Plan:
+        """A plan for a placement that is wanted whatever it brings."""
+        try:
+            return self.predict(placement)
+        except ConfigError:
+            num_moves = len(moves(self.placement, placement))
+            return Plan(placement, 0.0, 0.0, 0.0, num_moves, num_moves * self._expert_bytes)
+
+    def _check_alike(self, placement: Placement) -> None:
+        mine, theirs = self.placement, placement
+        sizes = [(p.num_layers, p.num_logical, p.num_physical, p.num_ranks) for p in (theirs, mine)]
+        if sizes[0] != sizes[1] or theirs.offsets != mine.offsets:
+            given, served = (
+                f"{layers} layers, {experts} experts, {slots} slots on {ranks} ranks"
+                for layers, experts, slots, ranks in sizes
+            )
+            raise ConfigError(f"the placement is of another model or world: it has {given}; served are {served}")
+
+    def _split(self, load_LE: Floats, placement: Placement) -> Split:
+        return solve_split(placement, load_LE, num_nodes=self.num_nodes, prefer_local=self.config.prefer_local)
+
+    def _rank_loads(self, load_LE: Floats, placement: Placement) -> Floats:
+        return sum_by_rank(split_loads(self._split(load_LE, placement), load_LE), placement.offsets)
+
+    def _shares(self, split: Split, dp: int, layers: list[int]) -> dict[int, bytes]:
+        """What ExpertMap takes: cumulative shares of some layers, float32 (layers, E, C), by expert-parallel rank."""
+        ranks = range(dp * self.topology.tp, (dp + 1) * self.topology.tp)
+        return {rank: split.cumulative(rank)[1][layers].astype(np.float32).tobytes() for rank in ranks}
