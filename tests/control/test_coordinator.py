@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
@@ -14,55 +12,24 @@ import pytest
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, RankTimeout
-from moe_serve.base.messages import Hello, Stop, StoreAt, ToMember, Wake
+from moe_serve.base.messages import Hello, Stop, StoreAt, Wake
 from moe_serve.base.progress import Progress
 from moe_serve.base.topology import Topology
 from moe_serve.control.coordinator import Coordinator
-from moe_serve.control.fleet import Fleet
 from moe_serve.control.link import Link
+from tests.support.coordinator import RunningCoordinator
 
 AGREEMENT = Config().agreement()
 
 
-class Running:
-    """A coordinator in a thread of its own."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        fleet = Fleet(
-            token="t", topology=Topology(dp=2), agreement=AGREEMENT, has_workers=False, step_timeout_seconds=60
-        )
-        self.coordinator = Coordinator(fleet)
-        self.port = asyncio.run_coroutine_threadsafe(self.coordinator.start("127.0.0.1", 0), self.loop).result(5)
-
-    def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.coordinator.close(), self.loop).result(5)
-
-    def join(self, dp: int, *, token: str = "t") -> tuple[Link, queue.Queue[ToMember], queue.Queue[str]]:
-        heard: queue.Queue[ToMember] = queue.Queue()
-        lost: queue.Queue[str] = queue.Queue()
-        hello = Hello(token=token, role="engine", dp=dp, pid=os.getpid(), host="here", agreement=AGREEMENT)
-        link = Link(
-            "127.0.0.1",
-            self.port,
-            hello,
-            on_message=heard.put,
-            on_lost=lost.put,
-            progress=Progress(),
-            connect_seconds=2,
-        )
-        return link, heard, lost
-
-
 @pytest.fixture
-def running() -> Iterator[Running]:
-    made = Running()
+def running() -> Iterator[RunningCoordinator]:
+    made = RunningCoordinator(Topology(dp=2), AGREEMENT)
     yield made
     made.close()
 
 
-def test_orders_travel_between_members(running: Running) -> None:
+def test_orders_travel_between_members(running: RunningCoordinator) -> None:
     first, heard_first, _ = running.join(0)
     _, heard_second, _ = running.join(1)
     first.send(StoreAt("127.0.0.1", 7))
@@ -72,12 +39,18 @@ def test_orders_travel_between_members(running: Running) -> None:
     assert heard_first.empty()
 
 
-def test_a_wrong_token_is_refused_with_a_sentence(running: Running) -> None:
+def test_a_wrong_token_is_refused_with_a_sentence(running: RunningCoordinator) -> None:
     with pytest.raises(ConfigError, match="another world"):
         running.join(0, token="guess")
 
 
-def test_a_dead_member_is_named_to_the_others_at_once(running: Running) -> None:
+def test_other_options_are_refused_with_the_rank_and_the_fields(running: RunningCoordinator) -> None:
+    other = Config.from_flat({"block_size": 32, "all2all_backend": "naive"}).agreement()
+    with pytest.raises(ConfigError, match=r"engine dp 1 .* all2all_backend: .*; block_size: 16 here, 32 there"):
+        running.join(1, agreement=other)
+
+
+def test_a_dead_member_is_named_to_the_others_at_once(running: RunningCoordinator) -> None:
     dying, _, _ = running.join(0)
     _, heard, _ = running.join(1)
     started = time.monotonic()
@@ -88,7 +61,7 @@ def test_a_dead_member_is_named_to_the_others_at_once(running: Running) -> None:
     assert "engine dp 0" in stop.reason
 
 
-def test_a_lost_coordinator_is_noticed_at_once(running: Running) -> None:
+def test_a_lost_coordinator_is_noticed_at_once(running: RunningCoordinator) -> None:
     _, _, lost = running.join(0)
     started = time.monotonic()
     running.close()
@@ -96,7 +69,7 @@ def test_a_lost_coordinator_is_noticed_at_once(running: Running) -> None:
     assert time.monotonic() - started < 1
 
 
-def test_leaving_is_no_death(running: Running) -> None:
+def test_leaving_is_no_death(running: RunningCoordinator) -> None:
     leaving, _, lost = running.join(0)
     _, heard, _ = running.join(1)
     leaving.close("done")
@@ -105,7 +78,7 @@ def test_leaving_is_no_death(running: Running) -> None:
     assert lost.empty()
 
 
-def test_garbage_on_the_port_disturbs_nobody(running: Running) -> None:
+def test_garbage_on_the_port_disturbs_nobody(running: RunningCoordinator) -> None:
     _, heard, lost = running.join(0)
     for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\5hello", b"\xff" * 64, b""):
         with socket.create_connection(("127.0.0.1", running.port)) as stranger:
@@ -132,7 +105,7 @@ def test_nobody_there_is_said_with_the_address() -> None:
         )
 
 
-def test_a_taken_port_is_a_clear_error(running: Running) -> None:
+def test_a_taken_port_is_a_clear_error(running: RunningCoordinator) -> None:
     async def start_another() -> None:
         await Coordinator(running.coordinator.fleet).start("127.0.0.1", running.port)
 

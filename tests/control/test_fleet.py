@@ -212,6 +212,63 @@ def test_a_slow_step_names_the_rank_the_others_wait_for() -> None:
     assert "engine dp 0" not in fleet.ended.reason
 
 
+def test_a_slow_step_is_blamed_on_who_fell_silent_in_it() -> None:
+    fleet = formed(make_fleet(step_timeout=4))
+    for now in range(1, 8):
+        beat(fleet, 0, float(now), step=9, phase="layer 2 experts", seconds=now - 2)
+        if now < 3:
+            beat(fleet, 1, float(now), step=9, phase="layer 2 combine", seconds=now - 2)
+        beat(fleet, 9, float(now))
+        fleet.tick(float(now))
+    assert fleet.ended is not None
+    assert "it waits for: engine dp 1" in fleet.ended.reason
+    assert "engine dp 0" not in fleet.ended.reason
+
+
+def test_what_took_long_before_the_world_was_ready_is_no_slow_step() -> None:
+    fleet = make_fleet(step_timeout=2)
+    for dp in range(2):
+        fleet.hear(dp, engine(dp), 0)
+    fleet.hear(9, API, 0)
+    for member in (0, 1, 9):
+        beat(fleet, member, 9.0, phase="wait for the workers' reply", seconds=9)
+        fleet.hear(member, Ready(), 9.1)
+    assert fleet.ready
+    fleet.tick(9.2)
+    fleet.tick(10.5)
+    assert fleet.ended is None
+
+
+def test_a_coordinator_that_was_stopped_itself_blames_nobody_else() -> None:
+    for happens_first in ("tick", "lost"):
+        fleet = formed(make_fleet())
+        fleet.tick(0.5)
+        if happens_first == "tick":
+            fleet.tick(15.5)
+            assert fleet.ended is None
+        fleet.lost(0, 15.6)
+        assert fleet.ended is not None
+        assert "the coordinator itself was stopped for 15 s" in fleet.ended.reason
+
+
+def test_a_short_pause_of_the_coordinator_is_nobodys_silence() -> None:
+    fleet = formed(make_fleet())
+    for now in (1.0, 6.5, 12.0, 17.5):
+        fleet.tick(now)
+    assert fleet.ended is None
+    for now in (18.0, 19.0, 20.0, 21.0, 22.0, 23.0, 24.0, 25.0):
+        fleet.tick(now)
+    assert fleet.ended is not None
+    assert "not been heard" in fleet.ended.reason
+
+
+def test_all_that_ever_joined_are_remembered_by_host_and_process() -> None:
+    fleet = formed(make_fleet())
+    fleet.hear(50, engine(1, pid=777), 1)
+    fleet.lost(0, 2)
+    assert fleet.welcomed == {("here", 99), ("here", 100), ("here", 101)}
+
+
 def test_a_rank_that_missed_the_step_is_blamed_even_asleep() -> None:
     fleet = formed(make_fleet(step_timeout=5))
     for now in range(1, 8):

@@ -1,0 +1,71 @@
+"""A real coordinator on 127.0.0.1 in a thread of its own, and links to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping
+
+from moe_serve.base.messages import Hello, Stop, ToMember
+from moe_serve.base.progress import Progress
+from moe_serve.base.topology import Topology
+from moe_serve.control.coordinator import Coordinator
+from moe_serve.control.fleet import Fleet
+from moe_serve.control.link import Link
+
+HOST = "127.0.0.1"
+CALL_SECONDS = 5.0
+
+
+class RunningCoordinator:
+    """Of a world without worker processes. `close()` it in the end."""
+
+    def __init__(self, topology: Topology, agreement: Mapping[str, str], *, token: str = "t") -> None:
+        self.token = token
+        self._agreement = dict(agreement)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        fleet = Fleet(token=token, topology=topology, agreement=agreement, has_workers=False, step_timeout_seconds=60)
+        self.coordinator = Coordinator(fleet)
+        self.port: int = asyncio.run_coroutine_threadsafe(self.coordinator.start(HOST, 0), self._loop).result(
+            CALL_SECONDS
+        )
+
+    def join(
+        self, dp: int, *, token: str | None = None, agreement: Mapping[str, str] | None = None
+    ) -> tuple[Link, queue.Queue[ToMember], queue.Queue[str]]:
+        """A link that says it is engine `dp`; what it hears, and why it was lost."""
+        heard: queue.Queue[ToMember] = queue.Queue()
+        lost: queue.Queue[str] = queue.Queue()
+        hello = Hello(
+            token=token or self.token,
+            role="engine",
+            dp=dp,
+            pid=os.getpid(),
+            host="here",
+            agreement=dict(agreement or self._agreement),
+        )
+        link = Link(
+            HOST, self.port, hello, on_message=heard.put, on_lost=lost.put, progress=Progress(), connect_seconds=2
+        )
+        return link, heard, lost
+
+    def wait_ready(self, seconds: float) -> str:
+        """Where the front-end listens, once the world is ready."""
+        deadline = time.monotonic() + seconds
+        while not self.coordinator.fleet.ready:
+            ended = self.coordinator.fleet.ended
+            assert ended is None, ended
+            assert time.monotonic() < deadline, self.coordinator.fleet.missing()
+            time.sleep(0.02)
+        return self.coordinator.fleet.front_door()
+
+    def end(self, stop: Stop) -> None:
+        """Tell everybody to stop."""
+        self._loop.call_soon_threadsafe(self.coordinator.end, stop)
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.coordinator.close(), self._loop).result(CALL_SECONDS)
