@@ -20,6 +20,7 @@ from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.errors import ConfigError, MoEServeError
 from moe_serve.base.registry import import_target
 from moe_serve.chat import ChatServer, converse, make_console
+from moe_serve.eplb_commands import run_eplb
 from moe_serve.flags import Options, help_text, normalise, parse, spellings, wants_help
 from moe_serve.launch import serve
 from moe_serve.spawn import serve_command, spawned_server
@@ -30,6 +31,7 @@ commands:
   serve [MODEL]      serve a model over an OpenAI-compatible HTTP API
   chat               talk to a running server, or with --spawn to one of its own
   make-model DIR     write a small random-weight checkpoint
+  eplb COMMAND       plan, replay and weigh expert placements on recorded loads
   version            print the version
 
 `moe-serve COMMAND --help` lists a command's options."""
@@ -166,6 +168,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": run_serve,
     "chat": run_chat,
     "make-model": run_make_model,
+    "eplb": run_eplb,
     "version": run_version,
 }
 

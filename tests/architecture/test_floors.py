@@ -20,6 +20,8 @@ FLOORS = {
     "api": 6,
     "flags": 7,
     "resolve": 7,
+    "eplb_commands": 7,
+    "eplb_pictures": 7,
     "launch": 7,
     "llm": 7,
     "make_model": 7,

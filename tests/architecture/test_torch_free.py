@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "moe_serve"
 FREE = [
-    *(f"moe_serve.{room}" for room in ("base", "text", "control", "api")),
+    *(f"moe_serve.{room}" for room in ("base", "text", "control", "control.eplb", "api")),
     "moe_serve.engine.scheduler",
     "moe_serve.engine.request",
     "moe_serve.engine.block_pool",

@@ -110,6 +110,7 @@ def problem_of(
     num_nodes: int = 1,
     num_groups: int = 1,
     current: Placement | None = None,
+    seed: int = 0,
 ) -> Problem:
     """The usual problem: slots spread over the ranks as evenly as they go. Raises ConfigError."""
     load = check_load(load_LE)
@@ -120,7 +121,7 @@ def problem_of(
     offsets = current.offsets if current is not None else even_offsets(load.shape[1] + num_redundant, num_ranks)
     if offsets[-1] != load.shape[1] + num_redundant or len(offsets) != num_ranks + 1:
         offsets = even_offsets(load.shape[1] + num_redundant, num_ranks)  # refused with the sizes of both
-    return Problem(load, offsets, num_nodes, num_groups, current)
+    return Problem(load, offsets, num_nodes, num_groups, current, seed)
 
 
 def check_load(load: npt.NDArray[np.generic]) -> Floats:
