@@ -29,6 +29,7 @@ from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.control.coordinator import Coordinator
 from moe_serve.control.fleet import Fleet
+from moe_serve.control.make_rebalancer import make_rebalancer
 from moe_serve.resolve import resolve
 
 STOP_SECONDS = 3.0
@@ -65,6 +66,7 @@ class World:
                 agreement=config.agreement(),
                 has_workers=parallel.distributed_executor_backend != "uni",
                 step_timeout_seconds=config.scheduler.step_timeout_seconds,
+                rebalancer=make_rebalancer(config),
             )
         )
 

@@ -5,6 +5,7 @@ Every path but the probes, /version and /metrics needs the API key when one is s
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -19,6 +20,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from moe_serve.api import prepare
+from moe_serve.api.balance import Balance
+from moe_serve.api.balance_metrics import render_balance
 from moe_serve.api.errors import problem_of
 from moe_serve.api.generation import Answer, Choice
 from moe_serve.api.logprobs import Echo
@@ -34,6 +37,7 @@ from moe_serve.engine.client import AsyncEngines
 from moe_serve.text.tokenizer import Tokenizer
 
 RANK_HEADER = "X-data-parallel-rank"
+BALANCE_ACTIONS = ("plan", "apply", "rollback", "save", "record/start", "record/stop")
 CLIENT_CLOSED = 499  # nobody reads it; it is what logs say
 
 
@@ -50,6 +54,7 @@ class ApiState:
     draining: bool = False
     retry_after: int = 5
     vocab_size: int | None = None
+    balance: Balance | None = None
 
     @property
     def num_ids(self) -> int:
@@ -99,6 +104,10 @@ def create_app(state: ApiState) -> FastAPI:
         "/tokenize": routes.tokenize,
         "/detokenize": routes.detokenize,
     }
+    app.add_api_route("/eplb", routes.eplb, methods=["GET"], response_model=None)
+    app.add_api_route("/eplb/record/dump", routes.eplb_dump, methods=["GET"], response_model=None)
+    for action in BALANCE_ACTIONS:
+        posts[f"/eplb/{action}"] = routes.eplb_action(action)
     for path, route in posts.items():
         app.add_api_route(path, route, methods=["POST"], response_model=None)
     key = state.config.server.api_key
@@ -135,7 +144,36 @@ class Routes:
         return _json({"version": package_version()})
 
     async def metrics(self) -> Response:
-        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+        text = self._metrics.render()
+        if self._state.balance is not None and self._state.config.parallel.enable_eplb:
+            with contextlib.suppress(EngineDead):  # the engines' own figures are worth having without these
+                status, figures = await self._state.balance.ask("metrics")
+                text += render_balance(msgspec.json.decode(figures), self._state.model_name) if status == 200 else b""
+        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def eplb(self) -> Response:
+        return await self._ask_balance("state", b"")
+
+    async def eplb_dump(self) -> Response:
+        answer = await self._ask_balance("record/dump", b"")
+        if answer.status_code == 200:
+            answer.headers["content-type"] = "application/octet-stream"
+            answer.headers["content-disposition"] = 'attachment; filename="expert_load.safetensors"'
+        return answer
+
+    def eplb_action(self, action: str) -> Callable[[Request], Awaitable[Response]]:
+        """The route of POST /eplb/<action>."""
+
+        async def route(request: Request) -> Response:
+            return await self._ask_balance(action, await request.body())
+
+        return route
+
+    async def _ask_balance(self, action: str, body: bytes) -> Response:
+        if self._state.balance is None:
+            raise EngineDead("no coordinator is connected")
+        status, answer = await self._state.balance.ask(action, body)
+        return Response(answer, status, media_type="application/json")
 
     async def config(self) -> Response:
         return _json(self._state.config.model_dump(mode="json"))

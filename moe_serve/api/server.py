@@ -16,10 +16,11 @@ from pathlib import Path
 import uvicorn
 
 from moe_serve.api.app import ApiState, create_app
+from moe_serve.api.balance import CoordinatorBalance
 from moe_serve.base.errors import ConfigError, RankTimeout
 from moe_serve.base.log import setup_logging
 from moe_serve.base.member import MemberSpec
-from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, ToMember
+from moe_serve.base.messages import BalanceAnswer, Drain, Failure, Hello, Ready, Stop, ToMember
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
 from moe_serve.control.link import Link
@@ -41,6 +42,7 @@ class ApiServer:
         self._config = spec.load_config()
         self._engines = EngineClient(self._config, token=spec.token)
         self._orders: asyncio.Queue[Drain | Stop] = asyncio.Queue()
+        self._balance = CoordinatorBalance()
 
     async def run(self) -> int:
         """Serve until drained, stopped or orphaned; the exit code."""
@@ -49,6 +51,8 @@ class ApiServer:
         def hear(message: ToMember) -> None:
             if isinstance(message, Drain | Stop):
                 loop.call_soon_threadsafe(self._orders.put_nowait, message)
+            elif isinstance(message, BalanceAnswer):
+                loop.call_soon_threadsafe(self._balance.hear, message)
 
         def orphaned(why: str) -> None:
             log.error("%s; this API server ends", why)
@@ -73,6 +77,7 @@ class ApiServer:
             progress=Progress(),
             connect_seconds=spec.connect_seconds,
         )
+        self._balance.send = link.send
         try:
             listening = listen(self._config.server.host, self._config.server.port)
             state = self._make_state()
@@ -84,13 +89,16 @@ class ApiServer:
 
     def _make_state(self) -> ApiState:
         folder = Path(self._config.model.model or "")
+        model_config = load_model_config(folder)
         return ApiState(
             config=self._config,
             model_name=self._config.model.served_model_name or str(folder),
             tokenizer=Tokenizer(folder),
             engines=self._engines,
-            generation_defaults=load_model_config(folder).generation_defaults,
+            generation_defaults=model_config.generation_defaults,
             created=int(time.time()),
+            vocab_size=model_config.vocab_size,
+            balance=self._balance,
         )
 
     async def _serve(self, link: Link, listening: socket.socket, state: ApiState) -> int:

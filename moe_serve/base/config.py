@@ -140,6 +140,9 @@ class ParallelConfig(Section):
     """Spread whole experts over all dp x tp ranks; without it every expert is cut over the same ranks."""
     expert_placement_strategy: PlacementStrategy = "linear"
     """Which rank first holds which experts."""
+    expert_placement_file: str | None = None
+    """JSON file with the first placement (what `moe-serve eplb plan` writes), readable on every node; it goes before
+    expert_placement_strategy, and its redundant slots must be eplb_config.num_redundant_experts."""
     all2all_backend: str = Field("allgather_reducescatter", json_schema_extra={"names": list(ALL2ALL)})
     """How tokens travel to their experts and back."""
     enable_eplb: bool = False
@@ -235,6 +238,8 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"eplb_config.num_redundant_experts ({self.eplb_config.num_redundant_experts}) needs enable_eplb"
             )
+        if self.expert_placement_file is not None and not self.enable_expert_parallel:
+            raise ValueError("expert_placement_file needs enable_expert_parallel")
         return self
 
     def check_built(self) -> None:
@@ -249,7 +254,6 @@ class ParallelConfig(Section):
         waiting = {
             "pipeline_parallel_size": self.pipeline_parallel_size > 1,
             "decode_context_parallel_size": self.decode_context_parallel_size > 1,
-            "enable_eplb": self.enable_eplb,
             "enable_dbo": self.enable_dbo,
             "data_parallel_backend": self.data_parallel_backend != "mp",
             "data_parallel_external_lb": self.data_parallel_external_lb,
@@ -265,8 +269,9 @@ class ParallelConfig(Section):
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is known but not built yet; leave {flag} at its default"
                 )
-        if self.eplb_config != EPLBConfig():
-            raise ConfigError("eplb_config is known but load balancing is not built yet; leave --eplb-config out")
+        EPLB_POLICIES.check(self.eplb_config.policy)
+        if self.eplb_config != EPLBConfig() and not self.enable_eplb:
+            raise ConfigError("eplb_config has no effect without load balancing; add --enable-eplb")
         if {"dbo_decode_token_threshold", "dbo_prefill_token_threshold"} & self.model_fields_set:
             raise ConfigError("dbo thresholds are known but --enable-dbo is not built yet; leave them out")
 
@@ -373,6 +378,7 @@ class Config(Section):
                 "all2all_backend",
                 "enable_eplb",
                 "eplb_config",
+                "expert_placement_file",
                 "enable_dbo",
                 "dbo_decode_token_threshold",
                 "dbo_prefill_token_threshold",

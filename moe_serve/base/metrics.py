@@ -57,6 +57,25 @@ DP_PADDING_TOKENS = Metric("dp_padding_tokens", "counter", "Rows computed only t
 ALL2ALL_SECONDS = Metric("all2all_seconds", "summary", "Exchanging tokens between expert-parallel ranks, per step.")
 LOAD_PHASE_SECONDS = Metric("load_phase_seconds", "gauge", "How long each phase of starting took.", ("phase",))
 
+# Told by the coordinator, where load is balanced; without an engine label.
+EPLB_BALANCEDNESS = Metric(
+    "eplb_balancedness", "gauge", "Sum over layers of the mean rank load / sum of the largest, over the window."
+)
+EPLB_MEAN_OF_RATIOS = Metric(
+    "eplb_balancedness_mean_of_ratios", "gauge", "Mean over layers of mean / max rank load, over the window."
+)
+EPLB_MEAN_EXCESS = Metric("eplb_mean_excess", "gauge", "Mean over layers of (max - mean) / mean rank load.")
+EPLB_PEAK_TO_AVERAGE = Metric(
+    "eplb_peak_to_average_p95", "gauge", "Max / mean rank load that 95 % of the layers stay below."
+)
+EPLB_REBALANCES = Metric("eplb_rebalances", "counter", "Rearrangements of experts that were applied.")
+EPLB_SKIPPED = Metric("eplb_rebalances_skipped", "counter", "Rearrangements that were not made.", ("reason",))
+EPLB_MOVED_EXPERTS = Metric("eplb_moved_experts", "counter", "Experts that moved to a rank that did not hold them.")
+EPLB_MOVED_BYTES = Metric("eplb_moved_bytes", "counter", "Weights that moved between ranks.")
+EPLB_STAGE_SECONDS = Metric("eplb_stage_seconds", "summary", "Fetching the weights of a chunk, while serving goes on.")
+EPLB_COMMIT_SECONDS = Metric("eplb_commit_seconds", "summary", "Switching to a chunk, between two steps.")
+EPLB_LAST_SUCCESS = Metric("eplb_last_success_timestamp", "gauge", "Unix time of the last rearrangement; 0 if none.")
+
 REQUEST_METRICS = (
     PROMPT_TOKENS,
     GENERATION_TOKENS,
@@ -80,4 +99,17 @@ ENGINE_METRICS = (
     DP_PADDING_TOKENS,
     ALL2ALL_SECONDS,
     LOAD_PHASE_SECONDS,
+)
+BALANCE_METRICS = (
+    EPLB_BALANCEDNESS,
+    EPLB_MEAN_OF_RATIOS,
+    EPLB_MEAN_EXCESS,
+    EPLB_PEAK_TO_AVERAGE,
+    EPLB_REBALANCES,
+    EPLB_SKIPPED,
+    EPLB_MOVED_EXPERTS,
+    EPLB_MOVED_BYTES,
+    EPLB_STAGE_SECONDS,
+    EPLB_COMMIT_SECONDS,
+    EPLB_LAST_SUCCESS,
 )

@@ -101,6 +101,9 @@ class Coordinator:
                     writer.write(frame(send.message))
                     if send.close:
                         writer.close()
+        if self.fleet.rebalancer is not None:
+            for line in self.fleet.rebalancer.take_log():
+                log.info("%s", line)
         if self.fleet.ready:
             self.ready.set()
         if self.fleet.ended is not None:

@@ -7,12 +7,14 @@ the world is over: every member is told to stop, and the first reason stays.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moe_serve.base.config import differing_fields
 from moe_serve.base.messages import (
     Ack,
+    BalanceAnswer,
+    BalanceAsk,
     Drain,
     Failure,
     FromMember,
@@ -22,6 +24,8 @@ from moe_serve.base.messages import (
     Leaving,
     Ready,
     Refused,
+    StageReport,
+    StepLoad,
     Stop,
     StoreAt,
     ToMember,
@@ -30,6 +34,9 @@ from moe_serve.base.messages import (
     WorldReady,
 )
 from moe_serve.base.topology import Topology
+from moe_serve.control.balance_surface import BalanceSurface
+from moe_serve.control.rearrangement import ForEngine
+from moe_serve.control.rebalancer import Rebalancer
 
 SILENCE_SECONDS = 7.0
 OWN_GAP_SECONDS = 8.0
@@ -103,6 +110,7 @@ class Fleet:
     has_workers: bool
     step_timeout_seconds: float
     num_frontends: int = 1
+    rebalancer: Rebalancer | None = None
     members: dict[int, Member] = field(default_factory=dict)
     welcomed: set[tuple[str, int]] = field(default_factory=set)
     ready: bool = False
@@ -139,6 +147,21 @@ class Fleet:
                 return self.end(Stop(message.reason or f"{known.name} left", 0)) if known.hello.role == "api" else []
             case Failure():
                 return self._failure(known, message, now)
+            case StageReport():
+                return self._balance(lambda rebalancer: rebalancer.hear_stage(known.hello.dp, message, now))
+            case StepLoad():
+                return self._balance(lambda rebalancer: rebalancer.hear_load(message, now))
+            case BalanceAsk():
+                status, body, orders = BalanceSurface(self.rebalancer).ask(message.action, message.body, now)
+                answer = BalanceAnswer(number=message.number, status=status, body=body)
+                return [Send(member, answer), *self._to_engines(orders)]
+
+    def _balance(self, hear: Callable[[Rebalancer], list[ForEngine]]) -> list[Send]:
+        return [] if self.rebalancer is None else self._to_engines(hear(self.rebalancer))
+
+    def _to_engines(self, orders: list[ForEngine]) -> list[Send]:
+        engines = {known.hello.dp: member for member, known in self.members.items() if known.hello.role == "engine"}
+        return [Send(engines[each.dp], each.order) for each in orders if each.dp in engines]
 
     def lost(self, member: int, now: float) -> list[Send]:
         """A connection closed."""
@@ -162,7 +185,7 @@ class Fleet:
                         1,
                     )
                 )
-        return self._slow_step(now)
+        return self._slow_step(now) or self._balance(lambda rebalancer: rebalancer.tick(now))
 
     def end(self, stop: Stop) -> list[Send]:
         """Tell everybody to stop; the first reason stays."""

@@ -22,7 +22,7 @@ MAX_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class ForEngine:
     """An order for one engine."""
 
     dp: int

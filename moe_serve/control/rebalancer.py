@@ -21,10 +21,10 @@ from moe_serve.control.eplb.weights import Split, solve_split, split_loads
 from moe_serve.control.load_window import LoadWindow, Recording
 from moe_serve.control.rearrangement import (
     Chunk,
+    ForEngine,
     Order,
     Plan,
     Rearrangement,
-    Send,
     Totals,
     chunks_of,
 )
@@ -36,6 +36,10 @@ COPY_BYTES_PER_SECOND = 1e9
 FIRST_INTERVAL_SHARE = 4
 SHARE_REFRESH_STEPS = 50
 MAX_HISTORY = 200
+
+
+class Conflict(ConfigError):
+    """What is asked for is not possible now."""
 
 
 class Rebalancer:
@@ -65,8 +69,7 @@ class Rebalancer:
         self.recording = Recording()
         self.window = LoadWindow(placement.num_layers, placement.num_logical, config.window_size)
         self.last_prediction: float | None = None
-        self.log: list[str] = []
-        """Lines for people; whoever drives this takes them."""
+        self._log: list[str] = []
         self._policy = policy
         self._expert_bytes = expert_bytes
         self._num_groups = num_groups
@@ -81,14 +84,14 @@ class Rebalancer:
 
     # -- what comes in --
 
-    def hear_load(self, load: StepLoad, now: float) -> list[Send]:
+    def hear_load(self, load: StepLoad, now: float) -> list[ForEngine]:
         """A bucket of load; perhaps it is time to rearrange, or to split the load over copies anew."""
         counts = self.window.add(load.steps, load.load)
-        sends: list[Send] = []
+        sends: list[ForEngine] = []
         if self.recording.on and load.steps == 1:
             self.recording.add(counts)
             if self.recording.full:
-                self.log.append(f"the recording of expert load is full after {len(self.recording.steps)} steps")
+                self._log.append(f"the recording of expert load is full after {len(self.recording.steps)} steps")
                 sends += self._all(Record(on=False))
         if self._last_load_at is not None and load.steps:
             self._seconds_per_step = (now - self._last_load_at) / load.steps
@@ -103,7 +106,7 @@ class Rebalancer:
             sends += self._refresh_shares()
         return sends
 
-    def hear_stage(self, dp: int, report: StageReport, now: float) -> list[Send]:
+    def hear_stage(self, dp: int, report: StageReport, now: float) -> list[ForEngine]:
         """News of a chunk from one engine."""
         chunk = None if self._now is None else self._now.chunk
         if self._now is None or chunk is None or report.epoch != chunk.epoch:
@@ -121,7 +124,7 @@ class Rebalancer:
             return self._committed(self._now, chunk, now)
         return self._finish(self._now, now, failure=chunk.dropping)
 
-    def tick(self, now: float) -> list[Send]:
+    def tick(self, now: float) -> list[ForEngine]:
         """Give up a chunk without news; call it about twice a second."""
         chunk = None if self._now is None else self._now.chunk
         if chunk is None or chunk.dropping or now - chunk.last_news < STAGE_SECONDS:
@@ -129,6 +132,11 @@ class Rebalancer:
         missing = [dp for dp in range(self.topology.dp) if dp not in chunk.staged and dp not in chunk.done]
         named = ", ".join(f"dp {dp}" for dp in missing) or "a step in which to commit"
         return self._give_up(chunk, f"no news for {STAGE_SECONDS:g} s; waiting for {named}")
+
+    def take_log(self) -> list[str]:
+        """Lines for people, each given once."""
+        lines, self._log = self._log, []
+        return lines
 
     @property
     def in_flight(self) -> bool:
@@ -154,10 +162,10 @@ class Rebalancer:
         )
         return self.predict((policy or self._policy)(problem))
 
-    def apply(self, plan: Plan, now: float, *, why: str) -> list[Send]:
+    def apply(self, plan: Plan, now: float, *, why: str) -> list[ForEngine]:
         """Begin a rearrangement; ConfigError while one is under way or if nothing would change."""
         if self._now is not None:
-            raise ConfigError("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
+            raise Conflict("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
         chunks = chunks_of(self.placement, plan.placement, self.load(), self._expert_bytes)
         if not chunks:
             raise ConfigError("the placement is the one that is served: nothing to do")
@@ -165,18 +173,18 @@ class Rebalancer:
         self._until_next = self.config.step_interval
         return self._next_chunk(self._now, now)
 
-    def rollback(self, now: float) -> list[Send]:
+    def rollback(self, now: float) -> list[ForEngine]:
         """Back to the placement before the last rearrangement; ConfigError if there is none."""
         if self._now is None and not self._previous:
-            raise ConfigError("nothing to roll back to: no rearrangement has been applied")
+            raise Conflict("nothing to roll back to: no rearrangement has been applied")
         if self._now is not None:
-            raise ConfigError("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
+            raise Conflict("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
         wanted = self._previous[-1]
         sends = self.apply(self._plan_without_load(wanted), now, why="rollback")
         self._previous.pop()
         return sends
 
-    def record(self, on: bool) -> list[Send]:
+    def record(self, on: bool) -> list[ForEngine]:
         """Begin to collect the load of every step, or stop."""
         if on:
             self.recording.start()
@@ -195,7 +203,7 @@ class Rebalancer:
 
     # -- deciding --
 
-    def _consider(self, now: float) -> list[Send]:
+    def _consider(self, now: float) -> list[ForEngine]:
         """The interval is over: rearrange, or say why not."""
         try:
             plan = self.propose()
@@ -203,7 +211,9 @@ class Rebalancer:
             return self._skip("no_load", str(error))
         self.last_prediction = plan.balancedness_after
         if self.config.log_balancedness:
-            self.log.append(f"balancedness {plan.balancedness_before:.3f}, {plan.balancedness_after:.3f} if rearranged")
+            self._log.append(
+                f"balancedness {plan.balancedness_before:.3f}, {plan.balancedness_after:.3f} if rearranged"
+            )
         if not chunks_of(self.placement, plan.placement, self.load(), self._expert_bytes):
             return self._skip("no_moves", "the policy keeps everything where it is")
         paid = plan.gain - self._cost_share(plan)
@@ -222,12 +232,12 @@ class Rebalancer:
         speed = moved / seconds if moved and seconds else COPY_BYTES_PER_SECOND
         return plan.num_bytes / speed / horizon if horizon else 0.0
 
-    def _skip(self, reason: str, text: str) -> list[Send]:
+    def _skip(self, reason: str, text: str) -> list[ForEngine]:
         self.totals.skipped[reason] += 1
         self._remember({"step": self._step, "skipped": reason, "text": text})
         return []
 
-    def _refresh_shares(self) -> list[Send]:
+    def _refresh_shares(self) -> list[ForEngine]:
         """Even out the ranks under the newest load, without moving a weight."""
         if not self.placement.num_redundant or self._now is not None:
             return []
@@ -237,13 +247,13 @@ class Rebalancer:
         split = self._split(recent, self.placement)
         layers = list(range(self.placement.num_layers))
         return [
-            Send(dp, SetShares(epoch=self.epoch, shares=self._shares(split, dp, layers)))
+            ForEngine(dp, SetShares(epoch=self.epoch, shares=self._shares(split, dp, layers)))
             for dp in range(self.topology.dp)
         ]
 
     # -- carrying out --
 
-    def _next_chunk(self, work: Rearrangement, now: float) -> list[Send]:
+    def _next_chunk(self, work: Rearrangement, now: float) -> list[ForEngine]:
         layers = sorted(work.chunks.pop(0))
         work.chunk = Chunk(self._next_epoch, layers, now)
         self._next_epoch += 1
@@ -251,11 +261,11 @@ class Rebalancer:
         rows = {layer: new.physical_to_logical_LP[layer].tolist() for layer in layers}
         split = self._split(self.load(), new)
         return [
-            Send(dp, StageExperts(epoch=work.chunk.epoch, rows=rows, shares=self._shares(split, dp, layers)))
+            ForEngine(dp, StageExperts(epoch=work.chunk.epoch, rows=rows, shares=self._shares(split, dp, layers)))
             for dp in range(self.topology.dp)
         ]
 
-    def _committed(self, work: Rearrangement, chunk: Chunk, now: float) -> list[Send]:
+    def _committed(self, work: Rearrangement, chunk: Chunk, now: float) -> list[ForEngine]:
         """All engines switched some layers in the same step."""
         table = self.placement.physical_to_logical_LP.copy()
         table[chunk.layers] = work.plan.placement.physical_to_logical_LP[chunk.layers]
@@ -270,15 +280,15 @@ class Rebalancer:
         work.bytes_received += sum(report.bytes_received for report in reports)
         return self._next_chunk(work, now) if work.chunks else self._finish(work, now, failure="")
 
-    def _give_up(self, chunk: Chunk, why: str) -> list[Send]:
+    def _give_up(self, chunk: Chunk, why: str) -> list[ForEngine]:
         """Ask all engines to drop the chunk; once they have, the rearrangement is over."""
         if chunk.dropping:
             return []
         chunk.dropping = why
-        self.log.append(f"giving up epoch {chunk.epoch} of a rearrangement: {why}")
+        self._log.append(f"giving up epoch {chunk.epoch} of a rearrangement: {why}")
         return self._all(DropStage(chunk.epoch))
 
-    def _finish(self, work: Rearrangement, now: float, *, failure: str) -> list[Send]:
+    def _finish(self, work: Rearrangement, now: float, *, failure: str) -> list[ForEngine]:
         """Book a rearrangement that is over, wholly or after some of its chunks."""
         self._now = None
         moved = len(moves(work.before, self.placement))
@@ -307,7 +317,7 @@ class Rebalancer:
                 "gain": work.plan.gain,
             }
         )
-        self.log.append(
+        self._log.append(
             f"rearrangement ({work.why}) {'given up' if failure else 'done'}: {moved} experts, "
             f"{work.bytes_received / 2**20:.1f} MiB in {now - work.started:.2f} s, "
             f"balancedness {work.plan.balancedness_before:.3f} -> {work.plan.balancedness_after:.3f} predicted"
@@ -319,8 +329,8 @@ class Rebalancer:
 
     # -- small things --
 
-    def _all(self, order: Order) -> list[Send]:
-        return [Send(dp, order) for dp in range(self.topology.dp)]
+    def _all(self, order: Order) -> list[ForEngine]:
+        return [ForEngine(dp, order) for dp in range(self.topology.dp)]
 
     def _plan_without_load(self, placement: Placement) -> Plan:
         """A plan for a placement that is wanted whatever it brings."""

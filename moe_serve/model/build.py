@@ -16,7 +16,7 @@ from moe_serve.model.layers.gqa import Attention
 from moe_serve.model.layers.linear import weight
 from moe_serve.model.layers.mlp import SharedExpert
 from moe_serve.model.layers.norm import RMSNorm
-from moe_serve.model.moe.expert_map import ExpertMap
+from moe_serve.model.moe.expert_map import ExpertMap, even_copies
 from moe_serve.model.moe.experts import Experts
 from moe_serve.model.moe.layer import MoELayer
 from moe_serve.model.moe.router import Router
@@ -116,7 +116,6 @@ class _Maker:
         placement = self.partition.placement
         if placement is None:
             return ExpertMap(None, None, salt=0)
-        first_E1 = torch.from_numpy(placement.first_replica(index)).unsqueeze(1)
-        shares_E1 = torch.ones(first_E1.shape)
+        slots_EC, shares_EC = even_copies(placement.physical_to_logical_LP[index].tolist(), placement.num_logical)
         salt = 1 + index * placement.num_ranks + self.partition.ep_rank
-        return ExpertMap(first_E1.to(self.device), shares_E1.to(self.device), salt=salt)
+        return ExpertMap(slots_EC.to(self.device), shares_EC.to(self.device), salt=salt)

@@ -128,6 +128,16 @@ class Decoder(nn.Module):
             found |= {f"experts.{expert}.{name}": view for name, view in parts.items()}
         return found
 
+    def fill_copies(self) -> None:
+        """Copies of an expert on this rank: one of them was filled (see targets), the others follow."""
+        for index, moe in enumerate(self.moe_layers()):
+            held = self.partition.experts_of(index)
+            filled = {expert: slot for slot, expert in enumerate(held)}
+            for slot, expert in enumerate(held):
+                if filled[expert] != slot:
+                    moe.experts.gate_up[slot].copy_(moe.experts.gate_up[filled[expert]])
+                    moe.experts.down[slot].copy_(moe.experts.down[filled[expert]])
+
     def weight_bytes(self) -> int:
         """Bytes of this rank's parameters, a shared one counted once."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())

@@ -11,8 +11,9 @@ from typing import Literal
 
 from moe_serve.base.config import ParallelConfig
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.first_placement import first_placement
 from moe_serve.base.model_config import ModelConfig
-from moe_serve.base.placement import Placement, initial_placement
+from moe_serve.base.placement import Placement
 from moe_serve.base.topology import split_range
 
 Axis = Literal["vocab", "hidden", "heads", "kv_heads", "head_dim", "experts", "width", "shared", "one"]
@@ -79,12 +80,7 @@ def make_partition(config: ModelConfig, parallel: ParallelConfig, rank: int) -> 
     kv_replicas = max(1, tp // config.num_kv_heads)
     placement, width = None, range(config.expert_size)
     if parallel.enable_expert_parallel:
-        placement = initial_placement(
-            parallel.expert_placement_strategy,
-            num_layers=config.num_layers,
-            num_experts=config.num_experts,
-            num_ranks=ep,
-        )
+        placement = first_placement(parallel, num_layers=config.num_layers, num_experts=config.num_experts)
     elif config.expert_size < ep:
         raise ConfigError(
             f"experts of width {config.expert_size} cannot be cut over {ep} ranks (--data-parallel-size x "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_serve.base.commands import SetShares, StageExperts, StageStatus, StepPlan
 from moe_serve.base.placement import Placement
+from moe_serve.model.moe.expert_map import slots_of_copies
 from moe_serve.model.moe.layer import MoELayer
 from moe_serve.parallel.collectives import Group
 from moe_serve.worker.load_recorder import LoadRecorder
@@ -108,19 +109,10 @@ class ExpertBalance:
         self._epoch, self._shares = epoch, {}
 
     def _map(self, layer: int, row: Sequence[int], shares_EC: Tensor) -> None:
-        slots_EC = torch.from_numpy(slots_of_copies(row, self._num_logical, shares_EC.shape[1]))
+        slots_EC = slots_of_copies(row, self._num_logical, shares_EC.shape[1])
         self._layers[layer].expert_map.update(slots_EC.to(self._group.device), shares_EC)
 
     def _decode(self, shares: bytes, num_layers: int) -> Tensor:
         """Bytes from the wire as (layers, E, C) float32."""
         table = np.frombuffer(shares, dtype=np.float32).reshape(num_layers, self._num_logical, -1)
         return torch.from_numpy(table.copy()).to(self._group.device)
-
-
-def slots_of_copies(row: Sequence[int], num_logical: int, most: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """int64 (E, C): the slots of each expert's copies, lowest first; places past the last copy repeat it."""
-    table = Placement(np.array([row], dtype=np.int64), (0, len(row)), num_logical).logical_to_physical()[0]
-    last = np.take_along_axis(table, (table >= 0).sum(axis=1, keepdims=True) - 1, axis=1)
-    wide = np.broadcast_to(last, (num_logical, most)).copy()
-    wide[:, : table.shape[1]] = np.where(table >= 0, table, last)
-    return wide

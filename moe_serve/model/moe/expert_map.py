@@ -8,8 +8,13 @@ Shape letters: T rows, K top-k, E logical experts, C most copies of one expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from moe_serve.base.placement import Placement
 
 _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
 """Odd multipliers of the golden ratio and of splitmix64 (Steele et al. 2014), as signed 64-bit integers."""
@@ -58,3 +63,27 @@ class ExpertMap(nn.Module):
         mixed = (mixed ^ (mixed >> 30)) * _MIX_2
         mixed = (mixed ^ (mixed >> 27)) * _MIX_1
         return ((mixed >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)
+
+
+def slots_of_copies(row: Sequence[int], num_logical: int, most: int) -> Tensor:
+    """int64 (E, C): the slots of each expert's copies, lowest first; places past the last copy repeat it.
+
+    `row` is physical_to_logical (P,); `most` is C, at least the most copies of an expert.
+    """
+    table = _table(row, num_logical)
+    last = np.take_along_axis(table, (table >= 0).sum(axis=1, keepdims=True) - 1, axis=1)
+    wide = np.broadcast_to(last, (num_logical, max(most, table.shape[1]))).copy()
+    wide[:, : table.shape[1]] = np.where(table >= 0, table, last)
+    return torch.from_numpy(wide)
+
+
+def even_copies(row: Sequence[int], num_logical: int) -> tuple[Tensor, Tensor]:
+    """Slots (E, C) and cumulative shares (E, C) under which the copies of an expert share evenly."""
+    counts_E = (_table(row, num_logical) >= 0).sum(axis=1)
+    shares_EC = np.minimum(np.arange(1, counts_E.max() + 1) / counts_E[:, None], 1.0)
+    return slots_of_copies(row, num_logical, int(counts_E.max())), torch.from_numpy(shares_EC.astype(np.float32))
+
+
+def _table(row: Sequence[int], num_logical: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    table = Placement(np.array([row], dtype=np.int64), (0, len(row)), num_logical).logical_to_physical()
+    return table.reshape(num_logical, -1)
