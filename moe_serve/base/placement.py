@@ -143,22 +143,24 @@ def keep_slots(old: Placement, new: Placement) -> Placement:
 
 def _pair_equals(left: Ints, right: Ints) -> tuple[Ints, Ints]:
     """Positions (i, j) with left[i] == right[j], each position used at most once, as many pairs as there are."""
-    left, right = _number_equals(left), _number_equals(right)
-    _, from_left, from_right = np.intersect1d(left, right, assume_unique=True, return_indices=True)
+    # The n-th occurrence of a key is made a key of its own, in the same way on both sides.
+    most = max(len(left), len(right)) + 1
+    _, from_left, from_right = np.intersect1d(
+        left * most + _occurrence(left), right * most + _occurrence(right), assume_unique=True, return_indices=True
+    )
     return from_left.astype(np.int64), from_right.astype(np.int64)
 
 
-def _number_equals(keys: Ints) -> Ints:
-    """Keys made unique: the n-th occurrence of a key gets the number n in its low digits."""
+def _occurrence(keys: Ints) -> Ints:
+    """How many equal keys stand before each."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     place = np.arange(len(keys))
     first = np.ones(len(keys), dtype=np.bool_)
     first[1:] = ordered[1:] != ordered[:-1]
-    nth = place - np.maximum.accumulate(np.where(first, place, 0))
-    numbered = np.empty_like(keys)
-    numbered[order] = ordered * (int(nth.max(initial=0)) + 1 if len(keys) else 1) + nth
-    return numbered
+    nth = np.empty_like(keys)
+    nth[order] = place - np.maximum.accumulate(np.where(first, place, 0))
+    return nth
 
 
 def _check_alike(old: Placement, new: Placement) -> None:
