@@ -86,10 +86,8 @@ def sample(generator: Generator, popularity: Floats, *, tokens: int, top_k: int 
 
 def trace(generator: Generator, popularity_WLE: Floats, *, steps: int, tokens: int, top_k: int = 8) -> Counts:
     """int64 (windows x steps, L, E)."""
-    windows = [
-        sample(generator, np.repeat(p_LE[None], steps, axis=0), tokens=tokens, top_k=top_k) for p_LE in popularity_WLE
-    ]
-    return np.concatenate(windows)
+    steps_SLE = np.repeat(popularity_WLE, steps, axis=0)
+    return np.stack([sample(generator, popularity_LE, tokens=tokens, top_k=top_k) for popularity_LE in steps_SLE])
 
 
 def _constant(weight_LE: Floats, windows: int) -> Floats:
