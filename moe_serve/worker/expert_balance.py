@@ -68,6 +68,7 @@ class ExpertBalance:
         load_L2E = self._group.all_reduce(self._recorder.take())
         return load_L2E.cpu().numpy().tobytes() if self._group.rank == 0 else b""
 
+    @torch.inference_mode()
     def stage(self, command: StageExperts) -> None:
         """Begin to fetch what the new placement of some layers needs."""
         rank, layers = self._group.rank, sorted(command.rows)
@@ -75,6 +76,7 @@ class ExpertBalance:
         self._shares = dict(zip(layers, shares_LEC, strict=True))
         self._migrator.begin(Stage(command.epoch, command.rows))
 
+    @torch.inference_mode()
     def set_shares(self, command: SetShares) -> None:
         """Other shares for the placement that is served; those of another placement come too late or too early."""
         if command.epoch != self._epoch:
@@ -83,6 +85,7 @@ class ExpertBalance:
         for layer, shares_EC in enumerate(shares_LEC):
             self._map(layer, self._migrator.rows[layer], shares_EC)
 
+    @torch.inference_mode()
     def poll(self) -> StageStatus:
         """Go on with a stage while no steps are run."""
         self._migrator.poll()

@@ -1,0 +1,173 @@
+"""Experts move while a real server answers: no token changes, and what can be asked of it answers."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load
+
+from tests.support.letters import ids_of, write_letters
+from tests.support.server import Server, serving
+from tests.support.tiny_model import tiny_model
+
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+
+VOCAB, LAYERS, EXPERTS = 131, 2, 10
+INTERVAL = 32
+LENGTHS = [1, 5, 17, 60, 33, 90, 8, 120]
+WAYS = [(2, "shuffle", 0), (2, "sticky", 4), (4, "shuffle", 8), (4, "deepseek", 2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model")
+    tiny_model(made, "qwen3_moe", seed=7)
+    write_letters(made, VOCAB)
+    return made
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[list[int]]:
+    numbers = random.Random(5)
+    return [[numbers.randrange(3, VOCAB) for _ in range(length)] for length in LENGTHS * 2]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, requests: list[list[int]]) -> list[list[int]]:
+    """The answers of a server that moves nothing."""
+    with serving(str(folder), "--dtype", "float32", "-dp", "2", "-ep") as server:
+        return answers(server, requests)
+
+
+def answers(server: Server, prompts: list[list[int]]) -> list[list[int]]:
+    def answer(prompt: list[int]) -> list[int]:
+        return ids_of(server.complete(prompt, max_tokens=64, ignore_eos=True)["choices"][0]["text"])
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(answer, prompts))
+
+
+def options(dp: int, policy: str, redundant: int, **more: object) -> list[str]:
+    config = {
+        "window_size": 30,
+        "step_interval": INTERVAL,
+        "num_redundant_experts": redundant,
+        "policy": policy,
+        "min_gain": 0,
+        "max_bytes_per_step": 1 << 14,
+        **more,
+    }
+    return ["--dtype", "float32", "-dp", str(dp), "-ep", "--enable-eplb", "--eplb-config", json.dumps(config)]
+
+
+def applied(server: Server) -> list[dict[str, Any]]:
+    return [entry for entry in server.get("/eplb").json()["history"] if "epoch" in entry and not entry["failure"]]
+
+
+def settle(server: Server, seconds: float = 20) -> None:
+    """Until no rearrangement is under way."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not server.get("/eplb").json()["in_flight"]:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"still rearranging after {seconds:g} s:\n{server.log()}")
+
+
+@pytest.mark.parametrize(("dp", "policy", "redundant"), WAYS)
+def test_answers_stay_the_same_through_rearrangements(
+    folder: Path, requests: list[list[int]], expected: list[list[int]], dp: int, policy: str, redundant: int
+) -> None:
+    with serving(str(folder), *options(dp, policy, redundant)) as server:
+        least = 10 if policy == "shuffle" else 1  # the others stop once nothing gains
+        for _ in range(40):
+            assert answers(server, requests) == expected
+            done = applied(server)
+            if len(done) >= least:
+                break
+        assert len(done) >= least, server.log()
+        assert sum(entry["moved_experts"] for entry in done) > 0
+        metrics = server.get("/metrics").text
+        assert f'moe_serve:eplb_rebalances_total{{model_name="{folder}"}} {float(len(applied(server)))}' in metrics
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    """Two ranks with four redundant experts that move only when asked to."""
+    with serving(str(folder), *options(2, "static", 4, step_interval=1_000_000)) as running:
+        yield running
+
+
+def test_a_plan_is_a_dry_run_and_what_is_applied_is_served_and_rolled_back(
+    server: Server, requests: list[list[int]], expected: list[list[int]]
+) -> None:
+    assert answers(server, requests) == expected
+    before = server.get("/eplb").json()
+    assert set(before) >= {"placement", "epoch", "predicted", "history", "window_load", "balancedness"}
+    plan = server.post("/eplb/plan", {"policy": "shuffle"}).json()
+    assert plan["moved_experts"] > 0
+    assert server.get("/eplb").json()["placement"] == before["placement"]
+
+    applying = server.post("/eplb/apply", {"placement": plan["placement"]})
+    assert applying.status_code == 202, applying.text
+    settle(server)  # also while nobody asks for anything: the world wakes to commit
+    assert server.post("/eplb/save", {}).json() == plan["placement"]
+    assert answers(server, requests) == expected
+
+    assert server.post("/eplb/rollback", {}).status_code == 202
+    settle(server)
+    assert server.get("/eplb").json()["placement"] == before["placement"]
+    assert answers(server, requests) == expected
+    assert [entry["why"] for entry in applied(server)] == ["request", "rollback"]
+
+
+def test_a_recording_holds_the_load_of_every_step(server: Server, requests: list[list[int]]) -> None:
+    assert server.post("/eplb/record/start", {}).status_code == 200
+    answers(server, requests[:4])
+    stopped = server.post("/eplb/record/stop", {}).json()
+    dump = server.get("/eplb/record/dump")
+    assert dump.status_code == 200
+    counts = load(dump.content)["logical_count"]
+    assert counts.shape[1:] == (LAYERS, EXPERTS)
+    assert counts.shape[0] >= min(64, stopped["steps"])
+    assert (counts.sum(axis=2)[:, 0] == counts.sum(axis=2)[:, 1]).all(), "every layer sees the same rows"
+    rows = sum(len(prompt) + 63 for prompt in requests[:4])
+    top_k = 2
+    assert counts[:, 0].sum() <= rows * top_k
+    assert counts[:, 0].sum() > 0.8 * rows * top_k, "prefix hits and the first steps aside, every row is counted"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("plan", {"policy": "no-such"}, 400, "no-such"),
+        ("plan", {"policy": 7}, 400, "policy"),
+        ("plan", {"placment": {}}, 400, "placment"),
+        ("apply", {"placement": {"num_ranks": 2}}, 400, "placement"),
+        ("apply", {"policy": "static"}, 400, "nothing"),
+        ("apply", [1], 400, "JSON object"),
+        ("save", {"path": "/etc/passwd"}, 400, "path"),
+        ("rollback", {"to": 3}, 400, "to"),
+    ],
+)
+def test_bad_requests_about_balancing_get_a_clear_refusal(
+    server: Server, path: str, body: object, status: int, words: str
+) -> None:
+    answer = server.post(f"/eplb/{path}", body)
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["error"]["message"]
+
+
+def test_balancing_that_is_off_says_so(folder: Path) -> None:
+    with serving(str(folder), "--dtype", "float32") as server:
+        answer = server.get("/eplb")
+        assert answer.status_code == 400
+        assert "--enable-eplb" in answer.json()["error"]["message"]
+        assert server.get("/metrics").status_code == 200
