@@ -1,7 +1,7 @@
 """moe-serve: Mixture-of-Experts language models with wide expert parallelism. This is the only re-export."""
 
 import os
-from typing import Any
+import typing
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import (
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # what a type checker sees of LLM
+def __getattr__(name: str) -> typing.Any:  # what a type checker sees of LLM
     """LLM is imported when it is asked for: it needs torch, which most of the package does without."""
     if name == "LLM":
         # Read when torch is loaded; see base.member.thread_environment.

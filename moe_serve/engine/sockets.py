@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import socket
 import threading
@@ -11,6 +12,8 @@ import msgspec
 import zmq
 
 from moe_serve.base.messages import EngineHello, FromEngine, ToEngine
+
+log = logging.getLogger(__name__)
 
 
 class FrontendSockets:
@@ -64,7 +67,15 @@ class FrontendSockets:
                     sockets[address].send(encoder.encode(message))
             for address, socket_ in sockets.items():
                 if socket_ in events:
-                    self._on_message(address, decoder.decode(socket_.recv()))
+                    self._receive(address, socket_, decoder)
+
+    def _receive(self, address: str, socket_: zmq.Socket[bytes], decoder: msgspec.msgpack.Decoder[ToEngine]) -> None:
+        try:
+            message = decoder.decode(socket_.recv())
+        except msgspec.MsgspecError as error:
+            log.warning("dropped a malformed record from the front-end at %s: %s", address, error)
+            return
+        self._on_message(address, message)
 
     def _open(
         self, context: zmq.Context[zmq.Socket[bytes]], address: str, encoder: msgspec.msgpack.Encoder

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_serve.base.registry import Registry
 from moe_serve.model.context import LayerKV
 
-ATTENTION = Registry("attention backend", "--attention-backend", {"sdpa": "moe_serve.model.attention.sdpa:SDPA"})
+ATTENTION = Registry("attention backend", "build_model(attention=)", {"sdpa": "moe_serve.model.attention.sdpa:SDPA"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from moe_serve.model.all2all.base import Routed
 from moe_serve.model.layers.linear import weight
 
 GROUPED_MM_ALIGNMENT = 16
-"""Bytes; torch's grouped_mm takes no row strides between."""
+"""Bytes; torch's grouped_mm takes no row strides between, and on CUDA it is documented for bfloat16 only."""
 MAX_PADDING, MAX_PADDED_ROWS = 8, 2048
 """Where padding to one batched product beats a grouped one in bfloat16 on a CPU (in float32 it nowhere does)."""
 
@@ -52,7 +52,8 @@ class Experts(nn.Module):
 
 def grouped_linear(rows: Tensor, weights: Tensor, counts_e: Tensor) -> Tensor:
     """The next counts_e[i] rows times weights[i].T: (R, in), (e, out, in) -> (R, out)."""
-    if all(width * rows.dtype.itemsize % GROUPED_MM_ALIGNMENT == 0 for width in weights.shape[1:]):
+    known = rows.device.type == "cpu" or rows.dtype == torch.bfloat16
+    if known and all(width * rows.dtype.itemsize % GROUPED_MM_ALIGNMENT == 0 for width in weights.shape[1:]):
         return functional.grouped_mm(rows, weights.transpose(1, 2), offs=counts_e.cumsum(0).to(torch.int32))
     out = rows.new_empty((rows.shape[0], weights.shape[1]))
     first = 0
