@@ -225,13 +225,13 @@ def test_a_barrier_names_the_ranks_that_did_not_come() -> None:
 
     def fails(member: ObjectGroup) -> str:
         with pytest.raises(RankTimeout) as caught:
-            member.barrier(0.7)
+            member.barrier(2)
         return str(caught.value)
 
     started = time.monotonic()
     for message in together(lambda: fails(group[0]), lambda: fails(group[3])):
         assert "ranks 1, 2" in message
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
 
 
 def test_a_rank_that_comes_after_the_others_gave_up_does_not_pass() -> None:
