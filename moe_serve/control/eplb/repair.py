@@ -67,9 +67,11 @@ def _add(board: Board, missing_LE: Ints) -> None:
 
 
 def part_copies(board: Board) -> None:
-    """Swap away every copy whose rank holds another copy of the same expert, as far as that is possible."""
+    """Swap away every copy whose rank holds another of the same expert; deal a layer anew where no swap can."""
     for layer, rank, place in zip(*_doubles(board), strict=True):
         _part(board, int(layer), int(rank), int(place))
+    for layer in np.unique(_doubles(board)[0]):
+        _deal_apart(board, int(layer))
 
 
 def _doubles(board: Board) -> tuple[Ints, Ints, Ints]:
@@ -95,3 +97,24 @@ def _part(board: Board, layer: int, rank: int, place: int) -> None:
     worse_Rs = np.where(may_Rs, np.maximum(load_R[:, None] + given, load_R[rank] - given), np.inf)
     other, there = divmod(int(worse_Rs.argmin()), expert_Rs.shape[1])
     expert_Rs[rank, place], expert_Rs[other, there] = expert_Rs[other, there], expert
+
+
+def _deal_apart(board: Board, layer: int) -> None:
+    """Most copies first, each to a rank of its own with most places left: parts all copies if that can be done at all.
+
+    (The constructive half of the Gale-Ryser theorem.)
+    """
+    copies_E = np.bincount(board.expert_LRs[layer].ravel(), minlength=board.nobody + 1)[: board.nobody]
+    weight_E = board.weight_LE[layer, : board.nobody]
+    left_R, load_R = board.places_R.copy(), np.zeros(len(board.places_R))
+    dealt_Rs = np.full(board.expert_LRs.shape[1:], board.nobody)
+    if copies_E.max() > np.count_nonzero(left_R):
+        return
+    for expert in np.lexsort((-weight_E, -copies_E)):
+        ranks = np.lexsort((load_R, -left_R))[: copies_E[expert]]
+        if not left_R[ranks].all():
+            return
+        dealt_Rs[ranks, board.places_R[ranks] - left_R[ranks]] = expert
+        left_R[ranks] -= 1
+        load_R[ranks] += weight_E[expert]
+    board.expert_LRs[layer] = dealt_Rs

@@ -72,3 +72,23 @@ def _hand_out_rest(copies_LE: Floats, load_LE: Floats, slots: int, most: int) ->
         )
         rest_L = rest_L - given_L
     return copies_LE.astype(np.int64)
+
+
+def other_copies(copies_LE: Ints, most: int, tries: int) -> tuple[Ints, Ints]:
+    """Distributions in which one copy went from one expert to another: (copies int64 (X, E), layer int64 (X,)).
+
+    At most `tries` of each layer; all there are, or else a fixed selection.
+    """
+    tried, layers = [], []
+    generator = np.random.default_rng(0)
+    for layer, copies_E in enumerate(copies_LE):
+        giver, taker = np.nonzero((copies_E > 1)[:, None] & (copies_E < most))
+        pairs = np.flatnonzero(giver != taker)
+        if len(pairs) > tries:
+            pairs = generator.choice(pairs, tries, replace=False)
+        changed = np.repeat(copies_E[None], len(pairs), axis=0)
+        changed[np.arange(len(pairs)), giver[pairs]] -= 1
+        changed[np.arange(len(pairs)), taker[pairs]] += 1
+        tried.append(changed)
+        layers.append(np.full(len(pairs), layer, dtype=np.int64))
+    return np.concatenate(tried), np.concatenate(layers)

@@ -20,12 +20,15 @@ from moe_serve.control.eplb.exchange import Prices, Search, exchange
 from moe_serve.control.eplb.packing import pack
 from moe_serve.control.eplb.relabel import relabel_ranks
 from moe_serve.control.eplb.repair import fit_copies, part_copies
-from moe_serve.control.eplb.replicas import copies_by_gain
+from moe_serve.control.eplb.replicas import copies_by_gain, other_copies
 from moe_serve.control.eplb.scores import peaks, rank_loads
 
 FROM_NOTHING = Prices(move=0.0, travel=0.0, other_node=1.0, away=0.1, least=1e-4)
 TO_CHANGE = Prices(move=0.0015, travel=0.005, other_node=2.0, away=0.1, least=0.001)
 
+PASSES = 6
+POOR = 0.01  # a largest rank load so much above what is surely needed, as a share of the mean, is thought about
+MORE_THOUGHTS = 4
 LEAST_PRICE_OF_GROUPS = 0.002  # largest rank load, as a share of the mean, that groups on their nodes may cost
 
 
@@ -50,12 +53,36 @@ def sticky(problem: Problem, stickiness: Stickiness = Stickiness()) -> Placement
     load_LE = _without_zeros(problem.load_LE)
     if problem.current is None:
         return _deal_anew(problem, load_LE)
+    table_LP = problem.current.physical_to_logical_LP.copy()
+    changed_L = np.arange(problem.num_layers)
+    for _ in range(PASSES):  # until a pass changes nothing, so that the same load again changes nothing
+        part = Placement(table_LP[changed_L], problem.offsets, problem.num_experts)
+        better = _improve(_part(problem, changed_L, part), load_LE[changed_L], stickiness)
+        differs_L = (better.physical_to_logical_LP != table_LP[changed_L]).any(axis=1)
+        table_LP[changed_L] = better.physical_to_logical_LP
+        changed_L = changed_L[differs_L]
+        if not len(changed_L):
+            break
+    return keep_slots(problem.current, Placement(table_LP, problem.offsets, problem.num_experts))
+
+
+def _part(problem: Problem, layer_X: Ints, current: Placement | None = None) -> Problem:
+    """The problem of some layers."""
+    load_XE = problem.load_LE[layer_X]
+    if not load_XE.any():  # a problem needs some load somewhere
+        load_XE = np.ones_like(load_XE)
+    return Problem(load_XE, problem.offsets, problem.num_nodes, problem.num_groups, current)
+
+
+def _improve(problem: Problem, load_LE: Floats, stickiness: Stickiness) -> Placement:
+    """One pass over the present placement; layers that would not gain keep it."""
+    assert problem.current is not None
     current = problem.current
     mended = _mend(problem, current, load_LE, stickiness)
     mended = _redeal_hopeless(problem, mended, load_LE, stickiness)
     keep_L = ~_gains(current, mended, load_LE, stickiness.least_gain)
     table_LP = np.where(keep_L[:, None], current.physical_to_logical_LP, mended.physical_to_logical_LP)
-    return keep_slots(current, Placement(table_LP, problem.offsets, problem.num_experts))
+    return Placement(table_LP, problem.offsets, problem.num_experts)
 
 
 def _without_zeros(load_LE: Floats) -> Floats:
@@ -65,18 +92,60 @@ def _without_zeros(load_LE: Floats) -> Floats:
 
 
 def _deal_anew(problem: Problem, load_LE: Floats) -> Placement:
-    holders = int(np.count_nonzero(problem.slots_of_ranks))
-    copies_LE = copies_by_gain(load_LE, problem.num_physical, holders)
+    copies_LE = copies_by_gain(load_LE, problem.num_physical, _holders(problem))
     home_LE = _homes(problem, load_LE, None)
-    table_LP = deal(problem, load_LE, copies_LE, home_LE, FROM_NOTHING.away)
-    board = board_of(table_LP, load_LE / copies_LE, problem)
+    placement = _second_thoughts(problem, load_LE, copies_LE, _deal_copies(problem, load_LE, copies_LE, home_LE))
+    if home_LE is None:
+        return placement
+    return _ungroup_poor(problem, load_LE, placement, _least_peaks(problem, load_LE, copies_LE))
+
+
+def _deal_copies(problem: Problem, load_LE: Floats, copies_LE: Ints, home_LE: Ints | None) -> Placement:
+    """Deal, part copies, swap. There may be any number of layers."""
+    board = board_of(deal(problem, load_LE, copies_LE, home_LE, FROM_NOTHING.away), load_LE / copies_LE, problem)
     part_copies(board)
     exchange(Search(board, FROM_NOTHING, home_LE=home_LE), rounds=10)
-    if home_LE is None:
-        return board.placement(problem)
-    exchange(Search(board, FROM_NOTHING), rounds=6)  # nodes decide between equals only
-    placement = board.placement(problem)
-    return _ungroup_poor(problem, load_LE, placement, _least_peaks(problem, load_LE, copies_LE))
+    if home_LE is not None:
+        exchange(Search(board, FROM_NOTHING), rounds=6)  # nodes decide between equals only
+    return board.placement(problem)
+
+
+def _holders(problem: Problem) -> int:
+    """Ranks that have a slot: an expert can have so many copies."""
+    return int(np.count_nonzero(problem.slots_of_ranks))
+
+
+def _second_thoughts(problem: Problem, load_LE: Floats, copies_LE: Ints, placement: Placement) -> Placement:
+    """In small worlds, where one copy matters: try giving a copy of one expert to another in the poor layers."""
+    table_LP = placement.physical_to_logical_LP.copy()
+    peak_L = peaks(rank_loads(load_LE, placement))
+    for _ in range(MORE_THOUGHTS):
+        poor_L = np.flatnonzero(peak_L > _least_peaks(problem, load_LE, copies_LE) + POOR)
+        tries = _number_of_tries(problem, len(poor_L))
+        if tries < 2:
+            break
+        tried_XE, layer_X = other_copies(copies_LE[poor_L], _holders(problem), tries)
+        if not len(layer_X):
+            break
+        layer_X = poor_L[layer_X]
+        found = _deal_copies(problem, load_LE[layer_X], tried_XE, None)
+        found_peak_X = peaks(rank_loads(load_LE[layer_X], found))
+        before_L = peak_L.copy()
+        for x in np.argsort(-found_peak_X, kind="stable"):  # the best of each layer comes last
+            layer = layer_X[x]
+            if found_peak_X[x] < before_L[layer] - POOR / 10:
+                table_LP[layer], peak_L[layer] = found.physical_to_logical_LP[x], found_peak_X[x]
+                copies_LE[layer] = tried_XE[x]
+        if not (peak_L < before_L).any():
+            break
+    return Placement(table_LP, problem.offsets, problem.num_experts)
+
+
+def _number_of_tries(problem: Problem, layers: int) -> int:
+    """How many other distributions of copies of each of `layers` layers can be tried in a few milliseconds."""
+    slots, ranks = problem.num_physical, problem.num_ranks
+    work = max(1, layers) * slots * max(ranks, int(problem.slots_of_ranks.max()))
+    return min(64, int(5e5 / work)) if layers else 0
 
 
 def _ungroup_poor(problem: Problem, load_LE: Floats, placement: Placement, least_L: Floats) -> Placement:
@@ -96,12 +165,11 @@ def _ungroup_poor(problem: Problem, load_LE: Floats, placement: Placement, least
 def _mend(problem: Problem, current: Placement, load_LE: Floats, stickiness: Stickiness) -> Placement:
     """The present placement with a few copies changed and a few experts swapped."""
     had_LE = current.copies()
-    holders = int(np.count_nonzero(problem.slots_of_ranks))
     mean_L1 = load_LE.sum(axis=1, keepdims=True) / problem.num_ranks
     copies_LE = copies_by_gain(
         load_LE,
         problem.num_physical,
-        holders,
+        _holders(problem),
         current_LE=had_LE,
         hysteresis=stickiness.hysteresis,
         heavy_L1=stickiness.heavy * mean_L1,
@@ -121,8 +189,8 @@ def _redeal_hopeless(problem: Problem, mended: Placement, load_LE: Floats, stick
     peak_L = peaks(rank_loads(load_LE, mended))
     if peak_L.max() <= 1 + stickiness.hopeless:
         return mended
-    holders = int(np.count_nonzero(problem.slots_of_ranks))
-    least_L = _least_peaks(problem, load_LE, copies_by_gain(load_LE, problem.num_physical, holders))
+    copies_LE = copies_by_gain(load_LE, problem.num_physical, _holders(problem))
+    least_L = _least_peaks(problem, load_LE, copies_LE)
     poor_L = np.flatnonzero(peak_L > least_L + stickiness.hopeless)
     if not len(poor_L):
         return mended
