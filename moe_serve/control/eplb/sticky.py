@@ -29,6 +29,7 @@ TO_CHANGE = Prices(move=0.0015, travel=0.005, other_node=2.0, away=0.1, least=0.
 PASSES = 6
 POOR = 0.01  # a largest rank load so much above what is surely needed, as a share of the mean, is thought about
 MORE_THOUGHTS = 4
+SMALL_WORLD = 128  # slots of a layer
 LEAST_PRICE_OF_GROUPS = 0.002  # largest rank load, as a share of the mean, that groups on their nodes may cost
 
 
@@ -51,9 +52,10 @@ class Stickiness:
 def sticky(problem: Problem, stickiness: Stickiness = Stickiness()) -> Placement:  # noqa: B008 (frozen)
     """A placement without two copies on one rank, close to the present one if there is one."""
     load_LE = _without_zeros(problem.load_LE)
-    if problem.current is None:
-        return _deal_anew(problem, load_LE)
-    table_LP = problem.current.physical_to_logical_LP.copy()
+    current = problem.current or _deal_anew(problem, load_LE)
+    if problem.current is None and problem.num_physical > SMALL_WORLD:
+        return current
+    table_LP = current.physical_to_logical_LP.copy()
     changed_L = np.arange(problem.num_layers)
     for _ in range(PASSES):  # until a pass changes nothing, so that the same load again changes nothing
         part = Placement(table_LP[changed_L], problem.offsets, problem.num_experts)
@@ -63,7 +65,7 @@ def sticky(problem: Problem, stickiness: Stickiness = Stickiness()) -> Placement
         changed_L = changed_L[differs_L]
         if not len(changed_L):
             break
-    return keep_slots(problem.current, Placement(table_LP, problem.offsets, problem.num_experts))
+    return keep_slots(current, Placement(table_LP, problem.offsets, problem.num_experts))
 
 
 def _part(problem: Problem, layer_X: Ints, current: Placement | None = None) -> Problem:
@@ -144,8 +146,9 @@ def _second_thoughts(problem: Problem, load_LE: Floats, copies_LE: Ints, placeme
 def _number_of_tries(problem: Problem, layers: int) -> int:
     """How many other distributions of copies of each of `layers` layers can be tried in a few milliseconds."""
     slots, ranks = problem.num_physical, problem.num_ranks
-    work = max(1, layers) * slots * max(ranks, int(problem.slots_of_ranks.max()))
-    return min(64, int(5e5 / work)) if layers else 0
+    if slots > SMALL_WORLD or not layers:
+        return 0
+    return min(64, int(5e5 / (layers * slots * max(ranks, int(problem.slots_of_ranks.max())))))
 
 
 def _ungroup_poor(problem: Problem, load_LE: Floats, placement: Placement, least_L: Floats) -> Placement:
