@@ -165,6 +165,7 @@ class Routes:
         """The route of POST /eplb/<action>."""
 
         async def route(request: Request) -> Response:
+            self._state.check_ready()
             return await self._ask_balance(action, await request.body())
 
         return route

@@ -15,7 +15,7 @@ from moe_serve.base.sampling import SamplingParams
 
 Role = Literal["api", "engine", "worker"]
 FinishReason = Literal["stop", "length", "abort", "error"]
-StageState = Literal["staged", "committed", "dropped", "failed"]
+StageState = Literal["moving", "staged", "committed", "dropped", "failed"]
 
 
 # --- members <-> coordinator -----------------------------------------------------------------------------------
@@ -119,7 +119,10 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 class StageReport(msgspec.Struct, frozen=True, kw_only=True, tag="stage_report"):
-    """An engine's news of a rearrangement. Seconds and bytes are this engine's own; `reason` where it failed."""
+    """An engine's news of a rearrangement. Seconds and bytes are this engine's own; `reason` where it failed.
+
+    "moving" is a heartbeat: it is not staged yet, but weights have arrived since the last one.
+    """
 
     epoch: int
     state: StageState

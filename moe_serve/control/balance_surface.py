@@ -18,13 +18,18 @@ from moe_serve.control.rebalancer import Conflict, Rebalancer
 
 Answer = tuple[int, bytes, list[ForEngine]]
 OFF = "load balancing is off; start the server with --enable-eplb"
+STARTING = "the engines are still starting"
 
 
 class BalanceSurface:
-    """`ask()` gives an HTTP status, a body, and orders to carry out. `rebalancer` None: balancing is off."""
+    """`ask()` gives an HTTP status, a body, and orders to carry out.
 
-    def __init__(self, rebalancer: Rebalancer | None) -> None:
+    `rebalancer` None: balancing is off. Not `ready`: engines take no orders yet.
+    """
+
+    def __init__(self, rebalancer: Rebalancer | None, *, ready: bool = True) -> None:
         self._rebalancer = rebalancer
+        self._ready = ready
 
     def ask(self, action: str, body: bytes, now: float) -> Answer:
         """Never raises: what is wrong with a request is its answer."""
@@ -42,6 +47,8 @@ class BalanceSurface:
         }
         if rebalancer is None:
             return _refused(400, OFF)
+        if not self._ready:
+            return _refused(503, STARTING)
         try:
             return actions[action](rebalancer, _parsed(body), now)
         except Conflict as error:
@@ -182,6 +189,7 @@ def _plain(value: object) -> object:
 
 
 def _refused(status: int, message: str) -> Answer:
-    kind = "invalid_request_error" if status == 400 else "conflict"
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    return status, json.dumps({"error": error}).encode(), []
+    """In the shape of OpenAI's errors."""
+    kinds = {400: ("invalid_request_error", None), 409: ("conflict", "conflict")}
+    kind, code = kinds.get(status, ("service_unavailable", "unavailable"))
+    return status, json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode(), []

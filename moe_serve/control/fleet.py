@@ -152,7 +152,9 @@ class Fleet:
             case StepLoad():
                 return self._balance(lambda rebalancer: rebalancer.hear_load(message, now))
             case BalanceAsk():
-                status, body, orders = BalanceSurface(self.rebalancer).ask(message.action, message.body, now)
+                # Engines that are still loading would lose an order.
+                surface = BalanceSurface(self.rebalancer, ready=self.ready)
+                status, body, orders = surface.ask(message.action, message.body, now)
                 answer = BalanceAnswer(number=message.number, status=status, body=body)
                 return [Send(member, answer), *self._to_engines(orders)]
 

@@ -49,6 +49,9 @@ class Chunk:
     staged: set[int] = field(default_factory=set)
     done: dict[int, StageReport] = field(default_factory=dict)
     dropping: str = ""
+    """Why it is being given up."""
+    reason: str = ""
+    """The same in one word, for the metrics."""
 
 
 @dataclass(slots=True)
@@ -78,6 +81,7 @@ class Totals:
     stage_seconds: list[float] = field(default_factory=list)
     commit_seconds: list[float] = field(default_factory=list)
     last_success: float = 0.0
+    """Unix time."""
 
 
 def chunks_of(old: Placement, new: Placement, load_LE: Floats, expert_bytes: int) -> list[list[int]]:

@@ -7,6 +7,11 @@ for too long, is given up, and with it the rest; what was committed before stays
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+
 import numpy as np
 
 from moe_serve.base.commands import SetShares, StageExperts
@@ -16,8 +21,8 @@ from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.base.placement import Placement, moves
 from moe_serve.base.topology import Topology
 from moe_serve.control.eplb.base import Floats, Policy, Problem
-from moe_serve.control.eplb.scores import mean_of_ratios, ratio_of_sums, sum_by_rank
-from moe_serve.control.eplb.weights import Split, solve_split, split_loads
+from moe_serve.control.eplb.weights import Split
+from moe_serve.control.forecast import Forecast, cumulative_shares
 from moe_serve.control.load_window import LoadWindow, Recording
 from moe_serve.control.rearrangement import (
     Chunk,
@@ -31,6 +36,9 @@ from moe_serve.control.rearrangement import (
 
 STAGE_SECONDS = 60.0
 """A chunk that is neither committed nor dropped after this long without news is given up."""
+ROLLBACK = "rollback"
+FAILED, SILENT = "stage_failed", "stage_silent"
+RECENT_BUCKETS = 9
 COPY_BYTES_PER_SECOND = 1e9
 """How fast a commit copies, until one has been measured."""
 FIRST_INTERVAL_SHARE = 4
@@ -45,7 +53,8 @@ class Conflict(ConfigError):
 class Rebalancer:
     """`expert_bytes` of one expert's weights, on the ranks and nodes of `topology`.
 
-    Times are seconds of any clock. What it returns are orders for engines; it does nothing itself.
+    Times are seconds of any clock, but `unix_time` is what the metrics tell. What it returns are orders for engines;
+    it does nothing itself.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class Rebalancer:
         expert_bytes: int,
         num_nodes: int = 1,
         num_groups: int = 1,
+        unix_time: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
         self.topology = topology
@@ -71,14 +81,15 @@ class Rebalancer:
         self.last_prediction: float | None = None
         self._log: list[str] = []
         self._policy = policy
-        self._expert_bytes = expert_bytes
+        self._forecast = Forecast(num_nodes, config.prefer_local, expert_bytes)
         self._num_groups = num_groups
         self._until_next = max(1, config.step_interval // FIRST_INTERVAL_SHARE)
         self._since_refresh = 0
         self._step = 0
         self._now: Rearrangement | None = None
         self._previous: list[Placement] = []
-        self._seconds_per_step = 0.0
+        self._unix_time = unix_time
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_BUCKETS)
         self._last_load_at: float | None = None
         self._next_epoch = 1
 
@@ -94,7 +105,7 @@ class Rebalancer:
                 self._log.append(f"the recording of expert load is full after {len(self.recording.steps)} steps")
                 sends += self._all(Record(on=False))
         if self._last_load_at is not None and load.steps:
-            self._seconds_per_step = (now - self._last_load_at) / load.steps
+            self._step_seconds.append((now - self._last_load_at) / load.steps)
         self._last_load_at, self._step = now, load.step
         self._until_next -= load.steps
         self._since_refresh += load.steps
@@ -115,8 +126,10 @@ class Rebalancer:
         if report.state == "staged":
             chunk.staged.add(dp)
             return []
+        if report.state == "moving":
+            return []
         if report.state == "failed":
-            return self._give_up(chunk, f"engine dp {dp}: {report.reason}")
+            return self._give_up(chunk, now, FAILED, f"engine dp {dp}: {report.reason}")
         chunk.done[dp] = report
         if len(chunk.done) < self.topology.dp:
             return []
@@ -127,11 +140,16 @@ class Rebalancer:
     def tick(self, now: float) -> list[ForEngine]:
         """Give up a chunk without news; call it about twice a second."""
         chunk = None if self._now is None else self._now.chunk
-        if chunk is None or chunk.dropping or now - chunk.last_news < STAGE_SECONDS:
+        if chunk is None or now - chunk.last_news < STAGE_SECONDS:
+            return []
+        if chunk.dropping:
+            chunk.last_news = now
+            named = ", ".join(f"dp {dp}" for dp in range(self.topology.dp) if dp not in chunk.done)
+            self._log.append(f"still giving up epoch {chunk.epoch} of a rearrangement; waiting for engines {named}")
             return []
         missing = [dp for dp in range(self.topology.dp) if dp not in chunk.staged and dp not in chunk.done]
         named = ", ".join(f"dp {dp}" for dp in missing) or "a step in which to commit"
-        return self._give_up(chunk, f"no news for {STAGE_SECONDS:g} s; waiting for {named}")
+        return self._give_up(chunk, now, SILENT, f"no news for {STAGE_SECONDS:g} s; waiting for {named}")
 
     def take_log(self) -> list[str]:
         """Lines for people, each given once."""
@@ -146,27 +164,27 @@ class Rebalancer:
 
     def predict(self, placement: Placement) -> Plan:
         """What a placement would bring under the load of the window; ConfigError if it is of another model or world."""
-        self._check_alike(placement)
-        load_LE = self.load()
-        before, after = self._rank_loads(load_LE, self.placement), self._rank_loads(load_LE, placement)
-        gain = 1.0 - ratio_of_sums(before) / ratio_of_sums(after)
-        num_moves = len(moves(self.placement, placement))
-        return Plan(
-            placement, mean_of_ratios(before), mean_of_ratios(after), gain, num_moves, num_moves * self._expert_bytes
-        )
+        return self._forecast.plan(self.load(), self.placement, placement)
 
     def propose(self, policy: Policy | None = None) -> Plan:
-        """What the policy would do now. ConfigError without any load."""
+        """What the policy would do now. ConfigError without any load, and for a policy that does not work."""
         problem = Problem(
             self.load(), self.placement.offsets, self.num_nodes, self._num_groups, self.placement, seed=self._next_epoch
         )
-        return self.predict((policy or self._policy)(problem))
+        try:
+            placement = (policy or self._policy)(problem)
+            placement.check()
+        except (ArithmeticError, LookupError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"the policy failed: {type(error).__name__}: {error}") from error
+        return self.predict(placement)
 
     def apply(self, plan: Plan, now: float, *, why: str) -> list[ForEngine]:
         """Begin a rearrangement; ConfigError while one is under way or if nothing would change."""
         if self._now is not None:
             raise Conflict("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
-        chunks = chunks_of(self.placement, plan.placement, self.load(), self._expert_bytes)
+        chunks = self._chunks(plan)
         if not chunks:
             raise ConfigError("the placement is the one that is served: nothing to do")
         self._now = Rearrangement(plan, self.placement, chunks, now, self._step, why)
@@ -179,10 +197,7 @@ class Rebalancer:
             raise Conflict("nothing to roll back to: no rearrangement has been applied")
         if self._now is not None:
             raise Conflict("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
-        wanted = self._previous[-1]
-        sends = self.apply(self._plan_without_load(wanted), now, why="rollback")
-        self._previous.pop()
-        return sends
+        return self.apply(self.predict(self._previous[-1]), now, why=ROLLBACK)
 
     def record(self, on: bool) -> list[ForEngine]:
         """Begin to collect the load of every step, or stop."""
@@ -199,22 +214,25 @@ class Rebalancer:
 
     def rank_loads(self) -> Floats:
         """float64 (L, R): rows each rank computes under the load of the window, as they are split now."""
-        return self._rank_loads(self.load(), self.placement)
+        return self._forecast.rank_loads(self.load(), self.placement)
 
     # -- deciding --
 
     def _consider(self, now: float) -> list[ForEngine]:
         """The interval is over: rearrange, or say why not."""
+        if not self.load().any():
+            return self._skip("no_load", "no tokens were seen")
         try:
             plan = self.propose()
         except ConfigError as error:
-            return self._skip("no_load", str(error))
+            self._log.append(f"no rearrangement: {error}")
+            return self._skip("policy_failed", str(error))
         self.last_prediction = plan.balancedness_after
         if self.config.log_balancedness:
             self._log.append(
                 f"balancedness {plan.balancedness_before:.3f}, {plan.balancedness_after:.3f} if rearranged"
             )
-        if not chunks_of(self.placement, plan.placement, self.load(), self._expert_bytes):
+        if not self._chunks(plan):
             return self._skip("no_moves", "the policy keeps everything where it is")
         paid = plan.gain - self._cost_share(plan)
         if self.config.min_gain and paid < self.config.min_gain:
@@ -227,7 +245,8 @@ class Rebalancer:
 
     def _cost_share(self, plan: Plan) -> float:
         """Seconds the move would stall serving, as a share of the next interval."""
-        horizon = self._seconds_per_step * self.config.step_interval
+        # The median: a bucket that ends a long sleep says nothing about steps.
+        horizon = statistics.median(self._step_seconds or [0.0]) * self.config.step_interval
         moved, seconds = self.totals.moved_bytes, sum(self.totals.commit_seconds)
         speed = moved / seconds if moved and seconds else COPY_BYTES_PER_SECOND
         return plan.num_bytes / speed / horizon if horizon else 0.0
@@ -244,8 +263,7 @@ class Rebalancer:
         recent = self.window.load(SHARE_REFRESH_STEPS).sum(axis=1).astype(np.float64)
         if not recent.any():
             return []
-        split = self._split(recent, self.placement)
-        layers = list(range(self.placement.num_layers))
+        split, layers = self._forecast.split(recent, self.placement), list(range(self.placement.num_layers))
         return [
             ForEngine(dp, SetShares(epoch=self.epoch, shares=self._shares(split, dp, layers)))
             for dp in range(self.topology.dp)
@@ -259,7 +277,7 @@ class Rebalancer:
         self._next_epoch += 1
         new = work.plan.placement
         rows = {layer: new.physical_to_logical_LP[layer].tolist() for layer in layers}
-        split = self._split(self.load(), new)
+        split = self._forecast.split(self.load(), new)
         return [
             ForEngine(dp, StageExperts(epoch=work.chunk.epoch, rows=rows, shares=self._shares(split, dp, layers)))
             for dp in range(self.topology.dp)
@@ -278,13 +296,15 @@ class Rebalancer:
         work.stage_seconds += self.totals.stage_seconds[-1]
         work.commit_seconds += self.totals.commit_seconds[-1]
         work.bytes_received += sum(report.bytes_received for report in reports)
-        return self._next_chunk(work, now) if work.chunks else self._finish(work, now, failure="")
+        if work.chunks and not chunk.dropping:
+            return self._next_chunk(work, now)
+        return self._finish(work, now, failure=chunk.dropping if work.chunks else "")
 
-    def _give_up(self, chunk: Chunk, why: str) -> list[ForEngine]:
-        """Ask all engines to drop the chunk; once they have, the rearrangement is over."""
+    def _give_up(self, chunk: Chunk, now: float, reason: str, why: str) -> list[ForEngine]:
+        """Ask all engines to drop the chunk; once they have (or have committed it), the rearrangement is over."""
         if chunk.dropping:
             return []
-        chunk.dropping = why
+        chunk.dropping, chunk.reason, chunk.last_news = why, reason, now
         self._log.append(f"giving up epoch {chunk.epoch} of a rearrangement: {why}")
         return self._all(DropStage(chunk.epoch))
 
@@ -292,15 +312,18 @@ class Rebalancer:
         """Book a rearrangement that is over, wholly or after some of its chunks."""
         self._now = None
         moved = len(moves(work.before, self.placement))
-        if work.num_chunks:
+        if work.why == ROLLBACK:
+            self._previous = self._previous[:-1] if not failure else self._previous
+        elif work.num_chunks:
             self._previous = [*self._previous, work.before][-MAX_HISTORY:]
-            self.totals.moved_experts += moved
-            self.totals.moved_bytes += work.bytes_received
+        self.totals.moved_experts += moved
+        self.totals.moved_bytes += work.bytes_received
         if failure:
-            self.totals.skipped["failed"] += 1
+            assert work.chunk is not None
+            self.totals.skipped[work.chunk.reason] += 1
         else:
             self.totals.rebalances += 1
-            self.totals.last_success = now
+            self.totals.last_success = self._unix_time()
         self._remember(
             {
                 "step": work.step,
@@ -332,31 +355,9 @@ class Rebalancer:
     def _all(self, order: Order) -> list[ForEngine]:
         return [ForEngine(dp, order) for dp in range(self.topology.dp)]
 
-    def _plan_without_load(self, placement: Placement) -> Plan:
-        """A plan for a placement that is wanted whatever it brings."""
-        try:
-            return self.predict(placement)
-        except ConfigError:
-            num_moves = len(moves(self.placement, placement))
-            return Plan(placement, 0.0, 0.0, 0.0, num_moves, num_moves * self._expert_bytes)
-
-    def _check_alike(self, placement: Placement) -> None:
-        mine, theirs = self.placement, placement
-        sizes = [(p.num_layers, p.num_logical, p.num_physical, p.num_ranks) for p in (theirs, mine)]
-        if sizes[0] != sizes[1] or theirs.offsets != mine.offsets:
-            given, served = (
-                f"{layers} layers, {experts} experts, {slots} slots on {ranks} ranks"
-                for layers, experts, slots, ranks in sizes
-            )
-            raise ConfigError(f"the placement is of another model or world: it has {given}; served are {served}")
-
-    def _split(self, load_LE: Floats, placement: Placement) -> Split:
-        return solve_split(placement, load_LE, num_nodes=self.num_nodes, prefer_local=self.config.prefer_local)
-
-    def _rank_loads(self, load_LE: Floats, placement: Placement) -> Floats:
-        return sum_by_rank(split_loads(self._split(load_LE, placement), load_LE), placement.offsets)
+    def _chunks(self, plan: Plan) -> list[list[int]]:
+        return chunks_of(self.placement, plan.placement, self.load(), self._forecast.expert_bytes)
 
     def _shares(self, split: Split, dp: int, layers: list[int]) -> dict[int, bytes]:
-        """What ExpertMap takes: cumulative shares of some layers, float32 (layers, E, C), by expert-parallel rank."""
-        ranks = range(dp * self.topology.tp, (dp + 1) * self.topology.tp)
-        return {rank: split.cumulative(rank)[1][layers].astype(np.float32).tobytes() for rank in ranks}
+        """The shares of one engine's ranks."""
+        return cumulative_shares(split, range(dp * self.topology.tp, (dp + 1) * self.topology.tp), layers)

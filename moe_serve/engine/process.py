@@ -237,9 +237,9 @@ class EngineProcess:
 
     def _take_in(self, rank: DPRank, sockets: FrontendSockets) -> None:
         """Everything in the inbox; while asleep, wait for something."""
-        if rank.naps.asleep:
-            self._progress.enter("asleep")
         while rank.naps.asleep or not self._inbox.empty():
+            if rank.naps.asleep:
+                self._progress.enter("asleep")  # again: workers may have been asked for something meanwhile
             message = self._next_message(rank)
             match message:
                 case (str() as address, Generate() as request):

@@ -6,6 +6,8 @@ every vote says that the weights are here.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
@@ -18,16 +20,22 @@ from moe_serve.executor.base import Executor
 Order = StageExperts | SetShares | DropStage | Record
 News = StageReport | StepLoad
 ORDER_SECONDS = 60.0
+BEAT_SECONDS = 1.0
 
 
 class Rearranging:
     """`collect_interval` steps between two collections of load. One thread uses it."""
 
-    def __init__(self, executor: Executor, *, collect_interval: int) -> None:
+    def __init__(
+        self, executor: Executor, *, collect_interval: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._executor = executor
         self._interval = collect_interval
+        self._clock = clock
         self._status: StageStatus | None = None
-        self._dropped = 0
+        self._beaten = 0.0
+        self._to_drop = 0
+        """The newest epoch that is to be given up; it may be over, or not even have begun here."""
         self._recording = False
         self._steps = 0
         self._news: list[News] = []
@@ -44,12 +52,13 @@ class Rearranging:
         match order:
             case StageExperts():
                 self._executor.submit(order).result(timeout=ORDER_SECONDS)
-                self._status = StageStatus(epoch=order.epoch)
+                self._status, self._beaten = StageStatus(epoch=order.epoch), self._clock()
+                self.wants_turn |= order.epoch == self._to_drop
             case SetShares():
                 self._executor.submit(order).result(timeout=ORDER_SECONDS)
             case DropStage(epoch):
-                if self._status is not None and self._status.epoch == epoch:
-                    self._dropped, self.wants_turn = epoch, True
+                self._to_drop = max(self._to_drop, epoch)
+                self.wants_turn |= self._status is not None and self._status.epoch == epoch
             case Record(on):
                 self._recording = on
 
@@ -60,7 +69,7 @@ class Rearranging:
         return replace(
             vote,
             staged_epoch=status.epoch if status.staged else 0,
-            dropped_epoch=self._dropped,
+            dropped_epoch=status.epoch if status.epoch == self._to_drop else 0,
             pieces_posted=status.pieces_posted,
             recording=self._recording,
         )
@@ -102,13 +111,15 @@ class Rearranging:
         if before is None:
             return
         if status is None:
-            self._dropped = 0
             self._report("dropped", before)
         elif status.failed and not before.failed:
             self._report("failed", status)
         elif status.staged and not before.staged:
             self.wants_turn = True
             self._report("staged", status)
+        elif status.pieces_posted > before.pieces_posted and self._clock() - self._beaten >= BEAT_SECONDS:
+            self._beaten = self._clock()
+            self._report("moving", status)
 
     def _report(self, state: StageState, status: StageStatus, *, commit_seconds: float = 0.0) -> None:
         self._news.append(
