@@ -50,6 +50,11 @@ async def post_events(address: Address, path: str, body: bytes) -> AsyncIterator
     raise StreamFailed("the stream ended without [DONE]")
 
 
+async def post_json(address: Address, path: str, value: object) -> Any:
+    body = msgspec.json.encode(value)
+    return msgspec.json.decode(b"".join([piece async for piece in _body(address, "POST", path, body)]))
+
+
 async def get_json(address: Address, path: str) -> Any:
     return msgspec.json.decode(b"".join([piece async for piece in _body(address, "GET", path, b"")]))
 
@@ -68,7 +73,7 @@ async def _body(address: Address, method: str, path: str, body: bytes) -> AsyncI
             answer = await reader.readuntil(b"\r\n\r\n")
         pieces = _chunks(reader) if b"transfer-encoding: chunked" in answer.lower() else _rest(reader)
         status = answer.split(b" ", 2)[1]
-        if status != b"200":
+        if status not in (b"200", b"202"):
             said = b"".join([piece async for piece in pieces])
             raise StreamFailed(f"HTTP {status.decode()}: {said[:300].decode(errors='replace')}")
         async for piece in pieces:

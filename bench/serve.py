@@ -10,14 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import re
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +22,8 @@ from rich.table import Table
 
 from bench.http_stream import Address, StreamFailed, get_json, post_events
 from bench.report import PERCENTILES, Report, percentiles
+from bench.started_server import started
 
-READY_SECONDS = 300.0
-END_SECONDS = 40.0
 MEASURES = {"ttft_ms": "time to first token", "itl_ms": "between two tokens", "e2e_ms": "whole answer"}
 console = Console(stderr=True)
 
@@ -52,7 +45,7 @@ def main() -> None:
     if options.url:
         report = asyncio.run(measure(options, Address.parse(options.url)))
     else:
-        with server(options) as address:
+        with started(options.model, options.server_options, preset=options.preset) as address:
             report = asyncio.run(measure(options, address))
     show(report)
     path = report.write(options.out)
@@ -80,39 +73,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the result; bench/results/MACHINE if not given")
     parser.add_argument("server_options", nargs="*", metavar="-- SERVER OPTIONS")
     return parser.parse_args(arguments)
-
-
-@contextmanager
-def server(options: argparse.Namespace) -> Iterator[Address]:
-    """A server on a free port, ended by SIGTERM."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "server.log")
-        with log.open("wb") as output:
-            model = options.model or _checkpoint(options.preset, Path(folder, "model"))
-            command = [sys.executable, "-m", "moe_serve", "serve", str(model), "--port", "0", *options.server_options]
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            yield _await_ready(process, log)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            process.wait(END_SECONDS)
-
-
-def _checkpoint(preset: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "moe_serve", "make-model", str(folder), "--preset", preset]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
-def _await_ready(process: subprocess.Popen[bytes], log: Path) -> Address:
-    deadline = time.monotonic() + READY_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        found = re.search(r"^curl (http://[^/\s]+)/", log.read_text(), re.MULTILINE)
-        if found:
-            return Address.parse(found.group(1))
-        time.sleep(0.05)
-    raise SystemExit(f"the server is not ready (exit code {process.poll()}):\n{log.read_text()}")
 
 
 async def measure(options: argparse.Namespace, address: Address) -> Report:
