@@ -21,7 +21,8 @@ from moe_serve.model.moe.experts import Experts
 from moe_serve.parallel.collectives import Group, Transfer
 
 CHECKSUM_BYTES = 8
-CHECKSUM_BLOCK = 1024
+CHECKSUM_BLOCK = 4096
+"""Bytes whose order counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,9 +264,8 @@ def cut_into_pieces(flows: Sequence[Flow], row_bytes: int, max_bytes: int) -> li
 
 
 def checksum(body: Tensor) -> Tensor:
-    """Eight bytes that change when bytes change or whole blocks swap places."""
-    words = body if body.numel() % 4 else body.view(torch.int32)
-    blocks = torch.nn.functional.pad(words, (0, -words.numel() % CHECKSUM_BLOCK)).view(-1, CHECKSUM_BLOCK)
-    sums = blocks.sum(dim=1, dtype=torch.int64)
+    """Eight bytes that change when bytes change or whole blocks swap places; about as fast as reading them."""
+    padded = torch.nn.functional.pad(body, (0, -body.numel() % CHECKSUM_BLOCK))
+    sums = padded.view(torch.int64).view(-1, CHECKSUM_BLOCK // 8).sum(dim=1)
     weights = torch.arange(1, 2 * sums.numel(), 2, device=body.device)
     return (sums * weights).sum().view(1).view(torch.uint8)
