@@ -102,14 +102,14 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
 
 def run_replay(options: argparse.Namespace) -> int:
     """Replay a trace under several policies and redundancies."""
-    policies = _names(options.policies)
+    policies, redundancies = _names(options.policies), _counts(options.redundant, "--redundant")
     trace, world = _start(options)
     windows = cut(trace, options.window_steps)
     outcomes = replay(
         trace,
         world,
         policies=policies,
-        redundancies=_counts(options.redundant, "--redundant"),
+        redundancies=redundancies,
         window_steps=options.window_steps,
         refresh_steps=options.refresh_steps,
         progress=console.print,
@@ -129,8 +129,9 @@ def run_replay(options: argparse.Namespace) -> int:
 def run_redundancy(options: argparse.Namespace) -> int:
     """How many redundant experts pay for their memory on this trace."""
     EPLB_POLICIES.check(options.policy)
+    given = _counts(options.redundant, "--redundant") if options.redundant else []
     trace, world = _start(options)
-    counts = _counts(options.redundant, "--redundant") if options.redundant else _steps_of_ranks(trace, world)
+    counts = given or _steps_of_ranks(trace, world)
     outcomes = replay(
         trace,
         world,
