@@ -34,8 +34,8 @@ def main() -> None:
     if options.max_bytes_per_step:
         eplb["max_bytes_per_step"] = options.max_bytes_per_step
     server = ["-dp", str(options.dp), "-ep", "--enable-eplb", "--eplb-config", json.dumps(eplb)]
-    with started(options.model, server) as address:
-        report = asyncio.run(measure(options, address))
+    with started(options.model, server) as running:
+        report = asyncio.run(measure(options, running.address))
     show(report)
     path = report.write(options.out)
     draw(report, path)

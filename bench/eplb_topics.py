@@ -44,8 +44,8 @@ def main() -> None:
     options = parse()
     runs = {}
     for policy in ("static", options.policy):
-        with started(options.model, server_options(options, policy)) as address:
-            runs[policy] = asyncio.run(drive(options, address))
+        with started(options.model, server_options(options, policy)) as server:
+            runs[policy] = asyncio.run(drive(options, server.address))
         console.print(f"{policy}: {runs[policy].tokens_per_second:.0f} tokens/s")
     report = report_of(options, runs)
     show(report)

@@ -45,8 +45,8 @@ def main() -> None:
     if options.url:
         report = asyncio.run(measure(options, Address.parse(options.url)))
     else:
-        with started(options.model, options.server_options, preset=options.preset) as address:
-            report = asyncio.run(measure(options, address))
+        with started(options.model, options.server_options, preset=options.preset) as server:
+            report = asyncio.run(measure(options, server.address))
     show(report)
     path = report.write(options.out)
     draw(report, path)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.http_stream import Address
@@ -18,17 +19,26 @@ READY_SECONDS = 300.0
 END_SECONDS = 40.0
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A ready server; `begun` is when its process was started, in time.monotonic()."""
+
+    address: Address
+    begun: float
+
+
 @contextmanager
-def started(model: str | None, server_options: Sequence[str], *, preset: str = "tiny") -> Iterator[Address]:
+def started(model: str | None, server_options: Sequence[str], *, preset: str = "tiny") -> Iterator[Started]:
     """Serve `model`, or a random checkpoint of `preset`."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "server.log")
         with log.open("wb") as output:
             served = model or _checkpoint(preset, Path(folder, "model"))
             command = [sys.executable, "-m", "moe_serve", "serve", str(served), "--port", "0", *server_options]
+            begun = time.monotonic()
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            yield _await_ready(process, log)
+            yield Started(_await_ready(process, log), begun)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
