@@ -80,6 +80,7 @@ def draw_redundancy(gains: Sequence[Gain], chosen: int) -> Any:
     left.set_ylabel("modelled step time saved, %")
     right.set_ylabel("balancedness")
     left.legend(loc="lower right")
+    right.legend(loc="center right", title="balancedness")
     left.grid(alpha=0.3)
     return figure
 

@@ -136,7 +136,6 @@ def test_a_mistake_is_one_sentence_and_code_2(
 
 
 def test_a_replay_compares_policies_and_draws(folder: Path) -> None:
-    pytest.importorskip("matplotlib")
     done = eplb(
         folder,
         *("replay", "trace.safetensors", "--ranks", "8", "--redundant", "0,8", "--policies", "sticky,static"),

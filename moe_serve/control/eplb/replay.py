@@ -48,6 +48,7 @@ class Outcome:
     balancedness: list[float] = field(default_factory=list)
     balancedness_uneven: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    step_seconds_uneven: list[float] = field(default_factory=list)
     moved_share: list[float] = field(default_factory=list)
     moved_experts: list[int] = field(default_factory=list)
     moved_bytes: list[int] = field(default_factory=list)
@@ -68,6 +69,7 @@ class Outcome:
             "balancedness": mean(self.balancedness),
             "balancedness_uneven": mean(self.balancedness_uneven),
             "step_seconds": mean(self.step_seconds),
+            "step_seconds_uneven": mean(self.step_seconds_uneven),
             "moved_share": mean(self.moved_share[later]),
             "moved_experts": mean(self.moved_experts[later]),
             "moved_bytes": mean(self.moved_bytes[later]),
@@ -145,9 +147,9 @@ def _replay_one(
         outcome.balancedness.append(balanced)
         outcome.step_seconds.append(seconds)
         recent = scored[: min(refresh_steps, len(scored))].sum(axis=0)
-        outcome.balancedness_uneven.append(
-            score_steps(scored, current, world, solve_split(current, recent).anywhere_LP)[0]
-        )
+        balanced, seconds = score_steps(scored, current, world, solve_split(current, recent).anywhere_LP)
+        outcome.balancedness_uneven.append(balanced)
+        outcome.step_seconds_uneven.append(seconds)
     return outcome
 
 
@@ -168,7 +170,7 @@ def score_steps(
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What a number of redundant experts brings, and what the last of them brought."""
+    """What a number of redundant experts brings, and what the last of them brought. Times are with uneven shares."""
 
     num_redundant: int
     balancedness: float
@@ -185,7 +187,7 @@ def redundancy_curve(outcomes: Sequence[Outcome], world: World, num_layers: int)
     """The marginal gain of redundancy from the outcomes of one policy, smallest redundancy first."""
     gains: list[Gain] = []
     for outcome in sorted(outcomes, key=lambda outcome: outcome.num_redundant):
-        seconds = float(np.mean(outcome.step_seconds))
+        seconds = float(np.mean(outcome.step_seconds_uneven))
         first = gains[0].step_seconds if gains else seconds
         more = outcome.num_redundant - gains[-1].num_redundant if gains else 0
         saved = 1 - seconds / first if first else 0.0
