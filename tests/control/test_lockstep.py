@@ -27,9 +27,22 @@ def test_ranks_out_of_step_are_named() -> None:
         decide([Vote(3, 0, True, 1), Vote(4, 0, True, 1)])
 
 
-@given(st.integers(0, 2**40), st.integers(0, 2**40), st.booleans(), st.integers(0, 2**20))
-def test_a_vote_survives_the_wire(step: int, nap: int, has_work: bool, num_tokens: int) -> None:
-    vote = Vote(step, nap, has_work, num_tokens)
+numbers = st.integers(0, 2**40)
+any_vote = st.builds(
+    Vote,
+    step=numbers,
+    nap=numbers,
+    has_work=st.booleans(),
+    num_tokens=numbers,
+    staged_epoch=numbers,
+    dropped_epoch=numbers,
+    pieces_posted=numbers,
+    recording=st.booleans(),
+)
+
+
+@given(any_vote)
+def test_a_vote_survives_the_wire(vote: Vote) -> None:
     assert Vote.from_ints(vote.to_ints()) == vote
 
 
@@ -52,6 +65,65 @@ def test_a_late_wake_of_an_earlier_nap_wakes_nobody() -> None:
     naps.fall_asleep()
     naps.hear(1)
     assert naps.asleep
+
+
+# --- rearrangements (all engines together: tests/engine/test_rearranging.py) -----------------------------------------
+
+
+def staging(staged: int = 0, dropped: int = 0, pieces: int = 0, *, recording: bool = False) -> Vote:
+    return Vote(9, 2, False, 0, staged_epoch=staged, dropped_epoch=dropped, pieces_posted=pieces, recording=recording)
+
+
+def test_experts_are_committed_in_the_step_in_which_all_say_that_they_are_staged() -> None:
+    assert decide([staging(7), staging(), staging(7)]).commit_epoch == 0
+    verdict = decide([staging(7)] * 3)
+    assert verdict.commit_epoch == 7
+    assert verdict.run, "nobody has work, but there is something to commit"
+    assert not decide([staging(7), staging()]).run, "waiting for the rest needs no steps"
+
+
+def test_different_epochs_are_never_committed() -> None:
+    assert decide([staging(7), staging(8)]).commit_epoch == 0
+
+
+def test_a_stage_is_dropped_once_all_have_heard_of_it_after_the_most_pieces_that_anybody_posted() -> None:
+    assert decide([staging(dropped=7, pieces=4), staging(pieces=5)]).drop_after_pieces == -1
+    verdict = decide([staging(dropped=7, pieces=4), staging(dropped=7, pieces=5), staging(dropped=7)])
+    assert verdict.drop_after_pieces == 5
+    assert verdict.run
+
+
+def test_a_drop_wins_over_a_commit_in_the_same_step() -> None:
+    verdict = decide([staging(7, dropped=7, pieces=3)] * 2)
+    assert (verdict.commit_epoch, verdict.drop_after_pieces) == (0, 3)
+
+
+def test_a_drop_that_some_have_not_heard_yet_does_not_stop_a_commit() -> None:
+    verdict = decide([staging(7, dropped=7), staging(7)])
+    assert (verdict.commit_epoch, verdict.drop_after_pieces) == (7, -1)
+
+
+def test_single_steps_are_collected_while_all_record() -> None:
+    assert decide([staging(recording=True)] * 2).recording
+    assert not decide([staging(recording=True), staging()]).recording
+
+
+epochs = st.sampled_from([0, 7, 8])
+
+
+@given(st.lists(st.builds(staging, epochs, epochs, st.integers(0, 5)), min_size=1, max_size=5))
+def test_a_verdict_commits_only_what_all_have_and_drops_only_what_all_gave_up(votes: list[Vote]) -> None:
+    verdict = decide(votes)
+    if verdict.commit_epoch:
+        assert {vote.staged_epoch for vote in votes} == {verdict.commit_epoch}
+        assert verdict.drop_after_pieces == -1
+    if verdict.drop_after_pieces >= 0:
+        assert len({vote.dropped_epoch for vote in votes}) == 1
+        assert all(vote.dropped_epoch and vote.pieces_posted <= verdict.drop_after_pieces for vote in votes)
+    assert verdict.run == bool(verdict.commit_epoch or verdict.drop_after_pieces >= 0)
+
+
+# --- naps ------------------------------------------------------------------------------------------------------------
 
 
 class World:
