@@ -55,11 +55,12 @@ class LoadWindow:
 
 @dataclass(slots=True)
 class Recording:
-    """Counts of single steps, until it is full. `on`: still growing."""
+    """Counts of single steps, until there are `limit` bytes of them. `on`: still growing."""
 
     on: bool = False
     steps: list[Counts] = field(default_factory=list)
     full: bool = False
+    limit: int = MAX_RECORD_BYTES
 
     def start(self) -> None:
         """Begin anew; what was recorded before is forgotten."""
@@ -68,7 +69,7 @@ class Recording:
     def add(self, counts: Counts) -> None:
         """A step's (L, 2, E)."""
         total = counts.sum(axis=1)
-        if (len(self.steps) + 1) * total.nbytes > MAX_RECORD_BYTES:
+        if (len(self.steps) + 1) * total.nbytes > self.limit:
             self.on, self.full = False, True
         else:
             self.steps.append(total)
