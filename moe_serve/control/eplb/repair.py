@@ -8,7 +8,7 @@ from moe_serve.base.placement import Ints
 from moe_serve.control.eplb.base import Floats
 from moe_serve.control.eplb.board import Board
 
-TURNS = 48  # copies are added one at a time and layer, or several if there are more than this
+TURNS = 32  # copies are added one at a time and layer, or several if there are more than this
 
 
 def fit_copies(board: Board, surplus_LE: Ints) -> None:
@@ -49,19 +49,21 @@ def _add(board: Board, missing_LE: Ints) -> None:
     size = -(-int(missing_LE.sum(axis=1).max()) // TURNS)
     load_LR = board.loads()
     empty_LRs = (board.expert_LRs == board.nobody) & ~board.is_padding()
+    places_LR = empty_LRs.sum(axis=2)
     while len(layer := np.flatnonzero(missing_LE.any(axis=1))):
-        with_place_L = empty_LRs[layer].any(axis=2).sum(axis=1)
-        batch = int(min(size, with_place_L.min(), np.count_nonzero(missing_LE[layer], axis=1).min()))
+        with_place_LR = places_LR[layer] > 0
+        batch = int(min(size, with_place_LR.sum(axis=1).min(), np.count_nonzero(missing_LE[layer], axis=1).min()))
         weight_LE = np.where(missing_LE[layer] > 0, board.weight_LE[layer, :-1], -1.0)
         expert_Lb = weight_LE.argsort(axis=1)[:, ::-1][:, :batch]
         # A rank that holds the expert is the last resort; `part_copies` sorts that out.
         holds_LR = (board.expert_LRs[layer] == expert_Lb[:, :1, None]).any(axis=2)
-        seen_LR = np.where(empty_LRs[layer].any(axis=2), load_LR[layer] + np.where(holds_LR, 1e30, 0.0), np.inf)
+        seen_LR = np.where(with_place_LR, load_LR[layer] + np.where(holds_LR, 1e30, 0.0), np.inf)
         rank_Lb = seen_LR.argsort(axis=1)[:, :batch]
         row = layer[:, None]
         place_Lb = empty_LRs[row, rank_Lb].argmax(axis=2)
         board.expert_LRs[row, rank_Lb, place_Lb] = expert_Lb
         empty_LRs[row, rank_Lb, place_Lb] = False
+        places_LR[row, rank_Lb] -= 1
         load_LR[row, rank_Lb] += board.weight_LE[row, expert_Lb]
         missing_LE[row, expert_Lb] -= 1
 

@@ -11,7 +11,7 @@ import numpy as np
 from moe_serve.base.placement import Ints
 from moe_serve.control.eplb.base import Floats
 
-SEARCH_STEPS = 40
+SEARCH_STEPS = 30
 
 
 def copies_by_gain(
@@ -20,7 +20,7 @@ def copies_by_gain(
     most: int,
     *,
     current_LE: Ints | None = None,
-    hysteresis: float = 1.0,
+    hysteresis: float | Floats = 1.0,
     heavy_L1: Floats | None = None,
 ) -> Ints:
     """int64 (L, E), summing to `slots` in each layer, each in [1, most].
@@ -45,7 +45,7 @@ def _copies_at(
     load_LE: Floats,
     most: int,
     current_LE: Ints | None,
-    hysteresis: float,
+    hysteresis: float | Floats,
     heavy_L1: Floats | None,
 ) -> Floats:
     if current_LE is None:

@@ -40,12 +40,14 @@ class Stickiness:
     prices: Prices = TO_CHANGE
     hysteresis: float = 1.3
     """Copies stay while each carries between 1 / this and this times the threshold."""
+    tight: float = 1.05
+    """The same where the heaviest copy sets the pace, because there are too few slots for the hottest experts."""
     heavy: float = 0.75
     """A copy above this load gets no such tolerance: it would set the pace alone."""
     least_gain: float = 0.001
     """A layer keeps its placement unless the largest rank load falls by this, beside the price of the moves."""
     hopeless: float = 0.1
-    """A layer is dealt anew if that lowers the largest rank load by this much more than swaps could."""
+    """A layer is dealt anew if that lowers the largest rank load by this share of it more than swaps could."""
     rounds: int = 40
 
 
@@ -174,7 +176,7 @@ def _mend(problem: Problem, current: Placement, load_LE: Floats, stickiness: Sti
         problem.num_physical,
         _holders(problem),
         current_LE=had_LE,
-        hysteresis=stickiness.hysteresis,
+        hysteresis=_hysteresis(problem, load_LE, had_LE, stickiness),
         heavy_L1=stickiness.heavy * mean_L1,
     )
     board = board_of(current.physical_to_logical_LP, load_LE / copies_LE, problem)
@@ -186,6 +188,16 @@ def _mend(problem: Problem, current: Placement, load_LE: Floats, stickiness: Sti
     return board.placement(problem)
 
 
+def _hysteresis(problem: Problem, load_LE: Floats, had_LE: Ints, stickiness: Stickiness) -> Floats:
+    """float64 (L, 1)."""
+    hysteresis_L1 = np.full((len(load_LE), 1), stickiness.hysteresis)
+    heavy_L = np.flatnonzero(_least_peaks(problem, load_LE, had_LE) > 1)
+    if len(heavy_L):
+        copies_LE = copies_by_gain(load_LE[heavy_L], problem.num_physical, _holders(problem))
+        hysteresis_L1[heavy_L[_least_peaks(problem, load_LE[heavy_L], copies_LE) > 1]] = stickiness.tight
+    return hysteresis_L1
+
+
 def _redeal_hopeless(problem: Problem, mended: Placement, load_LE: Floats, stickiness: Stickiness) -> Placement:
     """Deal those layers anew in which swaps left much to gain, and give the new ranks the numbers that fit best."""
     assert problem.current is not None
@@ -194,12 +206,12 @@ def _redeal_hopeless(problem: Problem, mended: Placement, load_LE: Floats, stick
         return mended
     copies_LE = copies_by_gain(load_LE, problem.num_physical, _holders(problem))
     least_L = _least_peaks(problem, load_LE, copies_LE)
-    poor_L = np.flatnonzero(peak_L > least_L + stickiness.hopeless)
+    poor_L = np.flatnonzero(peak_L > least_L * (1 + stickiness.hopeless))
     if not len(poor_L):
         return mended
     part = Problem(load_LE[poor_L], problem.offsets, problem.num_nodes, problem.num_groups)
     anew = _deal_anew(part, load_LE[poor_L])
-    better = peaks(rank_loads(part.load_LE, anew)) < peak_L[poor_L] - stickiness.hopeless
+    better = peaks(rank_loads(part.load_LE, anew)) * (1 + stickiness.hopeless) < peak_L[poor_L]
     if not better.any():
         return mended
     table_LP = mended.physical_to_logical_LP.copy()
