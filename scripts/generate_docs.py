@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from bench.report import RESULTS, Report, markdown_table, read_reports
+from bench.report import RESULTS, markdown_table, read_reports
 from moe_serve.base.config import ALL2ALL, EXECUTORS, SECTIONS, Config, Section
+from scripts.measurements import results
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -164,78 +165,6 @@ def bounds(metadata: list[Any]) -> str:
         for part in getattr(item, "metadata", [item]):
             found += [f"{sign} {getattr(part, name)}" for name, sign in signs.items() if hasattr(part, name)]
     return f" {', '.join(found)}" if found else ""
-
-
-# --- measurements ---------------------------------------------------------------------------------------------
-
-
-def results(reports: list[Report]) -> str:
-    """A section per machine: a table of the offline runs, then a table and a picture per server."""
-    if not reports:
-        return "Nothing has been published from here yet."
-    parts = []
-    for name in sorted({str(report.machine["name"]) for report in reports}):
-        own = [report for report in reports if report.machine["name"] == name]
-        about: Any = own[0].machine
-        versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-        parts.append(f"### {about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB")
-        parts.append(f"Python {about['python']}, {versions}.")
-        parts.append(offline_table([report for report in own if report.benchmark == "offline"]))
-        parts += [serve_part(report) for report in own if report.benchmark == "serve"]
-    return "\n\n".join(part for part in parts if part)
-
-
-def offline_table(reports: list[Report]) -> str:
-    rows = []
-    for report in reports:
-        config, numbers = report.config, report.numbers
-        rows.append(
-            (
-                config["model"],
-                config["dtype"],
-                f"{config['num_requests']} x {config['input_len']} / {config['output_len']}",
-                f"{config['data_parallel_size']} x {config['tensor_parallel_size']}"
-                + (" ep" if config["enable_expert_parallel"] else ""),
-                _median(numbers, "moe_serve_output_tokens_per_second"),
-                _median(numbers, "transformers_output_tokens_per_second"),
-                _median(numbers, "ratio"),
-                f"{numbers['equal_answers']} of {numbers['answers']}" if "answers" in numbers else "",
-                f"`{report.commit}`",
-            )
-        )
-    header = ["model", "type", "requests x in / out", "dp x tp", "LLM, tokens/s", "transformers, tokens/s", "ratio"]
-    return markdown_table([*header, "answers equal", "commit"], rows) if rows else ""
-
-
-def serve_part(report: Report) -> str:
-    """One server's table and picture."""
-    config: Any = report.config
-    rates: Any = report.numbers["rates"]
-    rows = [
-        (
-            f"{row['rate']:g}",
-            f"{row['requests_per_second']:g}",
-            f"{row['output_tokens_per_second']:g}",
-            *(_percentiles(row[name]) for name in ("ttft_ms", "itl_ms", "e2e_ms")),
-            row["failed"],
-        )
-        for row in rates
-    ]
-    header = ["requests/s", "answered/s", "tokens/s", "first token", "between tokens", "whole answer", "failed"]
-    folder = f"../bench/results/{report.machine['name']}/{report.benchmark}-{report.label}"
-    return (
-        f"`{report.label}`: {config['input_len']} tokens in, {config['output_len']} out, {config['seconds']:g} s per "
-        f"rate, commit `{report.commit}`; milliseconds, p50 / p90 / p99.\n\n{markdown_table(header, rows)}\n\n"
-        f"![Latency over the rate of requests]({folder}.svg)"
-    )
-
-
-def _median(numbers: Mapping[str, Any], name: str) -> str:
-    return str(numbers[name]["median"]) if name in numbers else ""
-
-
-def _percentiles(values: Mapping[str, float | None]) -> str:
-    return " / ".join("-" if value is None else f"{value:.1f}" for value in values.values())
 
 
 if __name__ == "__main__":

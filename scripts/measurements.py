@@ -1,0 +1,199 @@
+"""Reports of the benchmarks as Markdown, for docs/benchmarks.md: a table per kind, and the pictures beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.report import RESULTS, Report, markdown_table
+
+
+def results(reports: Sequence[Report]) -> str:
+    """A section per machine."""
+    if not reports:
+        return "Nothing has been published from here yet."
+    parts = []
+    for name in sorted({str(report.machine["name"]) for report in reports}):
+        own = [report for report in reports if report.machine["name"] == name]
+        about: Any = own[0].machine
+        versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+        parts.append(f"### {about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB")
+        parts.append(f"Python {about['python']}, {versions}.")
+        parts.append(offline_table([report for report in own if report.benchmark == "offline"]))
+        for benchmark, part in PARTS.items():
+            parts += [part(report) for report in own if report.benchmark == benchmark]
+    return "\n\n".join(part for part in parts if part)
+
+
+def offline_table(reports: Sequence[Report]) -> str:
+    rows = []
+    for report in reports:
+        config, numbers = report.config, report.numbers
+        rows.append(
+            (
+                config["model"],
+                config["dtype"],
+                f"{config['num_requests']} x {config['input_len']} / {config['output_len']}",
+                f"{config['data_parallel_size']} x {config['tensor_parallel_size']}"
+                + (" ep" if config["enable_expert_parallel"] else ""),
+                _median(numbers, "moe_serve_output_tokens_per_second"),
+                _median(numbers, "transformers_output_tokens_per_second"),
+                _median(numbers, "ratio"),
+                f"{numbers['equal_answers']} of {numbers['answers']}" if "answers" in numbers else "",
+                f"`{report.commit}`",
+            )
+        )
+    header = ["model", "type", "requests x in / out", "dp x tp", "LLM, tokens/s", "transformers, tokens/s", "ratio"]
+    return markdown_table([*header, "answers equal", "commit"], rows) if rows else ""
+
+
+def startup_part(report: Report) -> str:
+    """Seconds from the command to the curl line."""
+    numbers: Any = report.numbers
+    rows = [(name, figures["median_s"], ", ".join(map(str, figures["all_s"]))) for name, figures in numbers.items()]
+    return (
+        f"From the command to the curl line, `{report.label}`, commit `{report.commit}`; seconds.\n\n"
+        + markdown_table(["engines", "median", "all"], rows)
+    )
+
+
+def serve_part(report: Report) -> str:
+    """One server's table and picture."""
+    config: Any = report.config
+    rates: Any = report.numbers["rates"]
+    rows = [
+        (
+            f"{row['rate']:g}",
+            f"{row['requests_per_second']:g}",
+            f"{row['output_tokens_per_second']:g}",
+            *(_percentiles(row[name]) for name in ("ttft_ms", "itl_ms", "e2e_ms")),
+            row["failed"],
+        )
+        for row in rates
+    ]
+    header = ["requests/s", "answered/s", "tokens/s", "first token", "between tokens", "whole answer", "failed"]
+    return (
+        f"`{report.label}`: {config['input_len']} tokens in, {config['output_len']} out, {config['seconds']:g} s per "
+        f"rate, commit `{report.commit}`; milliseconds, p50 / p90 / p99.\n\n{markdown_table(header, rows)}\n\n"
+        + _picture(report, "Latency over the rate of requests")
+    )
+
+
+def stall_part(report: Report) -> str:
+    """Gaps between tokens at rest and while experts move."""
+    config, numbers = report.config, _numbers(report)
+    rows = [
+        (title, *(f"{numbers[name][key]:.1f}" for key in ("p50", "p90", "p99", "max")), numbers[name]["gaps"])
+        for name, title in (("at_rest_ms", "at rest"), ("during_ms", "while experts move"))
+    ]
+    rows.append(("ratio", *(f"{numbers['ratio'][key]:.2f}" for key in ("p50", "p90", "p99", "max")), ""))
+    return (
+        f"Gaps between tokens while experts move, `{report.label}`, dp={config['dp']}, {config['clients']} streams: "
+        f"{numbers['rearrangements']} rearrangements, {numbers['moved_experts']} experts, longest commit "
+        f"{numbers['longest_commit_ms']:.1f} ms, commit `{report.commit}`; milliseconds.\n\n"
+        + markdown_table(["", "p50", "p90", "p99", "longest", "gaps"], rows)
+        + "\n\n"
+        + _picture(report, "Gaps between tokens over time, rearrangements shaded")
+    )
+
+
+def topics_part(report: Report) -> str:
+    """A server that balances beside one that moves nothing, under traffic that changes its topic."""
+    config, numbers = report.config, _numbers(report)
+    rows = []
+    for policy in ("static", str(config["policy"])):
+        side = numbers[policy]
+        rows.append(
+            (
+                "nothing moves" if policy == "static" else policy,
+                f"{side['tokens_per_second']:.1f}",
+                f"{side['mean_balancedness']:.3f}",
+                _percentiles(side["gaps_ms"]),
+                side["rearrangements"],
+                side["moved_experts"],
+            )
+        )
+    header = ["", "tokens/s", "balancedness", "between tokens, ms", "rearrangements", "experts moved"]
+    speed, modelled = numbers["ratio"]["tokens_per_second"], numbers["modelled_expert_speedup"]
+    parts = [
+        f"Traffic that changes its topic every {config['stretch']:g} s, `{report.label}`, dp={config['dp']}, "
+        f"{config['redundant']} redundant experts, commit `{report.commit}`. Tokens per second: {speed:.3f} times "
+        f"those without. Modelled, if only the slowest rank's rows count: experts {modelled:.3f} times as fast.",
+        markdown_table(header, rows),
+        _picture(report, "Balancedness over time with and without load balancing"),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def balancedness_part(report: Report) -> str:
+    """All policies on made-up and recorded loads."""
+    config, numbers = report.config, _numbers(report)
+    replayed = [
+        (
+            name,
+            outcome["num_redundant"],
+            outcome["policy"],
+            f"{outcome['balancedness']:.4f}",
+            f"{outcome['balancedness_uneven']:.4f}",
+            f"{outcome['moved_share'] * 100:.1f}",
+            f"{outcome['cross_node_moves']:.0f}",
+        )
+        for name, outcomes in numbers["replays"].items()
+        for outcome in outcomes
+        if outcome["policy"] != "shuffle"
+    ]
+    header = ["load", "redundant", "policy", "balanced, even shares", "uneven shares", "moved, %", "over nodes"]
+    fresh, solve = numbers["from_nothing"], numbers["solve_ms"]
+    columns = list(next(iter(solve.values()), {}))
+    parts = [
+        f"Policies without a model, `{report.label}`: {config['layers']} layers of {config['experts']} experts on "
+        f"{config['ranks']} ranks of {config['nodes']} nodes, {config['tokens']} tokens a step, {config['windows']} "
+        f"windows of {config['steps']} steps, commit `{report.commit}`. Planned on one window, scored on the steps of "
+        "the next.",
+        markdown_table(header, replayed),
+        *(_picture(report, f"{name}: balancedness and moves", f"eplb-{name}") for name in numbers["replays"]),
+        "From nothing, scored on the load planned on; in brackets, copies that share a rank.",
+        _fresh_table(fresh),
+        _picture(report, "Expert by rank before and after", "eplb-heat"),
+        "Time to solve, the least of several runs on one thread; milliseconds.",
+        markdown_table(["world", *columns], [[world, *times.values()] for world, times in solve.items()]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _fresh_table(fresh: Sequence[Mapping[str, object]]) -> str:
+    """A column per policy, with the copies that share a rank in brackets."""
+    policies = [name.removesuffix("_duplicates") for name in (fresh[0] if fresh else ()) if "_duplicates" in name]
+    rows = [
+        (row["load"], row["redundant"], *(f"{row[name]} ({row[f'{name}_duplicates']})" for name in policies))
+        for row in fresh
+    ]
+    return markdown_table(["load", "redundant", *policies], rows) if rows else ""
+
+
+PARTS = {
+    "startup": startup_part,
+    "serve": serve_part,
+    "eplb_stall": stall_part,
+    "eplb_topics": topics_part,
+    "eplb_balancedness": balancedness_part,
+}
+
+
+def _picture(report: Report, title: str, name: str = "") -> str:
+    """A link to a picture beside the report; nothing where there is none."""
+    folder, name = str(report.machine["name"]), name or f"{report.benchmark}-{report.label}"
+    exists = (RESULTS / folder / f"{name}.svg").exists()
+    return f"![{title}](../bench/results/{folder}/{name}.svg)" if exists else ""
+
+
+def _numbers(report: Report) -> Any:
+    return report.numbers
+
+
+def _median(numbers: Mapping[str, Any], name: str) -> str:
+    return str(numbers[name]["median"]) if name in numbers else ""
+
+
+def _percentiles(values: Mapping[str, float | None]) -> str:
+    return " / ".join("-" if value is None else f"{value:.1f}" for value in values.values())
