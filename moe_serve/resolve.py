@@ -5,10 +5,6 @@ The exception is `device`, which only a process that has torch can settle; the e
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -20,6 +16,7 @@ from moe_serve.base.model_config import ModelConfig, load_model_config
 from moe_serve.model.partition import make_partition
 
 DEFAULT_MODEL = "moe-serve-default"
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "default-model"
 HUB_SECONDS = 10.0
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -98,26 +95,7 @@ def _not_had(model: str, error: Exception) -> CheckpointError:
 
 
 def default_model() -> Path:
-    """The default model: a small random-weight checkpoint, made on first use in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moe-serve"
-    folder = cache / f"tiny-{version('moe-serve')}"
-    if (folder / "config.json").exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    staging = cache / f"tiny-{os.getpid()}.part"
-    made = subprocess.run(
-        [sys.executable, "-m", "moe_serve", "make-model", str(staging), "--preset", "tiny"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if made.returncode:
-        raise ConfigError(f"the default model could not be made in {cache}: {made.stderr.strip()}")
-    try:
-        staging.rename(folder)
-    except OSError:
-        if not (folder / "config.json").exists():
-            raise
-    return folder
+    """The small trained model that comes with the package."""
+    if not (SHIPPED_MODEL / "config.json").exists():
+        raise CheckpointError(f"the default model is missing from this installation ({SHIPPED_MODEL}); give a MODEL")
+    return SHIPPED_MODEL
