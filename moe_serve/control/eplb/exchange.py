@@ -25,6 +25,7 @@ class Prices:
     `move`: largest rank load to be saved per slot moved. `travel`: how much better a swap must look for each expert it
     sends away from the rank that holds it now; `other_node` times that if none of its node does. `away`: the
     price of a copy, as a share of its load, on another node than its group's. `least`: the smallest gain of a swap.
+    `enough`: a layer whose largest rank load is so close to the best there can be is left.
     """
 
     move: float
@@ -32,6 +33,7 @@ class Prices:
     other_node: float
     away: float
     least: float
+    enough: float = 0.0
 
 
 @dataclass(slots=True)
@@ -80,7 +82,7 @@ def exchange(search: Search, *, rounds: int) -> None:
         swapped = _swap(search, weight_LRs, pairs)
         idle_L[layers] += 1
         idle_L[swapped] = 0
-        idle_L[layers[load_LR.max(axis=1) <= limit_L]] = len(ways)
+        idle_L[layers[load_LR.max(axis=1) <= limit_L + search.prices.enough * mean_L[layers]]] = len(ways)
 
 
 def _ways(node_R: Ints) -> list[tuple[bool, int]]:

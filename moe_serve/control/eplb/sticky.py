@@ -23,14 +23,14 @@ from moe_serve.control.eplb.repair import fit_copies, part_copies
 from moe_serve.control.eplb.replicas import copies_by_gain, other_copies
 from moe_serve.control.eplb.scores import peaks, rank_loads
 
-FROM_NOTHING = Prices(move=0.0, travel=0.0, other_node=1.0, away=0.1, least=1e-4)
+FROM_NOTHING = Prices(move=0.0, travel=0.0, other_node=1.0, away=0.1, least=1e-4, enough=5e-4)
 TO_CHANGE = Prices(move=0.0015, travel=0.005, other_node=2.0, away=0.1, least=0.001)
 
 PASSES = 6
 POOR = 0.01  # a largest rank load so much above what is surely needed, as a share of the mean, is thought about
 MORE_THOUGHTS = 4
 SMALL_WORLD = 128  # slots of a layer
-LEAST_PRICE_OF_GROUPS = 0.002  # largest rank load, as a share of the mean, that groups on their nodes may cost
+LEAST_PRICE_OF_GROUPS = 0.004  # largest rank load, as a share of the mean, that groups on their nodes may cost
 
 
 @dataclass(frozen=True, slots=True)
