@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -16,6 +18,8 @@ from moe_serve.control.eplb.base import Policy, Problem, check_load, problem_of
 from moe_serve.control.eplb.shuffle import shuffle
 from moe_serve.control.eplb.static import static
 from tests.control.eplb.problems import problems
+
+ROOT = Path(__file__).parents[3]
 
 
 def needs_even_ranks(problem: Problem) -> bool:
@@ -92,3 +96,15 @@ def test_a_present_placement_of_another_model_or_world_is_refused() -> None:
     for shape, ranks, redundant in (((3, 8), 4, 0), ((2, 9), 4, 0), ((2, 8), 2, 0), ((2, 8), 4, 4)):
         with pytest.raises(ConfigError, match="another model or world"):
             problem_of(np.ones(shape), num_ranks=ranks, num_redundant=redundant, current=other)
+
+
+def test_policies_stand_in_files_of_their_own_and_do_not_know_each_other() -> None:
+    modules = {name: EPLB_POLICIES.target(name).partition(":")[0] for name in EPLB_POLICIES}
+    assert len(set(modules.values())) == len(modules)
+    for name, module in modules.items():
+        imported = {
+            node.module
+            for node in ast.walk(ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text()))
+            if isinstance(node, ast.ImportFrom)
+        }
+        assert not imported & (set(modules.values()) - {module}), name
