@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import offline, serve
-from moe_serve import cli
+from moe_serve import cli, eplb_commands
 from moe_serve.base.config import SECTIONS
 from moe_serve.cli import COMMANDS, Options, serve_options
 from scripts.generate_docs import generated, kind_of, replaced
@@ -66,7 +65,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
 def test_every_option_that_a_page_names_exists(page: Path) -> None:
-    commands = [kind for kind in vars(cli).values() if isinstance(kind, type) and issubclass(kind, Options)]
+    kinds = [*vars(cli).values(), *vars(eplb_commands).values()]
+    commands = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Options)]
     fields = {name for kind in (serve_options(), *commands) for name in kind.model_fields}
     known = {name.replace("_", "-") for name in fields} | bench_flags() | OTHERS
     for name in FLAG.findall(GENERATED.sub("", page.read_text())):
@@ -75,11 +75,8 @@ def test_every_option_that_a_page_names_exists(page: Path) -> None:
 
 def bench_flags() -> set[str]:
     """Flags of the benchmarks, as their parsers have them."""
-    found = set()
-    for module in (offline, serve):
-        source = Path(module.__file__).read_text()
-        found |= set(re.findall(r'add_argument\(\s*"--([a-z0-9-]+)"', source))
-    return found
+    sources = [path.read_text() for path in (ROOT / "bench").rglob("*.py")]
+    return {flag for source in sources for flag in re.findall(r'add_argument\(\s*"--([a-z0-9-]+)"', source)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
