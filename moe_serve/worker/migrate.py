@@ -247,19 +247,27 @@ def flows_of(layer: int, old: Sequence[int], new: Sequence[int], offsets: Sequen
 
 
 def cut_into_pieces(flows: Sequence[Flow], row_bytes: int, max_bytes: int) -> list[list[Flow]]:
-    """Pieces in order; in none does a rank send or receive more than `max_bytes` (or one row, if that is more)."""
+    """As few pieces as come of filling one after the other, in the order of the flows.
+
+    In none does a rank send or receive more than `max_bytes` (or one row, if that is more).
+    """
+    most = max(1, max_bytes // row_bytes)
     pieces: list[list[Flow]] = []
-    sent: dict[int, int] = defaultdict(int)
-    received: dict[int, int] = defaultdict(int)
-    for flow in flows:
-        full = max(sent[flow.source], received[flow.target]) + row_bytes > max_bytes
-        if not pieces or full:
-            pieces.append([])
-            sent.clear()
-            received.clear()
-        pieces[-1].append(flow)
-        sent[flow.source] += row_bytes
-        received[flow.target] += row_bytes
+    left = list(flows)
+    while left:
+        sent: dict[int, int] = defaultdict(int)
+        received: dict[int, int] = defaultdict(int)
+        piece: list[Flow] = []
+        later: list[Flow] = []
+        for flow in left:
+            if max(sent[flow.source], received[flow.target]) < most:
+                piece.append(flow)
+                sent[flow.source] += 1
+                received[flow.target] += 1
+            else:
+                later.append(flow)
+        pieces.append(piece)
+        left = later
     return pieces
 
 

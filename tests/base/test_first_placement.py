@@ -52,6 +52,7 @@ def test_experts_are_spread_over_all_ranks_of_all_engines() -> None:
 def test_redundant_slots_hold_second_copies_and_ranks_stay_even(
     strategy: str, experts: int, ranks: int, count: int
 ) -> None:
+    count = min(count, experts * (ranks - 1))
     placement = placed(
         num_experts=experts, data_parallel_size=ranks, expert_placement_strategy=strategy, **redundant(count)
     )
@@ -103,3 +104,8 @@ def test_a_file_of_another_model_or_world_is_refused_in_one_sentence(
 def test_a_file_without_expert_parallelism_is_refused() -> None:
     with pytest.raises(ConfigError, match="expert_placement_file needs enable_expert_parallel"):
         Config.from_flat({"expert_placement_file": "p.json", "data_parallel_size": 2})
+
+
+def test_more_copies_than_every_rank_can_use_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_redundant_experts 5 .* room for 4"):
+        placed(num_experts=4, data_parallel_size=2, **redundant(5))
