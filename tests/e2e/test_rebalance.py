@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from safetensors.numpy import load
 
@@ -19,6 +20,7 @@ from tests.support.tiny_model import tiny_model
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
+KEY = "sesame"
 VOCAB, LAYERS, EXPERTS = 131, 2, 10
 INTERVAL = 32
 LENGTHS = [1, 5, 17, 60, 33, 90, 8, 120]
@@ -54,7 +56,7 @@ def answers(server: Server, prompts: list[list[int]]) -> list[list[int]]:
         return list(pool.map(answer, prompts))
 
 
-def options(dp: int, policy: str, redundant: int, **more: object) -> list[str]:
+def options(dp: int, policy: str, redundant: int, *, tp: int = 1, **more: object) -> list[str]:
     config = {
         "window_size": 30,
         "step_interval": INTERVAL,
@@ -64,7 +66,8 @@ def options(dp: int, policy: str, redundant: int, **more: object) -> list[str]:
         "max_bytes_per_step": 1 << 14,
         **more,
     }
-    return ["--dtype", "float32", "-dp", str(dp), "-ep", "--enable-eplb", "--eplb-config", json.dumps(config)]
+    world = ["-dp", str(dp), "-tp", str(tp), "-ep"]
+    return ["--dtype", "float32", *world, "--enable-eplb", "--eplb-config", json.dumps(config)]
 
 
 def applied(server: Server) -> list[dict[str, Any]]:
@@ -98,10 +101,34 @@ def test_answers_stay_the_same_through_rearrangements(
         assert f'moe_serve:eplb_rebalances_total{{model_name="{folder}"}} {float(len(applied(server)))}' in metrics
 
 
+STEP_SECONDS = 3.0
+
+
+def test_engines_with_workers_rearrange_together_and_may_idle_afterwards(
+    folder: Path, requests: list[list[int]], expected: list[list[int]]
+) -> None:
+    limit = ("--step-timeout-seconds", str(STEP_SECONDS))
+    with serving(str(folder), *options(2, "shuffle", 3, tp=2, step_interval=16), *limit) as server:
+        assert answers(server, requests[:8]) == expected[:8]
+        assert len(applied(server)) >= 2, server.log()
+        server.post("/eplb/record/start", {})
+        for _ in range(3):
+            server.complete([5], max_tokens=50, ignore_eos=True)
+        dump = server.get("/eplb/record/dump")
+        counts = load(dump.content)["logical_count"]
+        assert set(counts.sum(axis=2).flatten().tolist()) == {2}, "one row a step, counted by one of the workers"
+        # Orders that reach workers of a sleeping world must not look like a step that never ends.
+        time.sleep(STEP_SECONDS + 1.5)
+        assert server.get("/health").status_code == 200, server.log()
+        assert answers(server, requests[8:10]) == expected[8:10]
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    """Two ranks with four redundant experts that move only when asked to."""
-    with serving(str(folder), *options(2, "static", 4, step_interval=1_000_000)) as running:
+    """Two ranks with four redundant experts that move only when asked to, row by row."""
+    with serving(
+        str(folder), *options(2, "static", 4, step_interval=1_000_000, max_bytes_per_step=1), "--api-key", KEY
+    ) as running:
         yield running
 
 
@@ -126,6 +153,32 @@ def test_a_plan_is_a_dry_run_and_what_is_applied_is_served_and_rolled_back(
     assert server.get("/eplb").json()["placement"] == before["placement"]
     assert answers(server, requests) == expected
     assert [entry["why"] for entry in applied(server)] == ["request", "rollback"]
+    assert server.get("/eplb").json()["history"][0]["moved_bytes"] > 0
+
+
+def test_one_rearrangement_at_a_time(server: Server, requests: list[list[int]], expected: list[list[int]]) -> None:
+    slow = server.member("engine.process", dp=1)
+    slow.suspend()  # for less than what the others would take for its death
+    try:
+        assert server.post("/eplb/apply", {"policy": "shuffle"}).status_code == 202
+        refused = [server.post(f"/eplb/{action}", {}) for action in ("apply", "rollback")]
+    finally:
+        slow.resume()
+    assert [answer.status_code for answer in refused] == [409, 409]
+    assert "under way" in refused[0].json()["error"]["message"]
+    assert answers(server, requests) == expected
+    settle(server)
+    assert server.post("/eplb/rollback", {}).status_code == 202
+    settle(server)
+
+
+def test_without_the_key_nothing_about_balancing_is_told_or_changed(server: Server) -> None:
+    before = server.get("/eplb").json()
+    for action in ("apply", "rollback", "save", "plan", "record/start"):
+        assert httpx.post(f"{server.base_url}/eplb/{action}", json={}).status_code == 401
+    assert httpx.get(f"{server.base_url}/eplb").status_code == 401
+    assert httpx.get(f"{server.base_url}/eplb/record/dump").status_code == 401
+    assert server.get("/eplb").json() == before
 
 
 def test_a_recording_holds_the_load_of_every_step(server: Server, requests: list[list[int]]) -> None:
@@ -171,3 +224,63 @@ def test_balancing_that_is_off_says_so(folder: Path) -> None:
         assert answer.status_code == 400
         assert "--enable-eplb" in answer.json()["error"]["message"]
         assert server.get("/metrics").status_code == 200
+
+
+# --- placements from a file ------------------------------------------------------------------------------------------
+
+TWICE = [0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
+"""Twelve slots; experts 0 and 7 have two copies on one of two ranks each."""
+
+
+def placement_file(folder: Path, rows: list[list[int]], num_ranks: int = 2) -> str:
+    slots = len(rows[0])
+    ranks = [slot * num_ranks // slots for slot in range(slots)]
+    path = folder / "placement.json"
+    path.write_text(json.dumps({"num_ranks": num_ranks, "physical_to_logical": rows, "rank_of_slot": ranks}))
+    return str(path)
+
+
+def test_a_server_starts_with_the_placement_of_a_file(
+    folder: Path, tmp_path: Path, requests: list[list[int]], expected: list[list[int]]
+) -> None:
+    given = placement_file(tmp_path, [TWICE, TWICE[::-1]])
+    with serving(str(folder), *options(2, "static", 2), "--expert-placement-file", given) as server:
+        assert answers(server, requests) == expected
+        assert server.get("/eplb").json()["placement"]["physical_to_logical"] == [TWICE, TWICE[::-1]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_ranks", "redundant", "words"),
+    [
+        ([TWICE] * 3, 2, 2, "has 3 layers, but this model has 2"),
+        ([TWICE] * 2, 4, 2, "is for 4 ranks, but this world spreads experts over 2"),
+        ([[*TWICE[:-1], 8]] * 2, 2, 2, "holds no copy of experts [9]"),
+        ([TWICE] * 2, 2, 3, "but num_redundant_experts is 3"),
+        ([TWICE] * 2, 2, None, "but num_redundant_experts is 0"),
+    ],
+)
+def test_a_placement_that_does_not_fit_ends_the_start_with_one_sentence(
+    folder: Path, tmp_path: Path, rows: list[list[int]], num_ranks: int, redundant: int | None, words: str
+) -> None:
+    given = ("--expert-placement-file", placement_file(tmp_path, rows, num_ranks))
+    balancing = ["-dp", "2", "-ep"] if redundant is None else options(2, "static", redundant)
+    assert words in refusal(str(folder), *balancing, *given)
+
+
+def test_a_placement_file_needs_expert_parallelism_and_a_file(folder: Path, tmp_path: Path) -> None:
+    given = placement_file(tmp_path, [TWICE] * 2)
+    assert "needs enable_expert_parallel" in refusal(str(folder), "-dp", "2", "--expert-placement-file", given)
+    absent = str(tmp_path / "absent.json")
+    assert "cannot be read" in refusal(str(folder), "-dp", "2", "-ep", "--expert-placement-file", absent)
+
+
+def refusal(*arguments: str) -> str:
+    """The one sentence a start ends with, exit code 2."""
+    server = Server(*arguments)
+    try:
+        assert server.process.wait(60) == 2, server.log()
+        lines = server.log().strip().splitlines()
+        assert len(lines) == 1, server.log()
+        return lines[0]
+    finally:
+        server.end()

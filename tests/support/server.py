@@ -36,6 +36,8 @@ class Server:
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self._file = tempfile.NamedTemporaryFile(prefix="moe-serve-", suffix=".log")  # noqa: SIM115 - closed in end()
         self.token = secrets.token_hex(16)
+        key = arguments[arguments.index("--api-key") + 1] if "--api-key" in arguments else None
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.process = subprocess.Popen(
             [*COMMAND, "serve", *arguments, *(() if "--port" in arguments else ("--port", "0"))],
             stdout=self._file,
@@ -65,15 +67,15 @@ class Server:
         return shlex.split(line)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.base_url + path, timeout=30, **options)
+        return httpx.get(self.base_url + path, timeout=30, **{"headers": self._headers, **options})
 
     def post(self, path: str, body: object, headers: dict[str, str] | None = None) -> httpx.Response:
-        return httpx.post(self.base_url + path, json=body, headers=headers, timeout=120)
+        return httpx.post(self.base_url + path, json=body, headers={**self._headers, **(headers or {})}, timeout=120)
 
     def complete(self, prompt: str | list[int], **fields: Any) -> dict[str, Any]:
         """The body of a completion; greedy unless told otherwise."""
         body = {"prompt": prompt, "temperature": 0, **fields}
-        response = httpx.post(f"{self.base_url}/v1/completions", json=body, timeout=120)
+        response = httpx.post(f"{self.base_url}/v1/completions", json=body, headers=self._headers, timeout=120)
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
