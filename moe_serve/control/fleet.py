@@ -208,6 +208,9 @@ class Fleet:
         names = []
         for role, dp, tp in self._expected():
             known = arrived.get((role, dp, tp))
+            engine = arrived.get(("engine", dp, -1))
+            if known is None and role == "worker" and engine is not None and engine.ready:
+                continue  # somebody else's executor, which has no processes of ours
             if known is None:
                 names.append({"engine": f"engine dp {dp}", "worker": f"worker dp {dp} tp {tp}"}.get(role, "API server"))
             elif not known.ready and role != "worker":

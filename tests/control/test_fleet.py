@@ -132,6 +132,17 @@ def test_workers_are_expected_where_engines_have_them() -> None:
     assert fleet.missing() == ["engine dp 0", "worker dp 0 tp 0", "worker dp 0 tp 1", "API server"]
 
 
+def test_an_engine_that_is_ready_needs_no_workers_that_join() -> None:
+    """An executor of somebody else's may have none."""
+    fleet = make_fleet(dp=1, tp=2)
+    fleet.hear(0, engine(0), 0.0)
+    fleet.hear(9, API, 0.0)
+    fleet.hear(9, Ready(), 0.0)
+    assert "worker dp 0 tp 0" in fleet.missing()
+    fleet.hear(0, Ready(), 0.0)
+    assert fleet.ready
+
+
 def test_a_wake_reaches_the_other_engines_only() -> None:
     fleet = formed(make_fleet(dp=3))
     assert sorted(send.member for send in fleet.hear(1, Wake(4), 1)) == [0, 2]
