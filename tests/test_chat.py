@@ -141,6 +141,7 @@ class Terminal:
         self._pid, self._file = pty.fork()
         if self._pid == 0:
             os.environ["TERM"] = "xterm"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
             os.execv(sys.executable, [sys.executable, "-m", "moe_serve", "chat", *options])
 
     def type(self, text: str) -> None:

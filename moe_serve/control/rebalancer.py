@@ -59,7 +59,7 @@ class Rebalancer:
 
     def __init__(
         self,
-        config: EPLBConfig,
+        eplb_config: EPLBConfig,
         topology: Topology,
         placement: Placement,
         *,
@@ -69,7 +69,7 @@ class Rebalancer:
         num_groups: int = 1,
         unix_time: Callable[[], float] = time.time,
     ) -> None:
-        self.config = config
+        self.eplb_config = eplb_config
         self.topology = topology
         self.placement = placement
         self.num_nodes = num_nodes
@@ -77,13 +77,13 @@ class Rebalancer:
         self.history: list[dict[str, object]] = []
         self.totals = Totals()
         self.recording = Recording()
-        self.window = LoadWindow(placement.num_layers, placement.num_logical, config.window_size)
+        self.window = LoadWindow(placement.num_layers, placement.num_logical, eplb_config.window_size)
         self.last_prediction: float | None = None
         self._log: list[str] = []
         self._policy = policy
-        self._forecast = Forecast(num_nodes, config.prefer_local, expert_bytes)
+        self._forecast = Forecast(num_nodes, eplb_config.prefer_local, expert_bytes)
         self._num_groups = num_groups
-        self._until_next = max(1, config.step_interval // FIRST_INTERVAL_SHARE)
+        self._until_next = max(1, eplb_config.step_interval // FIRST_INTERVAL_SHARE)
         self._since_refresh = 0
         self._step = 0
         self._now: Rearrangement | None = None
@@ -110,7 +110,7 @@ class Rebalancer:
         self._until_next -= load.steps
         self._since_refresh += load.steps
         if self._now is None and self._until_next <= 0:
-            self._until_next = self.config.step_interval
+            self._until_next = self.eplb_config.step_interval
             return sends + self._consider(now)
         if self._since_refresh >= SHARE_REFRESH_STEPS:
             self._since_refresh = 0
@@ -188,7 +188,7 @@ class Rebalancer:
         if not chunks:
             raise ConfigError("the placement is the one that is served: nothing to do")
         self._now = Rearrangement(plan, self.placement, chunks, now, self._step, why)
-        self._until_next = self.config.step_interval
+        self._until_next = self.eplb_config.step_interval
         return self._next_chunk(self._now, now)
 
     def rollback(self, now: float) -> list[ForEngine]:
@@ -228,25 +228,25 @@ class Rebalancer:
             self._log.append(f"no rearrangement: {error}")
             return self._skip("policy_failed", str(error))
         self.last_prediction = plan.balancedness_after
-        if self.config.log_balancedness:
+        if self.eplb_config.log_balancedness:
             self._log.append(
                 f"balancedness {plan.balancedness_before:.3f}, {plan.balancedness_after:.3f} if rearranged"
             )
         if not self._chunks(plan):
             return self._skip("no_moves", "the policy keeps everything where it is")
         paid = plan.gain - self._cost_share(plan)
-        if self.config.min_gain and paid < self.config.min_gain:
+        if self.eplb_config.min_gain and paid < self.eplb_config.min_gain:
             return self._skip(
                 "small_gain",
                 f"moving {plan.num_moves} experts would save {paid:.2%} of the expert time over the next "
-                f"{self.config.step_interval} steps, less than min_gain ({self.config.min_gain:.2%})",
+                f"{self.eplb_config.step_interval} steps, less than min_gain ({self.eplb_config.min_gain:.2%})",
             )
         return self.apply(plan, now, why="interval")
 
     def _cost_share(self, plan: Plan) -> float:
         """Seconds the move would stall serving, as a share of the next interval."""
         # The median: a bucket that ends a long sleep says nothing about steps.
-        horizon = statistics.median(self._step_seconds or [0.0]) * self.config.step_interval
+        horizon = statistics.median(self._step_seconds or [0.0]) * self.eplb_config.step_interval
         moved, seconds = self.totals.moved_bytes, sum(self.totals.commit_seconds)
         speed = moved / seconds if moved and seconds else COPY_BYTES_PER_SECOND
         return plan.num_bytes / speed / horizon if horizon else 0.0

