@@ -1,4 +1,7 @@
-"""`moe-serve eplb plan|replay|redundancy`: load balancing at a desk, from recorded loads, without a server or torch."""
+"""`moe-serve eplb plan|replay|redundancy`: load balancing at a desk, from recorded loads, without a server or torch.
+
+`record` makes such a recording with an engine in this process.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -17,8 +20,9 @@ from moe_serve.base.config import EPLB_POLICIES
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.placement import Placement
 from moe_serve.base.placement_file import read_placement, write_placement
+from moe_serve.base.registry import import_target
 from moe_serve.control.eplb.base import check_load, problem_of
-from moe_serve.control.eplb.loads import Trace, read_trace
+from moe_serve.control.eplb.loads import Trace, read_trace, write_trace
 from moe_serve.control.eplb.plan import Plan, make_plan
 from moe_serve.control.eplb.replay import (
     Gain,
@@ -33,6 +37,18 @@ from moe_serve.control.eplb.replay import (
 from moe_serve.eplb_pictures import draw_heat, draw_redundancy, draw_replay, new_figure, save
 
 console = Console(stderr=True)
+ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
+    "dtype": (str, "auto, float32, bfloat16 or float16"),
+    "device": (str, "auto, cpu or cuda"),
+    "max_num_seqs": (int, "most requests in one step"),
+    "max_num_batched_tokens": (int, "most tokens in one step"),
+    "max_model_len": (int, "longest prompt plus answer in tokens"),
+}
+"""Options of the engine that a recording may set; they mean what they mean to `moe-serve serve`."""
+
+
+WORDS = {"model", "architecture", "made_by"}
+"""Metadata of a recording that are no numbers."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,6 +168,27 @@ def run_redundancy(options: argparse.Namespace) -> int:
         "curve": [asdict(gain) for gain in gains],
     }
     _write_or_print(options, document, _redundancy_table(gains, chosen))
+    return 0
+
+
+def run_record(options: argparse.Namespace) -> int:
+    """Record the expert load of every step while answering prompts."""
+    _check_folder(options.out)
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"--out {options.out} must end in .safetensors")
+    if options.max_tokens < 1:
+        raise ConfigError(f"--max-tokens must be at least 1, not {options.max_tokens}")
+    engine = {name: getattr(options, name) for name in ENGINE_OPTIONS if getattr(options, name) is not None}
+    # Reached by name: it needs torch, which the other commands must not wait for.
+    record: Any = import_target("moe_serve.eplb_record:record", "command", "eplb record")
+    trace: Trace = record(options.model, options.prompts, max_tokens=options.max_tokens, options=engine)
+    write_trace(options.out, trace)
+    console.print(f"wrote {options.out}", soft_wrap=True)
+    document = {name: value if name in WORDS else int(value) for name, value in trace.metadata.items()}
+    if options.json:
+        print(json.dumps(document))
+    else:
+        print("\n".join(f"{name:24}{value}" for name, value in document.items()))
     return 0
 
 
@@ -279,6 +316,7 @@ def _parser() -> Parser:
     plan.add_argument("--current", type=Path, help="placement file to start from")
     plan.add_argument("--out", type=Path, help="placement file to write")
     _add_output(plan)
+    _add_record(commands)
     for name, command in (("replay", run_replay), ("redundancy", run_redundancy)):
         replaying = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         replaying.set_defaults(command=command)
@@ -301,6 +339,24 @@ def _parser() -> Parser:
                 "--least-gain", type=float, default=0.02, help="%% of a step that one redundant expert must save"
             )
     return parser
+
+
+def _add_record(commands: Any) -> None:
+    recording = commands.add_parser("record", help=run_record.__doc__, description=run_record.__doc__)
+    recording.set_defaults(command=run_record)
+    recording.add_argument("model", nargs="?", metavar="MODEL", help="as for `moe-serve serve`")
+    recording.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        metavar="FILE.jsonl|TEXT",
+        help='texts, and files whose lines are texts or objects with "prompt" or "messages"',
+    )
+    recording.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    recording.add_argument("--max-tokens", type=int, default=128, help="longest answer to each prompt")
+    for name, (kind, meaning) in ENGINE_OPTIONS.items():
+        recording.add_argument("--" + name.replace("_", "-"), type=kind, help=meaning)
+    recording.add_argument("--json", action="store_true", help="print one JSON object instead of a list")
 
 
 def _add_world(parser: argparse.ArgumentParser) -> None:

@@ -12,15 +12,15 @@ from moe_serve.worker.worker import Worker
 
 
 class UniExecutor:
-    """Commands are carried out inside submit(); the future comes back finished."""
+    """Commands are carried out inside submit(); the future comes back finished. `watches_load` as in Worker."""
 
-    def __init__(self, config: Config, meeting: Meeting, progress: Progress) -> None:
+    def __init__(self, config: Config, meeting: Meeting, progress: Progress, *, watches_load: bool = False) -> None:
         if config.parallel.world_size > 1:
             raise ConfigError(
                 f"the uni executor holds one rank, but pipeline x tensor is {config.parallel.world_size}; "
                 "choose --distributed-executor-backend mp"
             )
-        self._worker: Worker | None = Worker(config, meeting, 0, progress)
+        self._worker: Worker | None = Worker(config, meeting, 0, progress, watches_load=watches_load)
 
     def start(self) -> WorkerFacts:
         facts = self.submit(LoadModel()).result()

@@ -44,10 +44,16 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
-    """`config` is resolved: its model is a folder. Raises ConfigError, or EngineError after which it is of no use."""
+    """`config` is resolved: its model is a folder. Raises ConfigError, or EngineError after which it is of no use.
 
-    def __init__(self, config: Config, meeting: Meeting, tp_rank: int, progress: Progress) -> None:
+    `watches_load`: count expert load even where no experts move (it needs --enable-expert-parallel).
+    """
+
+    def __init__(
+        self, config: Config, meeting: Meeting, tp_rank: int, progress: Progress, *, watches_load: bool = False
+    ) -> None:
         self._config = config
+        self._watches_load = watches_load or config.parallel.enable_eplb
         self._meeting = meeting
         self._topology = config.parallel.topology
         self._tp_rank = tp_rank
@@ -117,14 +123,14 @@ class Worker:
                 token=self._meeting.token,
                 device=device,
                 timeout_seconds=max(COLLECTIVE_SECONDS, 1.5 * config.scheduler.step_timeout_seconds),
-                migrates=parallel.enable_eplb,
+                migrates=self._watches_load,
             )
         with self._phase("build model"):
             decoder = build_model(model_config, parallel, self._rank, self._groups, dtype=dtype, device=device)
         with self._phase("load weights"):
             loaded = load_weights(decoder, folder, load_format=config.model.load_format, show_progress=self._rank == 0)
         self._decoder = decoder
-        if parallel.enable_eplb:
+        if self._watches_load:
             self._balance = self._make_balance(decoder, self._groups)
         shape = self._kv_shape(decoder)
         with self._phase("measure memory"):

@@ -22,6 +22,7 @@ FLOORS = {
     "resolve": 7,
     "eplb_commands": 7,
     "eplb_pictures": 7,
+    "eplb_record": 7,
     "launch": 7,
     "llm": 7,
     "make_model": 7,
