@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.report import Report, spread
+from moe_serve.base.member import spin_environment
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts], Prompts]
@@ -62,18 +63,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--enable-expert-parallel", action="store_true")
     parser.add_argument("--all2all-backend", default="allgather_reducescatter")
     parser.add_argument("--cores", type=int, help="use only so many; all if not given")
-    parser.add_argument("--wait-policy", default="PASSIVE", choices=["PASSIVE", "ACTIVE"], help="of idle OMP threads")
+    parser.add_argument(
+        "--wait-policy", choices=["PASSIVE", "ACTIVE"], help="of idle OMP threads; moe_serve's own if not given"
+    )
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--label", help="name of the result; made of preset, sizes and type if not given")
     parser.add_argument("--out", type=Path, help="folder of the result; bench/results/MACHINE if not given")
     return parser.parse_args(arguments)
 
 
-def limit_cores(cores: int | None, wait_policy: str) -> None:
+def limit_cores(cores: int | None, wait_policy: str | None) -> None:
     """Keep this process and its children to `cores`. To be called before torch is imported, which reads the rest."""
     if cores is not None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    os.environ["OMP_WAIT_POLICY"] = wait_policy
+    os.environ.update(spin_environment() if wait_policy is None else {"OMP_WAIT_POLICY": wait_policy})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -12,6 +12,7 @@ from moe_serve.base.errors import (
     Overloaded,
     RequestError,
 )
+from moe_serve.base.member import spin_environment
 from moe_serve.base.registry import import_target
 from moe_serve.base.sampling import SamplingParams
 
@@ -31,7 +32,6 @@ __all__ = [
 def __getattr__(name: str) -> typing.Any:  # what a type checker sees of LLM
     """LLM is imported when it is asked for: it needs torch, which most of the package does without."""
     if name == "LLM":
-        # Read when torch is loaded; see base.member.thread_environment.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.update(spin_environment())
         return import_target("moe_serve.llm:LLM", "name", name)
     raise AttributeError(f"module 'moe_serve' has no attribute {name!r}")
