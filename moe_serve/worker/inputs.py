@@ -16,6 +16,8 @@ from moe_serve.base.topology import Topology, split_range
 from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.worker.sampler import SamplingState
 
+DECODE_BIT = 61
+
 
 @dataclass(slots=True)
 class KnownRequest:
@@ -26,7 +28,15 @@ class KnownRequest:
     block_ids: list[int]
     sampling: SamplingState | None
     number: int
-    """Different for each request id, the same in every run."""
+    """Different for each request id, the same in every run; below 2 ** DECODE_BIT, with room for positions."""
+
+    def hash_rows(self, start: int, end: int, hashes: list[int]) -> None:
+        """Append a number for each position in [start, end): bit DECODE_BIT is 1 where its token was generated."""
+        middle = min(max(self.num_prompt_tokens, start), end)
+        hashes += range(self.number + start, self.number + middle)
+        if middle < end:
+            first = self.number + (1 << DECODE_BIT)
+            hashes += range(first + middle, first + end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +103,6 @@ class RequestTable:
         sample_ids: list[str] = []
         prompt_rows: list[PromptRows] = []
         hashes: list[int] = []
-        decodes: list[bool] = []
         for part in plan.scheduled:
             known = self._known[part.request_id]
             self._extend(known, part)
@@ -101,8 +110,7 @@ class RequestTable:
             token_ids += known.token_ids[part.start : end]
             positions += range(part.start, end)
             if self._watches_load:
-                hashes += range(known.number + part.start, known.number + end)
-                decodes += [position >= known.num_prompt_tokens for position in range(part.start, end)]
+                known.hash_rows(part.start, end, hashes)
             assert len(token_ids) == first_row + part.num_tokens, f"{part} goes past the known tokens"
             sequences.append(SequenceShape(part.start, part.num_tokens, known.block_ids))
             if part.sample:
@@ -112,6 +120,7 @@ class RequestTable:
                 targets = known.token_ids[part.start + 1 : min(end + 1, known.num_prompt_tokens)]
                 if targets:
                     prompt_rows.append(PromptRows(part.request_id, first_row, targets, part.prompt_logprobs))
+        row_hash_T = self._tensor(hashes) if self._watches_load else None
         return StepInputs(
             token_ids_T=self._tensor(token_ids),
             positions_T=self._tensor(positions),
@@ -120,8 +129,8 @@ class RequestTable:
             sample_rows=sample_rows,
             sample_ids=sample_ids,
             prompt_rows=prompt_rows,
-            row_hash_T=self._tensor(hashes) if self._watches_load else None,
-            decode_T=self._tensor(decodes) if self._watches_load else None,
+            row_hash_T=row_hash_T,
+            decode_T=None if row_hash_T is None else row_hash_T >> DECODE_BIT,
         )
 
     def _learn(self, new: NewRequest) -> KnownRequest:
@@ -146,7 +155,7 @@ class RequestTable:
         if part.new_token_ids and known.sampling is not None:
             known.sampling.append(part.new_token_ids)
 
-    def _tensor(self, values: list[int] | list[bool]) -> Tensor:
+    def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
 
 

@@ -133,3 +133,23 @@ def test_tensor_ranks_that_do_not_sample_keep_no_sampling_state():
 def test_an_engines_rows_are_cut_over_its_tensor_ranks():
     assert rows_by_ep_rank([5, 0], Topology(dp=2, tp=2)) == (3, 2, 0, 0)
     assert rows_by_ep_rank([7], Topology()) == (7,)
+
+
+def test_rows_are_told_apart_by_request_and_position_and_generated_ones_marked():
+    table = RequestTable(block_size=4, samples=True, device=torch.device("cpu"), watches_load=True)
+    both = [new("a", [1, 2, 3, 4, 5], [0, 1], num_prompt=3), new("b", [1, 2], [2])]
+    parts = [Scheduled(request_id="a", start=1, num_tokens=4), Scheduled(request_id="b", start=0, num_tokens=2)]
+    step = table.build(plan(*parts, new=both), ())
+    assert step.decode_T.tolist() == [0, 0, 1, 1, 0, 0]
+    hashes = step.row_hash_T.tolist()
+    assert len(set(hashes)) == 6
+    again = table.build(plan(Scheduled(request_id="b", start=1, num_tokens=1)), ())
+    assert again.row_hash_T.tolist() == hashes[-1:], "whatever else is in the batch"
+    one = table.build(plan(Scheduled(request_id="a", start=4, num_tokens=1)), ())
+    assert one.row_hash_T.tolist() == hashes[3:4]
+    assert one.decode_T.tolist() == [1]
+
+
+def test_where_no_load_is_watched_rows_have_no_hashes(table):
+    step = table.build(plan(Scheduled(request_id="a", start=0, num_tokens=2), new=[new("a", [1, 2], [4])]), ())
+    assert step.row_hash_T is step.decode_T is None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_serve.worker.load_recorder import DECODE, PREFILL, LoadRecorder
+from moe_serve.worker.load_recorder import DECODE, MAX_ROWS, MAX_STEPS, PREFILL, LoadRecorder
 
 CPU = torch.device("cpu")
 LAYERS, EXPERTS, K = 3, 7, 2
@@ -37,6 +37,23 @@ def test_every_choice_of_every_row_is_counted_once(sizes: list[tuple[int, int]])
     for routes, decode_S in steps:
         recorder.add(routes, decode_S)
     assert torch.equal(recorder.take(), counted_by_hand(steps))
+
+
+def test_many_steps_and_large_ones_are_counted_in_time() -> None:
+    recorder = LoadRecorder(LAYERS, EXPERTS, CPU)
+    sizes = [1] * (2 * MAX_STEPS + 3) + [MAX_ROWS - 1, 2, MAX_ROWS + 5]
+    steps = [step(number, rows) for number, rows in enumerate(sizes)]
+    most = 0
+    for routes, decode_S in steps:
+        recorder.add(routes, decode_S)
+        most = max(most, sum(len(kept) for _, kept in recorder._steps))
+    assert most < MAX_ROWS, "what waits to be counted is bounded"
+    expected = torch.zeros((LAYERS, 2, EXPERTS), dtype=torch.int64)
+    for routes, decode_S in steps:
+        for layer, ids_SK in enumerate(routes):
+            for kind in (PREFILL, DECODE):
+                expected[layer, kind] += torch.bincount(ids_SK[decode_S == kind].flatten(), minlength=EXPERTS)
+    assert torch.equal(recorder.take(), expected)
 
 
 def test_prefill_and_decode_have_places_of_their_own() -> None:
