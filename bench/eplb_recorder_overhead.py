@@ -53,7 +53,7 @@ class Clock:
         return timed
 
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.seconds or [0.0])
 
 
 class Engine:
