@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -110,14 +110,14 @@ def corrupt(seat: Seat) -> str:
     """Rank 0 changes a weight between checksum and sending."""
     migrator, experts = make(seat, 0, 1 << 20)
     if seat.rank == 0:
-        packed = migrator._packed
+        pack = migrator._pack
 
-        def spoiled(layer: int, slot: int) -> torch.Tensor:
-            row = packed(layer, slot)
-            row[5] ^= 1
-            return row
+        def spoiled(flows: Sequence[Flow]) -> torch.Tensor:
+            packed = pack(flows)
+            packed[:, 5] ^= 1
+            return packed
 
-        migrator._packed = spoiled  # type: ignore[method-assign]
+        migrator._pack = spoiled  # type: ignore[method-assign]
     migrator.begin(Stage(1, dict(enumerate(placements(1)))))
     receives = any(
         flow.source == 0 and flow.target == seat.rank != 0
