@@ -215,6 +215,9 @@ def run(world: World, *, rounds: int = 40, faults: bool = True) -> None:
         elif faults and event < 0.8:
             world.hub.spoil = True
         elif faults and event < 0.9:
+            ask_for_a_rearrangement(world)
+            for _ in range(chance.randint(0, 15)):
+                go_on(world)
             world.now += STAGE_SECONDS + 1
         for _ in range(chance.randint(0, 60)):
             go_on(world)
