@@ -104,7 +104,7 @@ class EPLBConfig(Section):
     min_gain: float = Field(0.01, ge=0)
     """Least predicted gain of a rearrangement, as a share of the expert time saved over the next interval after
     paying for the move; 0 applies whatever the policy says."""
-    max_bytes_per_step: Size = 4 << 20
+    max_bytes_per_step: Size = 1 << 20
     """Most bytes of expert weights that a rank sends or receives between two steps."""
     prefer_local: bool = True
     """Take the copy of an expert on the same rank, then the same node, first."""
