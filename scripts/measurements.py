@@ -145,15 +145,18 @@ def balancedness_part(report: Report) -> str:
     header = ["load", "redundant", "policy", "balanced, even shares", "uneven shares", "moved, %", "over nodes"]
     fresh, solve = numbers["from_nothing"], numbers["solve_ms"]
     columns = list(next(iter(solve.values()), {}))
+    made_up = (
+        f"{config['layers']} layers of {config['experts']} experts, {config['tokens']} tokens a step, "
+        f"{config['windows']} windows of {config['steps']} steps"
+    )
+    loads = made_up if fresh else f"a recorded load in {config['windows']} windows"
     parts = [
-        f"Policies without a model, `{report.label}`: {config['layers']} layers of {config['experts']} experts on "
-        f"{config['ranks']} ranks of {config['nodes']} nodes, {config['tokens']} tokens a step, {config['windows']} "
-        f"windows of {config['steps']} steps, commit `{report.commit}`. Planned on one window, scored on the steps of "
-        "the next.",
+        f"Policies at a desk, `{report.label}`: {loads}, {config['ranks']} ranks, nodes: {config['nodes']}, commit "
+        f"`{report.commit}`. Planned on one window, scored on the steps of the next.",
         markdown_table(header, replayed),
         *(_picture(report, f"{name}: balancedness and moves", f"eplb-{name}") for name in numbers["replays"]),
-        "From nothing, scored on the load planned on; in brackets, copies that share a rank.",
-        _fresh_table(fresh),
+        "From nothing, scored on the load planned on; in brackets, copies that share a rank." if fresh else "",
+        _fresh_table(fresh) if fresh else "",
         _picture(report, "Expert by rank before and after", "eplb-heat"),
         "Time to solve, the least of several runs on one thread; milliseconds.",
         markdown_table(["world", *columns], [[world, *times.values()] for world, times in solve.items()]),
