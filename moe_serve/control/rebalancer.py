@@ -213,7 +213,7 @@ class Rebalancer:
         return total
 
     def rank_loads(self) -> Floats:
-        """float64 (L, R): rows each rank computes under the load of the window, as they are split now."""
+        """float64 (L, R): rows each rank computes under the load of the window, with the shares that fit it."""
         return self._forecast.rank_loads(self.load(), self.placement)
 
     # -- deciding --

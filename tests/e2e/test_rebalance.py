@@ -24,7 +24,7 @@ KEY = "sesame"
 VOCAB, LAYERS, EXPERTS = 131, 2, 10
 INTERVAL = 32
 LENGTHS = [1, 5, 17, 60, 33, 90, 8, 120]
-WAYS = [(2, "shuffle", 0), (2, "sticky", 4), (4, "shuffle", 8), (4, "deepseek", 2)]
+WAYS = [(2, "shuffle", 0), (4, "shuffle", 4), (2, "sticky", 4), (4, "shuffle", 8), (4, "deepseek", 2)]
 
 
 @pytest.fixture(scope="module")
