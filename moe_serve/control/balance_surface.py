@@ -12,7 +12,7 @@ from moe_serve.base.config import EPLB_POLICIES
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.placement_file import placement_from_document, placement_to_document
 from moe_serve.control.eplb.base import Policy
-from moe_serve.control.eplb.scores import mean_excess, mean_of_ratios, peak_to_average, ratio_of_sums
+from moe_serve.control.eplb.scores import all_scores, mean_of_ratios
 from moe_serve.control.rearrangement import ForEngine, Plan
 from moe_serve.control.rebalancer import Conflict, Rebalancer
 
@@ -75,12 +75,7 @@ class BalanceSurface:
         loads_LR, totals = rebalancer.rank_loads(), rebalancer.totals
         return _json(
             {
-                "balancedness": {
-                    "ratio_of_sums": ratio_of_sums(loads_LR),
-                    "mean_of_ratios": mean_of_ratios(loads_LR),
-                    "mean_excess": mean_excess(loads_LR),
-                    "peak_to_average_p95": peak_to_average(loads_LR),
-                },
+                "balancedness": all_scores(loads_LR),
                 "rebalances": totals.rebalances,
                 "skipped": dict(totals.skipped),
                 "moved_experts": totals.moved_experts,

@@ -14,7 +14,7 @@ from moe_serve.base.commands import SetShares, StageExperts
 from moe_serve.base.messages import DropStage, Record, StageReport
 from moe_serve.base.placement import Placement
 from moe_serve.control.eplb.base import Floats
-from moe_serve.control.eplb.scores import rank_loads
+from moe_serve.control.eplb.plan import layers_by_gain
 
 Order = StageExperts | SetShares | DropStage | Record
 MAX_CHUNK_BYTES = 64 << 20
@@ -87,12 +87,9 @@ class Totals:
 def chunks_of(old: Placement, new: Placement, load_LE: Floats, expert_bytes: int) -> list[list[int]]:
     """Layers that change, those that gain most per moved expert first, in chunks of bounded shadow rows."""
     different_LP = old.physical_to_logical_LP != new.physical_to_logical_LP
-    num_different = different_LP.sum(axis=1)
-    before, after = rank_loads(load_LE, old).max(axis=1), rank_loads(load_LE, new).max(axis=1)
-    worth = (before - after) / np.maximum(num_different, 1)
     chunks: list[list[int]] = []
     room = 0
-    for layer in sorted(np.nonzero(num_different)[0].tolist(), key=lambda layer: (-worth[layer], layer)):
+    for layer in layers_by_gain(old, new, load_LE):
         rows = int(np.bincount(new.rank_of_slot()[different_LP[layer]], minlength=1).max())
         if not chunks or rows * expert_bytes > room:
             chunks.append([])

@@ -63,7 +63,7 @@ def test_the_figures_count_what_was_applied_and_what_was_not() -> None:
     asked.balanced.report(0, "failed", failing[0].epoch)
     asked.balanced.all_report("dropped", failing[0].epoch)
     _, figures, _ = asked.ask("metrics")
-    assert set(figures["balancedness"]) == {"ratio_of_sums", "mean_of_ratios", "mean_excess", "peak_to_average_p95"}
+    assert set(figures["balancedness"]) >= {"ratio_of_sums", "mean_of_ratios", "mean_excess", "peak_to_average_p95"}
     assert figures["rebalances"] == 1
     assert figures["skipped"] == {"stage_failed": 1}
     assert figures["moved_experts"] > 0

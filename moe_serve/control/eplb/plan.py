@@ -82,18 +82,3 @@ def layers_by_gain(before: Placement, after: Placement, load_LE: Floats) -> list
     gain_L = fall_L / np.maximum(moved_L, 0.5)
     order = np.argsort(-gain_L, kind="stable")
     return [int(layer) for layer in order if changed_L[layer]]
-
-
-def chunks_of_layers(before: Placement, after: Placement, load_LE: Floats, max_moves: int) -> list[list[int]]:
-    """`layers_by_gain` cut into chunks of at most `max_moves` moved slots, but at least one layer each."""
-    moved_L = np.bincount(moves(before, after).layer, minlength=after.num_layers)
-    chunks: list[list[int]] = []
-    room = 0
-    for layer in layers_by_gain(before, after, load_LE):
-        cost = int(moved_L[layer])
-        if not chunks or cost > room:
-            chunks.append([])
-            room = max_moves
-        chunks[-1].append(layer)
-        room -= cost
-    return chunks

@@ -9,9 +9,8 @@ from bench.traces import lognormal, sample
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.placement import Placement, moves
 from moe_serve.control.eplb.base import problem_of
-from moe_serve.control.eplb.plan import chunks_of_layers, cross_node_moves, layers_by_gain, make_plan
+from moe_serve.control.eplb.plan import cross_node_moves, layers_by_gain, make_plan
 from moe_serve.control.eplb.scores import peaks, rank_loads
-from moe_serve.control.eplb.shuffle import shuffle
 
 
 def test_a_report_counts_what_changed() -> None:
@@ -62,14 +61,3 @@ def test_layers_come_in_the_order_of_gain_per_move_in_chunks_of_bounded_size() -
     saved = peaks(rank_loads(plan.load_LE, before)) - peaks(rank_loads(plan.load_LE, plan.after))
     gains = [saved[layer] * plan.load_LE[layer].mean() / moved[layer] for layer in order]
     assert gains == sorted(gains, reverse=True)
-    for limit in (1, int(moved.max()), 1000):
-        chunks = chunks_of_layers(before, plan.after, plan.load_LE, limit)
-        assert [layer for chunk in chunks for layer in chunk] == order
-        assert all(len(chunk) == 1 or moved[chunk].sum() <= limit for chunk in chunks)
-    assert len(chunks_of_layers(before, plan.after, plan.load_LE, 1000)) == 1
-
-
-def test_nothing_to_do_is_no_chunk() -> None:
-    problem = problem_of(np.ones((2, 8)), num_ranks=4)
-    placement = shuffle(problem)
-    assert chunks_of_layers(placement, placement, problem.load_LE, 10) == []
