@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,8 +98,10 @@ def test_answers_stay_the_same_through_rearrangements(
                 break
         assert len(done) >= least, server.log()
         assert sum(entry["moved_experts"] for entry in done) > 0
-        metrics = server.get("/metrics").text
-        assert f'moe_serve:eplb_rebalances_total{{model_name="{folder}"}} {float(len(applied(server)))}' in metrics
+        before = len(applied(server))
+        counted = re.search(r"eplb_rebalances_total\{[^}]*\} ([0-9.]+)", server.get("/metrics").text)
+        assert counted is not None
+        assert before <= float(counted.group(1)) <= len(applied(server)), "it may go on meanwhile"
 
 
 STEP_SECONDS = 3.0
