@@ -71,15 +71,7 @@ class Engine:
                 }
             )
         )
-        nowhere = Meeting(
-            dp_rank=0,
-            store_host="",
-            store_port=0,
-            coordinator_host="",
-            coordinator_port=0,
-            token="",
-            threads_per_rank=options.threads,
-        )
+        nowhere = Meeting.of_nobody(options.threads)
         executor = UniExecutor(config, nowhere, Progress(), watches_load=watches)
         facts = executor.start()
         executor.submit(AllocateKV(facts.kv_blocks)).result()

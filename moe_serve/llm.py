@@ -215,16 +215,7 @@ class OneEngine:
     """Engines of a world of one rank: a core in this process, stepped by the caller."""
 
     def __init__(self, config: Config, model: ModelConfig) -> None:
-        # A world of one rank meets nobody.
-        meeting = Meeting(
-            dp_rank=0,
-            store_host="",
-            store_port=0,
-            coordinator_host="",
-            coordinator_port=0,
-            token="",
-            threads_per_rank=threads_per_rank(1),
-        )
+        meeting = Meeting.of_nobody(threads_per_rank(1))
         self._executor = choose_executor(config)(config, meeting, RankProgress())
         facts = self._executor.start()
         self._executor.submit(AllocateKV(facts.kv_blocks)).result()

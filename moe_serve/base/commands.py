@@ -34,6 +34,19 @@ class Meeting:
     token: str
     threads_per_rank: int
 
+    @classmethod
+    def of_nobody(cls, threads_per_rank: int) -> Meeting:
+        """For a world of one rank, which meets nobody."""
+        return cls(
+            dp_rank=0,
+            store_host="",
+            store_port=0,
+            coordinator_host="",
+            coordinator_port=0,
+            token="",
+            threads_per_rank=threads_per_rank,
+        )
+
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request a worker does not know (or was told to drop): all of it.

@@ -18,15 +18,7 @@ from moe_serve.worker.loader import load_weights
 from tests.support.dummy_model import SIZES, dummy_model
 from tests.support.forward import all_logits, alone, empty_decoder
 
-ALONE = Meeting(
-    dp_rank=0,
-    store_host="",
-    store_port=0,
-    coordinator_host="",
-    coordinator_port=0,
-    token="",
-    threads_per_rank=1,
-)
+ALONE = Meeting.of_nobody(1)
 VOCAB = SIZES["vocab_size"]
 EOS = SIZES["eos_token_id"]
 GENERATOR = torch.Generator().manual_seed(3)

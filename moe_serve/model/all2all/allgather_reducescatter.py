@@ -36,7 +36,7 @@ class AllGatherReduceScatter:
     def __init__(self, group: Group, layout: ExpertLayout) -> None:
         self._group = group
         self._num_local = layout.num_local(group.rank)
-        self._first_slot = 0 if layout.offsets is None else layout.offsets[group.rank]
+        self._first_slot = layout.first_slot(group.rank)
 
     def dispatch(
         self, x_TD: Tensor, physical_ids_TK: Tensor, weights_TK: Tensor, rows_by_rank: Sequence[int]

@@ -37,6 +37,10 @@ class ExpertLayout:
     num_physical: int
     offsets: tuple[int, ...] | None
 
+    def first_slot(self, rank: int) -> int:
+        """The lowest slot that a rank computes."""
+        return 0 if self.offsets is None else self.offsets[rank]
+
     def num_local(self, rank: int) -> int:
         if self.offsets is None:
             return self.num_physical

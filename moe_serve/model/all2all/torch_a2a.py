@@ -53,7 +53,7 @@ class TorchAllToAll:
         self._group = group
         self._sharded = layout.offsets is None
         self._num_local = layout.num_local(group.rank)
-        self._first_slot = 0 if layout.offsets is None else layout.offsets[group.rank]
+        self._first_slot = layout.first_slot(group.rank)
         ends = (0,) if layout.offsets is None else layout.offsets[1:]
         self._ends_N = torch.tensor(ends, dtype=torch.int64, device=group.device)
 
