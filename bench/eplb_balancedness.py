@@ -23,14 +23,14 @@ from rich.console import Console
 from bench.report import RESULTS, Report, markdown_table
 from bench.traces import GENERATORS, lognormal, sample, trace, zipf
 from moe_serve.base.config import EPLB_POLICIES
-from moe_serve.control.eplb.base import Policy, Problem, problem_of
-from moe_serve.control.eplb.deepseek import deepseek, deepseek_global
-from moe_serve.control.eplb.loads import Trace, read_trace
-from moe_serve.control.eplb.plan import make_plan
-from moe_serve.control.eplb.replay import Outcome, World, replay
-from moe_serve.control.eplb.scores import mean_of_ratios, rank_loads
-from moe_serve.control.eplb.sticky import sticky
-from moe_serve.eplb_pictures import draw_heat, draw_replay, save
+from moe_serve.eplb.desk.loads import Trace, read_trace
+from moe_serve.eplb.desk.pictures import draw_heat, draw_replay, save
+from moe_serve.eplb.desk.plan import make_plan
+from moe_serve.eplb.desk.replay import Outcome, World, replay
+from moe_serve.eplb.policies.base import Policy, Problem, problem_of
+from moe_serve.eplb.policies.deepseek import deepseek, deepseek_global
+from moe_serve.eplb.policies.sticky import sticky
+from moe_serve.eplb.search.scores import mean_of_ratios, rank_loads
 
 console = Console(stderr=True)
 

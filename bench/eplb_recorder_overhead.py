@@ -26,11 +26,11 @@ from moe_serve.base.commands import AllocateKV, Meeting
 from moe_serve.base.config import Config
 from moe_serve.base.progress import Progress
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.cli.random_model import make_model
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.process import COLLECTIONS_PER_WINDOW
 from moe_serve.executor.uni import UniExecutor
-from moe_serve.make_model import make_model
-from moe_serve.resolve import resolve
+from moe_serve.launch.resolve import resolve
 
 PROMPT_TOKENS = 16
 WARM_UP_STEPS = 20

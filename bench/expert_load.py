@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_serve.base.placement import initial_placement
+from moe_serve.eplb.placement import initial_placement
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.report import Report, spread
-from moe_serve.base.member import spin_environment
+from moe_serve.world.member import spin_environment
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts], Prompts]
@@ -81,7 +81,7 @@ def limit_cores(cores: int | None, wait_policy: str | None) -> None:
 
 
 def make_checkpoint(options: argparse.Namespace, folder: Path) -> Path:
-    from moe_serve.make_model import make_model
+    from moe_serve.cli.random_model import make_model
 
     return make_model(folder / "model", preset=options.preset, arch=options.arch, seed=options.seed)
 

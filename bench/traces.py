@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from moe_serve.control.eplb.loads import Trace, write_trace
+from moe_serve.eplb.desk.loads import Trace, write_trace
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]

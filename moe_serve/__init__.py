@@ -12,9 +12,9 @@ from moe_serve.base.errors import (
     Overloaded,
     RequestError,
 )
-from moe_serve.base.member import spin_environment
 from moe_serve.base.registry import import_target
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.world.member import spin_environment
 
 __all__ = [
     "LLM",

@@ -2,7 +2,7 @@
 
 import sys
 
-from moe_serve.cli import main
+from moe_serve.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,19 +24,19 @@ from moe_serve.base.commands import AllocateKV, Meeting, TokenLogprob
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineDead, RequestError
 from moe_serve.base.log import setup_logging
-from moe_serve.base.member import threads_per_rank
 from moe_serve.base.messages import FinishReason, Generate, Hello, Ready, Stop, TokenEvent, ToMember
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
-from moe_serve.control.link import Link
 from moe_serve.engine.client import EngineClient
 from moe_serve.engine.core import EngineCore
 from moe_serve.executor.choose import choose_executor
-from moe_serve.launch import World
-from moe_serve.resolve import resolve
+from moe_serve.launch.resolve import resolve
+from moe_serve.launch.serve import World
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer
+from moe_serve.world.link import Link
+from moe_serve.world.member import threads_per_rank
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.eplb_recorder_overhead import Engine, measure, parse
-from moe_serve.make_model import make_model
+from moe_serve.cli.random_model import make_model
 
 
 def test_it_measures_the_parts_that_only_a_watching_engine_has(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ _SUMMARIES = {table.EPLB_STAGE_SECONDS: "stage_seconds", table.EPLB_COMMIT_SECON
 
 
 def render_balance(figures: Mapping[str, Any], model_name: str) -> bytes:
-    """`figures` is what control/balance_surface.py answers to "metrics"."""
+    """`figures` is what eplb/surface.py answers to "metrics"."""
     registry = CollectorRegistry()
     registry.register(_Figures(figures, model_name))
     return generate_latest(registry)

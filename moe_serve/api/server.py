@@ -19,13 +19,13 @@ from moe_serve.api.app import ApiState, create_app
 from moe_serve.api.balance import CoordinatorBalance
 from moe_serve.base.errors import ConfigError, RankTimeout
 from moe_serve.base.log import setup_logging
-from moe_serve.base.member import MemberSpec
 from moe_serve.base.messages import BalanceAnswer, Drain, Failure, Hello, Ready, Stop, ToMember
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
-from moe_serve.control.link import Link
 from moe_serve.engine.client import EngineClient
 from moe_serve.text.tokenizer import Tokenizer
+from moe_serve.world.link import Link
+from moe_serve.world.member import MemberSpec
 
 FAREWELL_SECONDS = 1.5
 LINGER_SECONDS = 1.0

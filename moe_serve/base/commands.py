@@ -89,7 +89,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     `tokens_by_dp_rank[r]` tokens DP rank r brings to this step (this engine's own included); an empty `scheduled`
     is a dummy step: zero rows through every layer.
 
-    What all ranks agreed on for this step (control/lockstep.py): before it, commit what was staged as `commit_epoch`
+    What all ranks agreed on for this step (engine/lockstep.py): before it, commit what was staged as `commit_epoch`
     (0: nothing), or give the stage up once `drop_after_pieces` pieces were exchanged (-1: no); after it,
     `collect_load` of the steps since the last time.
     """

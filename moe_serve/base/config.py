@@ -1,7 +1,7 @@
 """What the operator says: frozen sections with defaults and rules. Flags, environment, YAML and docs come from here.
 
 A rule that stands alone is a validator; what depends on the checkpoint or the device is settled once by
-`resolve()` (in `launch.py` for the node, in the worker for the device), after which nothing is "auto".
+`resolve()` (in `launch/serve.py` for the node, in the worker for the device), after which nothing is "auto".
 Knows no torch.
 """
 
@@ -49,10 +49,10 @@ EPLB_POLICIES = Registry(
     "EPLB policy",
     "--eplb-config.policy",
     {
-        "sticky": "moe_serve.control.eplb.sticky:sticky",
-        "deepseek": "moe_serve.control.eplb.deepseek:deepseek",
-        "static": "moe_serve.control.eplb.static:static",
-        "shuffle": "moe_serve.control.eplb.shuffle:shuffle",
+        "sticky": "moe_serve.eplb.policies.sticky:sticky",
+        "deepseek": "moe_serve.eplb.policies.deepseek:deepseek",
+        "static": "moe_serve.eplb.policies.static:static",
+        "shuffle": "moe_serve.eplb.policies.shuffle:shuffle",
     },
 )
 PlacementStrategy = Literal["linear", "round_robin"]

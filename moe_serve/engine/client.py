@@ -19,7 +19,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, RequestError
 from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent
 from moe_serve.base.sampling import SamplingParams
-from moe_serve.control.balancer import Balancer
+from moe_serve.engine.router import Balancer
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import msgspec
 
 from moe_serve.base.messages import LoadReport, TokenEvent
 from moe_serve.base.progress import Progress
-from moe_serve.control.lockstep import Naps, Vote, decide
 from moe_serve.engine.core import EngineCore
+from moe_serve.engine.lockstep import Naps, Vote, decide
 from moe_serve.engine.rearranging import Rearranging
 from moe_serve.parallel.groups import ControlGroup
 

@@ -27,7 +27,6 @@ from moe_serve.base.errors import (
     WorkerDied,
 )
 from moe_serve.base.log import setup_logging
-from moe_serve.base.member import ENVIRONMENT, MemberSpec, end_all, started_with
 from moe_serve.base.messages import (
     Abort,
     DropStage,
@@ -48,7 +47,6 @@ from moe_serve.base.messages import (
 )
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
-from moe_serve.control.link import Link
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank
 from moe_serve.engine.rearranging import Rearranging
@@ -57,6 +55,8 @@ from moe_serve.executor.base import Executor
 from moe_serve.executor.choose import choose_executor
 from moe_serve.parallel.groups import control_group
 from moe_serve.parallel.stateless import open_store
+from moe_serve.world.link import Link
+from moe_serve.world.member import ENVIRONMENT, MemberSpec, end_all, started_with
 
 MEET_SECONDS = 300.0
 FAREWELL_SECONDS = 5.0

@@ -11,10 +11,10 @@ from typing import Literal
 
 from moe_serve.base.config import ParallelConfig
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.first_placement import first_placement
 from moe_serve.base.model_config import ModelConfig
-from moe_serve.base.placement import Placement
 from moe_serve.base.topology import split_range
+from moe_serve.eplb.first_placement import first_placement
+from moe_serve.eplb.placement import Placement
 
 Axis = Literal["vocab", "hidden", "heads", "kv_heads", "head_dim", "experts", "width", "shared", "one"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_serve.base.commands import NewRequest, Scheduled, StepPlan
 from moe_serve.base.topology import Topology, split_range
 from moe_serve.model.attention.base import SequenceShape, StepShape
-from moe_serve.worker.sampler import SamplingState
+from moe_serve.worker.sampling.sampler import SamplingState
 
 DECODE_BIT = 61
 

@@ -22,9 +22,9 @@ from moe_serve.base.errors import ConfigError, EngineError, MoEServeError, RankT
 from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import Hello, Stop, ToMember
 from moe_serve.base.progress import Progress
-from moe_serve.control.link import Link
 from moe_serve.worker import wire
 from moe_serve.worker.worker import Worker
+from moe_serve.world.link import Link
 
 FAREWELL_MILLISECONDS = 2_000
 ANSWER_SECONDS = 30.0

@@ -14,10 +14,10 @@ from moe_serve.base.topology import Topology, split_range
 from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
 from moe_serve.model.decoder import Decoder
-from moe_serve.worker.expert_balance import ExpertBalance
+from moe_serve.worker.eplb.expert_balance import ExpertBalance
 from moe_serve.worker.inputs import RequestTable, StepInputs, rows_by_ep_rank
-from moe_serve.worker.logprobs import token_logprobs
-from moe_serve.worker.sampler import sample
+from moe_serve.worker.sampling.logprobs import token_logprobs
+from moe_serve.worker.sampling.sampler import sample
 
 PROMPT_LOGPROB_ROWS = 256
 """Rows of logits held at a time for prompt log-probabilities; a whole chunk's would be gigabytes."""

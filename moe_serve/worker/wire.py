@@ -13,7 +13,7 @@ import msgspec
 import zmq
 
 from moe_serve.base.commands import Command, Meeting, Reply
-from moe_serve.base.member import thread_environment
+from moe_serve.world.member import thread_environment
 
 ENVIRONMENT = "MOE_SERVE_WORKER"
 SILENCE_MILLISECONDS = 10_000

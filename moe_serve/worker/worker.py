@@ -32,9 +32,9 @@ from moe_serve.model.context import LayerKV
 from moe_serve.model.decoder import Decoder
 from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.device import choose_device, choose_dtype, rank_on_machine, ranks_on_machine
-from moe_serve.worker.expert_balance import ExpertBalance
+from moe_serve.worker.eplb.expert_balance import ExpertBalance
 from moe_serve.worker.kv_cache import KVShape, blocks_for, cpu_room, cuda_room, fitting_blocks
-from moe_serve.worker.loader import load_weights
+from moe_serve.worker.loading.loader import load_weights
 from moe_serve.worker.runner import Runner, rehearse
 
 COLLECTIVE_SECONDS = 300.0

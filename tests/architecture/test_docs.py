@@ -10,7 +10,7 @@ import pytest
 
 from moe_serve import cli, eplb_commands
 from moe_serve.base.config import SECTIONS
-from moe_serve.cli import COMMANDS, Options, serve_options
+from moe_serve.cli.main import COMMANDS, Options, serve_options
 from scripts.generate_docs import generated, kind_of, replaced
 from tests.architecture.test_floors import FLOORS
 

@@ -15,10 +15,10 @@ FREE = [
     "moe_serve.engine.core",
     "moe_serve.engine.client",
     "moe_serve.executor.base",
-    "moe_serve.launch",
-    "moe_serve.chat",
-    "moe_serve.spawn",
-    "moe_serve.cli",
+    "moe_serve.launch.serve",
+    "moe_serve.cli.chat",
+    "moe_serve.cli.spawn",
+    "moe_serve.cli.main",
 ]
 
 

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from moe_serve.make_model import make_model
+from moe_serve.cli.random_model import make_model
 from tests.support.load import Load, Probe
 from tests.support.server import Server, serving
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from moe_serve.make_model import make_model
+from moe_serve.cli.random_model import make_model
 from tests.support.client_checks import CHECKS, Check
 from tests.support.server import Server, serving
 

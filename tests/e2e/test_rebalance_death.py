@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from moe_serve.make_model import make_model
+from moe_serve.cli.random_model import make_model
 from tests.support.dying import ENVIRONMENT
 from tests.support.load import Load
 from tests.support.server import Server

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from moe_serve.base.architectures import ARCHITECTURES
 from moe_serve.base.config import Config
-from moe_serve.base.member import MemberSpec
 from moe_serve.base.messages import Stop
-from moe_serve.cli import main
-from moe_serve.make_model import make_model
-from moe_serve.resolve import resolve
+from moe_serve.cli.main import main
+from moe_serve.cli.random_model import make_model
+from moe_serve.launch.resolve import resolve
+from moe_serve.world.member import MemberSpec
 from tests.support.coordinator import RunningCoordinator
 from tests.support.server import Server
 

@@ -21,9 +21,9 @@ from moe_serve.base.commands import (
     WorkerFacts,
 )
 from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
-from moe_serve.control.lockstep import Verdict, Vote
-from moe_serve.control.rebalancer import STAGE_SECONDS, Conflict
+from moe_serve.engine.lockstep import Verdict, Vote
 from moe_serve.engine.rearranging import Rearranging
+from moe_serve.eplb.rebalancer import STAGE_SECONDS, Conflict
 from tests.support.stage_world import World
 
 STAGE = StageExperts(epoch=3, rows={}, shares={})

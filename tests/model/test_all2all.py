@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_serve.base.config import ALL2ALL
-from moe_serve.base.placement import Placement, initial_placement
 from moe_serve.base.topology import split_range
+from moe_serve.eplb.placement import Placement, initial_placement
 from moe_serve.model.all2all.base import ExpertLayout
 from moe_serve.model.moe.experts import Experts
 from tests.support.oracle import random_experts

@@ -8,12 +8,12 @@ import numpy.typing as npt
 from moe_serve.base.commands import SetShares, StageExperts
 from moe_serve.base.config import EPLBConfig
 from moe_serve.base.messages import DropStage, StageReport, StageState, StepLoad
-from moe_serve.base.placement import Placement, initial_placement
 from moe_serve.base.topology import Topology
-from moe_serve.control.eplb.base import Policy
-from moe_serve.control.eplb.shuffle import shuffle
-from moe_serve.control.rearrangement import ForEngine, Order
-from moe_serve.control.rebalancer import Rebalancer
+from moe_serve.eplb.placement import Placement, initial_placement
+from moe_serve.eplb.policies.base import Policy
+from moe_serve.eplb.policies.shuffle import shuffle
+from moe_serve.eplb.rearrangement import ForEngine, Order
+from moe_serve.eplb.rebalancer import Rebalancer
 
 LAYERS, EXPERTS = 3, 8
 EXPERT_BYTES = 1000

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from moe_serve.base.messages import Hello, Stop, ToMember
 from moe_serve.base.progress import Progress
 from moe_serve.base.topology import Topology
-from moe_serve.control.coordinator import Coordinator
-from moe_serve.control.fleet import Fleet
-from moe_serve.control.link import Link
+from moe_serve.world.coordinator import Coordinator
+from moe_serve.world.fleet import Fleet
+from moe_serve.world.link import Link
 
 HOST = "127.0.0.1"
 CALL_SECONDS = 5.0

@@ -21,7 +21,7 @@ from moe_serve.parallel.collectives import Group
 from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.inputs import rows_by_ep_rank
 from moe_serve.worker.kv_cache import KVShape
-from moe_serve.worker.loader import load_weights
+from moe_serve.worker.loading.loader import load_weights
 from tests.support.ranks import Seat
 
 CPU = torch.device("cpu")

@@ -18,17 +18,17 @@ from torch import Tensor
 from moe_serve.base.commands import Command, Done, PollStage, Reply, SetShares, StageExperts, StepPlan, StepResult
 from moe_serve.base.config import EPLBConfig
 from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
-from moe_serve.base.placement import Placement, initial_placement
 from moe_serve.base.topology import Topology
-from moe_serve.control.eplb.shuffle import shuffle
-from moe_serve.control.lockstep import Naps, Vote, decide
-from moe_serve.control.rearrangement import ForEngine, Order
-from moe_serve.control.rebalancer import Rebalancer
+from moe_serve.engine.lockstep import Naps, Vote, decide
 from moe_serve.engine.rearranging import News, Rearranging
+from moe_serve.eplb.placement import Placement, initial_placement
+from moe_serve.eplb.policies.shuffle import shuffle
+from moe_serve.eplb.rearrangement import ForEngine, Order
+from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.executor.mp import combine_replies
 from moe_serve.model.moe.expert_map import ExpertMap, even_copies
 from moe_serve.model.moe.experts import Experts
-from moe_serve.worker.expert_balance import ExpertBalance
+from moe_serve.worker.eplb.expert_balance import ExpertBalance
 
 CPU = torch.device("cpu")
 LAYERS, EXPERTS, REDUNDANT, HIDDEN, WIDTH = 2, 4, 2, 2, 1

@@ -8,9 +8,9 @@ from typing import Self
 
 from moe_serve.base.commands import Meeting
 from moe_serve.base.topology import Topology
-from moe_serve.control.coordinator import Coordinator
-from moe_serve.control.fleet import Fleet
 from moe_serve.parallel.store import open_store
+from moe_serve.world.coordinator import Coordinator
+from moe_serve.world.fleet import Fleet
 
 HOST = "127.0.0.1"
 TOKEN = "test-world"

@@ -14,7 +14,7 @@ from moe_serve.base.progress import Progress
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.core import EngineCore
 from moe_serve.executor.uni import UniExecutor
-from moe_serve.worker.loader import load_weights
+from moe_serve.worker.loading.loader import load_weights
 from tests.support.dummy_model import SIZES, dummy_model
 from tests.support.forward import all_logits, alone, empty_decoder
 

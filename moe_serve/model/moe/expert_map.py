@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_serve.base.placement import Placement
+from moe_serve.eplb.placement import Placement
 
 _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
 """Odd multipliers of the golden ratio and of splitmix64 (Steele et al. 2014), as signed 64-bit integers."""

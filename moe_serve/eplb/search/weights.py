@@ -1,0 +1,186 @@
+"""How an expert's tokens are split over its copies: uneven shares, so that rank loads even out without moving weights.
+
+With `prefer_local` a copy on the token's own rank is taken first, then one on its node; the shares of the rest are
+solved given that. L layers, E experts, P slots, R ranks, N nodes, C most copies of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_serve.base.errors import ConfigError
+from moe_serve.eplb.placement import Ints, Placement
+from moe_serve.eplb.policies.base import Floats, nodes_of_ranks
+from moe_serve.eplb.search.scores import sum_by_rank
+
+SWEEPS = 10
+POWER = 3.0  # of mean / rank load in a sweep; more swings to and fro
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Shares of the copies of each expert, float64 (L, P) each.
+
+    `anywhere_LP`: for tokens that have no copy on their node (or whenever locality is not preferred); sums to 1 over
+    the slots of an expert. `on_node_LP`: for tokens with a copy on their node, but not on their rank; sums to 1
+    over the slots of an expert on one node.
+    """
+
+    placement: Placement
+    num_nodes: int
+    prefer_local: bool
+    anywhere_LP: Floats
+    on_node_LP: Floats
+
+    def cumulative(self, rank: int) -> tuple[Ints, Floats]:
+        """What the token path of source rank `rank` looks up: slots int64 (L, E, C) and cumulative shares (L, E, C).
+
+        A token with hash h in [0, 1) takes the first copy whose cumulative share is above h. Shares end at 1;
+        places beyond the last copy repeat it, and copies that get nothing repeat the share before them.
+        """
+        slot_LEC = self.placement.logical_to_physical()
+        last_LE1 = np.take_along_axis(slot_LEC, self.placement.copies()[:, :, None] - 1, axis=2)
+        real_LEC = slot_LEC >= 0
+        slot_LEC = np.where(real_LEC, slot_LEC, last_LE1)
+        share_LP = self.shares_from(rank)
+        share_LEC = np.where(real_LEC, share_LP[np.arange(len(share_LP))[:, None, None], slot_LEC], 0.0)
+        total_LEC = np.cumsum(share_LEC, axis=2)
+        total_LEC /= total_LEC[:, :, -1:]
+        # Rounding must leave no hash without a copy, nor give one to a copy without a share.
+        remaining = np.cumsum(share_LEC[:, :, ::-1], axis=2)[:, :, ::-1] - share_LEC
+        total_LEC[remaining <= 0] = 1.0
+        return slot_LEC, total_LEC
+
+    def shares_from(self, rank: int) -> Floats:
+        """float64 (L, P): which part of an expert's tokens from source rank `rank` each slot gets."""
+        if not self.prefer_local:
+            return self.anywhere_LP
+        where = _Where(self.placement, self.num_nodes)
+        on_rank_LE = where.on_rank_LRE[:, rank]
+        on_node_LE = where.on_node_LNE[:, where.node_R[rank]]
+        table_LP = self.placement.physical_to_logical_LP
+        mine_P, near_P = where.rank_P == rank, where.node_P == where.node_R[rank]
+        copies_here_LP = np.take_along_axis(on_rank_LE, table_LP, axis=1)
+        copies_near_LP = np.take_along_axis(on_node_LE, table_LP, axis=1)
+        local_LP = np.where(mine_P, 1.0 / np.maximum(copies_here_LP, 1), 0.0)
+        near_LP = np.where(near_P, self.on_node_LP, 0.0)
+        return np.where(copies_here_LP > 0, local_LP, np.where(copies_near_LP > 0, near_LP, self.anywhere_LP))
+
+
+def even_split(placement: Placement, *, num_nodes: int = 1, prefer_local: bool = False) -> Split:
+    """Equal shares: where to begin, and what holds until load was seen."""
+    where = _Where(placement, num_nodes)
+    anywhere_LP, on_node_LP = np.ones((2, *placement.physical_to_logical_LP.shape))
+    return Split(placement, num_nodes, prefer_local, where.per_expert(anywhere_LP), where.per_node(on_node_LP))
+
+
+def solve_split(
+    placement: Placement, load: Floats, *, num_nodes: int = 1, prefer_local: bool = False, sweeps: int = SWEEPS
+) -> Split:
+    """Shares under which rank loads even out, by multiplicative sweeps from an even start; of these the best.
+
+    `load` is float64 (L, E), then every rank sends the same part, or (R, L, E) by source rank.
+    """
+    load_RLE = _by_source(placement, load)
+    split = even_split(placement, num_nodes=num_nodes, prefer_local=prefer_local)
+    where = _Where(placement, num_nodes)
+    fixed_LP, near_LP, far_LP = _pools(where, load_RLE, prefer_local)
+    anywhere_LP, on_node_LP = split.anywhere_LP, split.on_node_LP
+    mean_L1 = load_RLE.sum(axis=(0, 2))[:, None] / placement.num_ranks
+    best = anywhere_LP.copy(), on_node_LP.copy()
+    best_peak_L = np.full(placement.num_layers, np.inf)
+    for sweep in range(sweeps + 1 if placement.num_redundant else 0):
+        rank_LR = sum_by_rank(fixed_LP + on_node_LP * near_LP + anywhere_LP * far_LP, placement.offsets)
+        better = rank_LR.max(axis=1) < best_peak_L
+        best_peak_L[better] = rank_LR.max(axis=1)[better]
+        best[0][better], best[1][better] = anywhere_LP[better], on_node_LP[better]
+        if sweep == sweeps:
+            break
+        relief_LR = (mean_L1 / np.maximum(rank_LR, 1e-9 * mean_L1 + 1e-300)) ** POWER
+        relief_LP = np.clip(relief_LR, 0.1, 10.0)[:, where.rank_P]
+        anywhere_LP = where.per_expert(anywhere_LP * relief_LP)
+        if prefer_local:
+            on_node_LP = where.per_node(on_node_LP * relief_LP)
+    return Split(placement, num_nodes, prefer_local, *best)
+
+
+def split_loads(split: Split, load: Floats) -> Floats:
+    """float64 (L, P): tokens of each slot when `load`, (L, E) or (R, L, E) by source rank, is split so."""
+    where = _Where(split.placement, split.num_nodes)
+    fixed_LP, near_LP, far_LP = _pools(where, _by_source(split.placement, load), split.prefer_local)
+    return fixed_LP + split.on_node_LP * near_LP + split.anywhere_LP * far_LP
+
+
+def _by_source(placement: Placement, load: Floats) -> Floats:
+    """float64 (R, L, E); without sources known, the tokens come evenly from all ranks."""
+    ranks, layers, experts = placement.num_ranks, placement.num_layers, placement.num_logical
+    if load.shape == (layers, experts):
+        return np.broadcast_to(load / ranks, (ranks, layers, experts))
+    if load.shape == (ranks, layers, experts):
+        return load
+    raise ConfigError(
+        f"the load must have the shape [{layers}, {experts}] (layers, experts) or [{ranks}, {layers}, {experts}] "
+        f"(source ranks first), not {list(load.shape)}"
+    )
+
+
+class _Where:
+    """Where the copies are: counts by rank and node, and sums over the copies of an expert."""
+
+    def __init__(self, placement: Placement, num_nodes: int) -> None:
+        self.placement = placement
+        self.num_nodes = num_nodes
+        self.node_R = nodes_of_ranks(placement.num_ranks, num_nodes)
+        self.rank_P = placement.rank_of_slot()
+        self.node_P = self.node_R[self.rank_P]
+        layers, experts = placement.num_layers, placement.num_logical
+        table_LP = placement.physical_to_logical_LP
+        row = np.arange(layers)[:, None]
+        self.expert_cell_LP = row * experts + table_LP
+        self.node_cell_LP = (row * num_nodes + self.node_P) * experts + table_LP
+        self.on_node_LNE = self._count(self.node_cell_LP, (layers, num_nodes, experts))
+
+    @property
+    def on_rank_LRE(self) -> Ints:
+        """int64 (L, R, E): copies of each expert on each rank."""
+        p = self.placement
+        return self._count(p.holdings(), (p.num_layers, p.num_ranks, p.num_logical))
+
+    @staticmethod
+    def _count(cells: Ints, shape: tuple[int, ...]) -> Ints:
+        return np.bincount(cells.ravel(), minlength=int(np.prod(shape))).reshape(shape).astype(np.int64)
+
+    def per_expert(self, values_LP: Floats) -> Floats:
+        """Normalised to sum 1 over the copies of each expert."""
+        return _normalise(values_LP, self.expert_cell_LP)
+
+    def per_node(self, values_LP: Floats) -> Floats:
+        """Normalised to sum 1 over the copies of each expert on each node."""
+        return _normalise(values_LP, self.node_cell_LP)
+
+
+def _normalise(values_LP: Floats, cell_LP: Ints) -> Floats:
+    sums = np.bincount(cell_LP.ravel(), weights=values_LP.ravel())
+    normalised: Floats = values_LP / sums[cell_LP]
+    return normalised
+
+
+def _pools(where: _Where, load_RLE: Floats, prefer_local: bool) -> tuple[Floats, Floats, Floats]:
+    """Tokens that each slot (L, P) must take, may share with copies on its node, and with copies anywhere."""
+    table_LP = where.placement.physical_to_logical_LP
+    row = np.arange(len(table_LP))[:, None]
+    if not prefer_local:
+        far_LE: Floats = load_RLE.sum(axis=0)
+        return np.zeros(table_LP.shape), np.zeros(table_LP.shape), far_LE[row, table_LP]
+    local_LRE = where.on_rank_LRE
+    copies_here_LP = local_LRE[row, where.rank_P, table_LP]
+    fixed_LP = load_RLE[where.rank_P, row, table_LP] / copies_here_LP
+    without_RLE = np.where(local_LRE.transpose(1, 0, 2) > 0, 0.0, load_RLE)
+    starts = np.flatnonzero(np.diff(where.node_R, prepend=-1))
+    by_node_NLE = np.add.reduceat(without_RLE, starts, axis=0)
+    served_NLE = where.on_node_LNE.transpose(1, 0, 2) > 0
+    near_LP = by_node_NLE[where.node_P, row, table_LP]
+    far_LE = np.where(served_NLE, 0.0, by_node_NLE).sum(axis=0)
+    return fixed_LP, near_LP, far_LE[row, table_LP]

@@ -1,0 +1,101 @@
+"""From what the operator said to what will be run: after this no option is "auto" or "worked out later".
+
+The exception is `device`, which only a process that has torch can settle; the engines report it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from moe_serve.base.config import Config
+from moe_serve.base.errors import CheckpointError, ConfigError
+from moe_serve.base.model_config import ModelConfig, load_model_config
+from moe_serve.model.partition import make_partition
+
+DEFAULT_MODEL = "moe-serve-default"
+SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "default-model"
+HUB_SECONDS = 10.0
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def resolve(config: Config) -> tuple[Config, ModelConfig]:
+    """A config in which the model is a folder and sizes are settled, and what that folder says.
+
+    Raises ConfigError for everything that can be known before a process is started.
+    """
+    config.parallel.check_built()
+    folder = model_folder(config.model.model, config.model.revision)
+    model = load_model_config(folder)
+    limit = model.max_position_embeddings
+    asked = config.model.max_model_len
+    if asked is not None and asked > limit:
+        raise ConfigError(f"max_model_len {asked} is more than the checkpoint allows ({limit}); lower --max-model-len")
+    parallel = config.parallel
+    make_partition(model, parallel, 0)  # refuses sizes that the model cannot be cut into
+    return (
+        config.with_(
+            "model",
+            model=str(folder),
+            served_model_name=config.model.served_model_name or config.model.model or DEFAULT_MODEL,
+            max_model_len=asked or limit,
+            dtype=model.dtype if config.model.dtype == "auto" else config.model.dtype,
+        ).with_(
+            "parallel",
+            data_parallel_size_local=parallel.data_parallel_size,
+            distributed_executor_backend=parallel.distributed_executor_backend
+            or ("uni" if parallel.world_size == 1 else "mp"),
+        ),
+        model,
+    )
+
+
+def model_folder(model: str | None, revision: str | None) -> Path:
+    """The folder of a model: the default one, a folder as given, or a download from the Hugging Face hub."""
+    if model is None:
+        return default_model()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise CheckpointError(f"{model} is a file; the model must be a folder in the Hugging Face layout")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"no such model folder: {model} (nor is it an owner/name on the Hugging Face hub)")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """A model's folder in the hub's cache, fetched if needed; where the hub cannot be reached, what is there already.
+
+    The hub is asked first, since a download would wait for its answer without a bound. Its HTTP library, and with it
+    the classes of what can be raised, differs between its versions.
+    """
+    unreachable: Exception | None = None
+    try:
+        HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _not_had(model, error) from error
+    except Exception as error:  # noqa: BLE001
+        unreachable = error
+    try:
+        offline = unreachable is not None
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
+    except Exception as error:
+        raise _not_had(model, unreachable or error) from error
+
+
+def _not_had(model: str, error: Exception) -> CheckpointError:
+    reason = (str(error).strip().splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    return CheckpointError(
+        f"{model} is no folder here and could not be had from the Hugging Face hub: {reason}; give a folder, or an "
+        "owner/name that the hub has (option MODEL)"
+    )
+
+
+def default_model() -> Path:
+    """The small trained model that comes with the package."""
+    if not (SHIPPED_MODEL / "config.json").exists():
+        raise CheckpointError(f"the default model is missing from this installation ({SHIPPED_MODEL}); give a MODEL")
+    return SHIPPED_MODEL

@@ -1,0 +1,315 @@
+"""The coordinator's state machine: who belongs, when the world is ready, who is blamed when it ends."""
+
+from __future__ import annotations
+
+from moe_serve.base.config import Config
+from moe_serve.base.messages import (
+    Ack,
+    Drain,
+    Failure,
+    FromMember,
+    Frontends,
+    Heartbeat,
+    Hello,
+    Leaving,
+    Ready,
+    Refused,
+    Stop,
+    StoreAt,
+    Wake,
+    Welcome,
+    WorldReady,
+)
+from moe_serve.base.topology import Topology
+from moe_serve.world.fleet import Fleet, Send
+
+AGREEMENT = Config().agreement()
+
+
+def make_fleet(*, dp: int = 2, tp: int = 1, step_timeout: float = 60) -> Fleet:
+    return Fleet(
+        token="secret",
+        topology=Topology(dp=dp, tp=tp),
+        agreement=AGREEMENT,
+        has_workers=tp > 1,
+        step_timeout_seconds=step_timeout,
+    )
+
+
+def engine(dp: int, **changes: object) -> Hello:
+    values: dict[str, object] = {"token": "secret", "role": "engine", "dp": dp, "pid": 100 + dp, "host": "here"}
+    return Hello(**(values | {"agreement": AGREEMENT} | changes))  # type: ignore[arg-type]
+
+
+API = Hello(token="secret", role="api", pid=99, host="here", address="tcp://here:1", agreement=AGREEMENT)
+
+
+def formed(fleet: Fleet, now: float = 0.0) -> Fleet:
+    """Engines are members 0.., the API server is member 9."""
+    for dp in range(fleet.topology.dp):
+        fleet.hear(dp, engine(dp), now)
+    fleet.hear(9, API, now)
+    for member in (*range(fleet.topology.dp), 9):
+        fleet.hear(member, Ready(), now)
+    assert fleet.ready
+    return fleet
+
+
+def beat(fleet: Fleet, member: int, now: float, *, step: int = 1, phase: str = "asleep", seconds: float = 0) -> None:
+    fleet.hear(member, Heartbeat(step=step, phase=phase, seconds=seconds), now)
+
+
+def answers(sends: list[Send], member: int) -> list[object]:
+    return [send.message for send in sends if send.member == member]
+
+
+def test_a_member_with_the_token_is_welcome_and_its_beats_are_acknowledged() -> None:
+    fleet = make_fleet()
+    assert answers(fleet.hear(0, engine(0), 0), 0) == [Welcome()]
+    assert answers(fleet.hear(0, Heartbeat(step=0, phase="x", seconds=0), 1), 0) == [Ack()]
+
+
+def test_a_stranger_is_refused_and_disturbs_nobody() -> None:
+    fleet = formed(make_fleet())
+    for message in (engine(0, token="guess"), Heartbeat(step=1, phase="", seconds=0), Wake(1), Ready()):
+        sends = fleet.hear(77, message, 1)
+        assert [type(send.message) for send in sends] == [Refused]
+        assert sends[0].close
+    assert fleet.lost(77, 1) == []
+    assert fleet.ended is None
+
+
+def test_a_second_process_for_a_place_is_refused() -> None:
+    fleet = formed(make_fleet())
+    assert isinstance(fleet.hear(50, engine(1), 1)[0].message, Refused)
+    assert isinstance(fleet.hear(51, engine(7), 1)[0].message, Refused)
+    assert fleet.ended is None
+
+
+def test_other_options_end_a_forming_world_and_name_rank_and_field() -> None:
+    fleet = make_fleet()
+    fleet.hear(0, engine(0), 0)
+    other = Config.from_flat({"block_size": 32}).agreement()
+    sends = fleet.hear(1, engine(1, agreement=other), 0)
+    assert isinstance(sends[0].message, Refused)
+    assert fleet.ended is not None
+    assert fleet.ended.code == 2
+    assert "engine dp 1" in fleet.ended.reason
+    assert "block_size: 16 here, 32 there" in fleet.ended.reason
+
+
+def test_other_options_of_a_late_stranger_do_not_end_a_ready_world() -> None:
+    fleet = formed(make_fleet())
+    sends = fleet.hear(60, Hello(token="secret", role="api", pid=1, host="x", agreement={"block_size": "1"}), 1)
+    assert isinstance(sends[0].message, Refused)
+    assert fleet.ended is None
+
+
+def test_engines_hear_of_the_store_and_of_front_ends_whenever_they_come() -> None:
+    fleet = make_fleet()
+    fleet.hear(0, engine(0), 0)
+    fleet.hear(0, StoreAt("host", 5), 0)
+    assert StoreAt("host", 5) in answers(fleet.hear(1, engine(1), 0), 1)
+    sends = fleet.hear(9, API, 0)
+    for member in (0, 1):
+        assert Frontends(["tcp://here:1"]) in answers(sends, member)
+
+
+def test_the_world_is_ready_when_the_last_member_is() -> None:
+    fleet = make_fleet()
+    assert fleet.missing() == ["engine dp 0", "engine dp 1", "API server"]
+    fleet.hear(0, engine(0), 0)
+    fleet.hear(9, API, 0)
+    fleet.hear(0, Ready(), 0)
+    assert fleet.hear(9, Ready(), 0) == []
+    fleet.hear(1, engine(1), 0)
+    sends = fleet.hear(1, Ready(), 0)
+    assert sorted(send.member for send in sends if send.message == WorldReady()) == [0, 1, 9]
+
+
+def test_workers_are_expected_where_engines_have_them() -> None:
+    fleet = make_fleet(dp=1, tp=2)
+    assert fleet.missing() == ["engine dp 0", "worker dp 0 tp 0", "worker dp 0 tp 1", "API server"]
+
+
+def test_an_engine_that_is_ready_needs_no_workers_that_join() -> None:
+    """An executor of somebody else's may have none."""
+    fleet = make_fleet(dp=1, tp=2)
+    fleet.hear(0, engine(0), 0.0)
+    fleet.hear(9, API, 0.0)
+    fleet.hear(9, Ready(), 0.0)
+    assert "worker dp 0 tp 0" in fleet.missing()
+    fleet.hear(0, Ready(), 0.0)
+    assert fleet.ready
+
+
+def test_a_wake_reaches_the_other_engines_only() -> None:
+    fleet = formed(make_fleet(dp=3))
+    assert sorted(send.member for send in fleet.hear(1, Wake(4), 1)) == [0, 2]
+
+
+def test_a_closed_line_is_a_death_and_everybody_hears_who_died() -> None:
+    fleet = formed(make_fleet())
+    beat(fleet, 1, 1, step=812, phase="layer 3 dispatch")
+    sends = fleet.lost(1, 2)
+    assert {send.member for send in sends} == {0, 9}
+    stop = sends[0].message
+    assert isinstance(stop, Stop)
+    assert stop.code == 1
+    assert "engine dp 1 (pid 101" in stop.reason
+    assert "step 812, phase 'layer 3 dispatch'" in stop.reason
+
+
+def test_the_one_who_died_is_blamed_before_the_one_who_noticed() -> None:
+    fleet = formed(make_fleet())
+    assert fleet.hear(0, Failure("all_gather: connection closed by peer", suspects_peer=True), 1) == []
+    fleet.lost(1, 1.1)
+    assert fleet.ended is not None
+    assert "engine dp 1" in fleet.ended.reason
+
+
+def test_a_suspicion_without_a_death_ends_the_world_after_its_grace() -> None:
+    fleet = formed(make_fleet())
+    fleet.hear(0, Failure("all_gather failed", suspects_peer=True), 1)
+    for now in (1.5, 2.5):
+        fleet.tick(now)
+        assert fleet.ended is None
+    fleet.tick(3.1)
+    assert fleet.ended is not None
+    assert "all_gather failed" in fleet.ended.reason
+
+
+def test_the_operators_mistake_ends_with_code_2_and_only_its_sentence() -> None:
+    fleet = make_fleet()
+    fleet.hear(0, engine(0), 0)
+    fleet.hear(0, Failure("port 8000 is taken", config=True), 0)
+    assert fleet.ended == Stop("port 8000 is taken", 2)
+
+
+def test_a_silent_member_is_named_within_ten_seconds() -> None:
+    fleet = formed(make_fleet())
+    for now in range(1, 30):
+        for member in (0, 9):
+            beat(fleet, member, float(now))
+        fleet.tick(float(now))
+        if fleet.ended is not None:
+            break
+    assert now <= 10
+    assert fleet.ended is not None
+    assert "engine dp 1" in fleet.ended.reason
+    assert "not been heard" in fleet.ended.reason
+
+
+def test_sleep_may_last_for_ever() -> None:
+    fleet = formed(make_fleet(step_timeout=5))
+    for now in range(1, 500):
+        for member in (0, 1, 9):
+            beat(fleet, member, float(now), phase="starting" if member == 9 else "asleep", seconds=float(now))
+        fleet.tick(float(now))
+    assert fleet.ended is None
+
+
+def test_a_slow_step_names_the_rank_the_others_wait_for() -> None:
+    fleet = formed(make_fleet(dp=3, step_timeout=5))
+    for now in range(1, 8):
+        beat(fleet, 0, float(now), step=9, phase="layer 2 dispatch", seconds=float(now))
+        beat(fleet, 1, float(now), step=9, phase="layer 2 experts", seconds=float(now))
+        beat(fleet, 2, float(now), step=9, phase="layer 2 combine", seconds=float(now))
+        beat(fleet, 9, float(now))
+        fleet.tick(float(now))
+    assert fleet.ended is not None
+    assert "engine dp 1" in fleet.ended.reason
+    assert "step 9, phase 'layer 2 experts'" in fleet.ended.reason
+    assert "engine dp 0" not in fleet.ended.reason
+
+
+def test_a_slow_step_is_blamed_on_who_fell_silent_in_it() -> None:
+    fleet = formed(make_fleet(step_timeout=4))
+    for now in range(1, 8):
+        beat(fleet, 0, float(now), step=9, phase="layer 2 experts", seconds=now - 2)
+        if now < 3:
+            beat(fleet, 1, float(now), step=9, phase="layer 2 combine", seconds=now - 2)
+        beat(fleet, 9, float(now))
+        fleet.tick(float(now))
+    assert fleet.ended is not None
+    assert "it waits for: engine dp 1" in fleet.ended.reason
+    assert "engine dp 0" not in fleet.ended.reason
+
+
+def test_what_took_long_before_the_world_was_ready_is_no_slow_step() -> None:
+    fleet = make_fleet(step_timeout=2)
+    for dp in range(2):
+        fleet.hear(dp, engine(dp), 0)
+    fleet.hear(9, API, 0)
+    for member in (0, 1, 9):
+        beat(fleet, member, 9.0, phase="wait for the workers' reply", seconds=9)
+        fleet.hear(member, Ready(), 9.1)
+    assert fleet.ready
+    fleet.tick(9.2)
+    fleet.tick(10.5)
+    assert fleet.ended is None
+
+
+def test_a_coordinator_that_was_stopped_itself_blames_nobody_else() -> None:
+    for happens_first in ("tick", "lost"):
+        fleet = formed(make_fleet())
+        fleet.tick(0.5)
+        if happens_first == "tick":
+            fleet.tick(15.5)
+            assert fleet.ended is None
+        fleet.lost(0, 15.6)
+        assert fleet.ended is not None
+        assert "the coordinator itself was stopped for 15 s" in fleet.ended.reason
+
+
+def test_a_short_pause_of_the_coordinator_is_nobodys_silence() -> None:
+    fleet = formed(make_fleet())
+    for now in (1.0, 6.5, 12.0, 17.5):
+        fleet.tick(now)
+    assert fleet.ended is None
+    for now in (18.0, 19.0, 20.0, 21.0, 22.0, 23.0, 24.0, 25.0):
+        fleet.tick(now)
+    assert fleet.ended is not None
+    assert "not been heard" in fleet.ended.reason
+
+
+def test_all_that_ever_joined_are_remembered_by_host_and_process() -> None:
+    fleet = formed(make_fleet())
+    fleet.hear(50, engine(1, pid=777), 1)
+    fleet.lost(0, 2)
+    assert fleet.welcomed == {("here", 99), ("here", 100), ("here", 101)}
+
+
+def test_a_rank_that_missed_the_step_is_blamed_even_asleep() -> None:
+    fleet = formed(make_fleet(step_timeout=5))
+    for now in range(1, 8):
+        beat(fleet, 0, float(now), step=9, phase="vote", seconds=float(now))
+        beat(fleet, 1, float(now), step=8, phase="asleep", seconds=float(now))
+        beat(fleet, 9, float(now))
+        fleet.tick(float(now))
+    assert fleet.ended is not None
+    assert "waits for: engine dp 1" in fleet.ended.reason
+
+
+def test_draining_asks_the_front_end_and_its_leaving_ends_the_world_in_order() -> None:
+    fleet = formed(make_fleet())
+    assert fleet.drain(7) == [Send(9, Drain(7))]
+    sends = fleet.hear(9, Leaving("drained"), 2)
+    assert {send.member for send in sends} >= {0, 1}
+    assert fleet.lost(9, 2) == []
+    assert fleet.ended == Stop("drained", 0)
+
+
+def test_a_stop_asked_for_while_forming_ends_at_once() -> None:
+    fleet = make_fleet()
+    fleet.hear(0, engine(0), 0)
+    fleet.drain(30)
+    assert fleet.ended is not None
+    assert fleet.ended.code == 0
+
+
+def test_every_message_type_is_handled() -> None:
+    fleet = formed(make_fleet())
+    messages: list[FromMember] = [StoreAt("a", 1), Ready(), Wake(1), Heartbeat(step=1, phase="", seconds=0)]
+    for message in messages:
+        assert isinstance(fleet.hear(0, message, 1), list)
