@@ -110,7 +110,7 @@ class Engine:
         collect = self._step % self._interval == 0
         started = time.perf_counter()
         plan = self.core.schedule()
-        self.core.run(msgspec.structs.replace(plan, step=self._step, collect_load=collect))
+        self.core.end(self.core.begin(msgspec.structs.replace(plan, step=self._step, collect_load=collect)))
         self.steps.seconds.append(time.perf_counter() - started)
 
     def forget(self) -> None:

@@ -86,6 +86,8 @@ class Scheduled(msgspec.Struct, frozen=True, kw_only=True):
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """One step. Requests in `dropped` are forgotten first, then `new` are learnt, then `scheduled` are computed.
 
+    `dropped` may name requests that the workers do not know: the plan that brought them may have been put back.
+
     `tokens_by_dp_rank[r]` tokens DP rank r brings to this step (this engine's own included); an empty `scheduled`
     is a dummy step: zero rows through every layer.
 

@@ -1,4 +1,4 @@
-"""One engine's loop: schedule, run, update. Knows no sockets and no other ranks; one thread uses it."""
+"""One engine's loop: schedule, begin a flight, end it. Knows no sockets and no other ranks; one thread uses it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moe_serve.base.errors import ConfigError, ContextTooLong, EngineError, Rank
 from moe_serve.base.messages import LoadReport, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.block_pool import BlockPool
+from moe_serve.engine.flight import Flight, StepOutcome
 from moe_serve.engine.request import make_request
 from moe_serve.engine.scheduler import Scheduler
 from moe_serve.executor.base import Executor
@@ -24,7 +25,10 @@ def draw_seed() -> int:
 
 
 class EngineCore:
-    """`name` is how messages call this engine's workers. After an EngineError the core is of no more use."""
+    """`name` is how messages call this engine's workers.
+
+    After an EngineError of `end` the flight is still in the air: `revert` it, or let the core go.
+    """
 
     def __init__(
         self,
@@ -59,7 +63,6 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         )
-        self.last_result: StepResult | None = None
         self._load = LoadReport(num_blocks=num_blocks, load_seconds=dict(load_seconds or {}))
 
     @property
@@ -70,23 +73,35 @@ class EngineCore:
         """One step without other DP ranks; does nothing where there is nothing to do."""
         if not self.has_work:
             return []
-        return self.run(msgspec.structs.replace(self.schedule(), step=self._load.step + 1))
+        plan = msgspec.structs.replace(self.schedule(), step=self._load.step + 1)
+        return self.end(self.begin(plan)).events
 
     def schedule(self) -> StepPlan:
         return self.scheduler.schedule()
 
-    def run(self, plan: StepPlan) -> list[TokenEvent]:
-        """Have the workers carry out a plan (a dummy one too) and book what came of it."""
-        result = self.last_result = self._wait(plan)
+    def begin(self, plan: StepPlan) -> Flight:
+        """Give a plan (a dummy one too) to the workers, who carry plans out in the order in which they get them."""
+        return Flight(plan, self.executor.submit(plan))
+
+    def end(self, flight: Flight) -> StepOutcome:
+        """Wait for what a flight gave and book it; flights may end in another order than they began."""
+        plan, result = flight.plan, self._wait(flight)
         load = self._load
         self._load = msgspec.structs.replace(
             load,
-            step=plan.step,
+            step=max(load.step, plan.step),
             steps=load.steps + 1,
             dummy_steps=load.dummy_steps + (not plan.scheduled),
             all2all_seconds=load.all2all_seconds + result.all2all_seconds,
         )
-        return self.scheduler.update(plan, result)
+        return StepOutcome(self.scheduler.update(plan, result), result)
+
+    def revert(self, flight: Flight) -> None:
+        """Put a flight back that failed or is given up: its requests are computed again and give the same tokens.
+
+        Needs workers whose KV cache still holds what earlier flights wrote.
+        """
+        self.scheduler.revert(flight.plan)
 
     def add(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> None:
         """Queue a request; RequestError says why it cannot be served. Others are not disturbed."""
@@ -119,10 +134,10 @@ class EngineCore:
             prefix_cache_hits=self.pool.prefix_hits,
         )
 
-    def _wait(self, plan: StepPlan) -> StepResult:
-        future = self.executor.submit(plan)
+    def _wait(self, flight: Flight) -> StepResult:
+        plan = flight.plan
         try:
-            reply: Reply = future.result(timeout=self.step_timeout)
+            reply: Reply = flight.reply.result(timeout=self.step_timeout)
         except EngineError:
             raise  # a RankTimeout of the executor's own is a TimeoutError too, and knows more
         except TimeoutError as error:

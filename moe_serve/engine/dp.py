@@ -68,13 +68,12 @@ class DPRank:
         plan = msgspec.structs.replace(
             plan, step=self._step, dropped=dropped, tokens_by_dp_rank=verdict.tokens_by_dp_rank
         )
-        if self.rearranging is None:
-            return self.core.run(plan)
-        plan = self.rearranging.plan(plan, verdict)
-        events = self.core.run(plan)
-        assert self.core.last_result is not None
-        self.rearranging.learn(plan, self.core.last_result)
-        return events
+        if self.rearranging is not None:
+            plan = self.rearranging.plan(plan, verdict)
+        outcome = self.core.end(self.core.begin(plan))
+        if self.rearranging is not None:
+            self.rearranging.learn(plan, outcome.result)
+        return outcome.events
 
     def report(self) -> LoadReport:
         """The core's report with what only this floor knows."""

@@ -18,9 +18,10 @@ from moe_serve.engine.request import Request, State
 
 
 class Scheduler:
-    """`schedule()` makes a plan, `update()` books its result; one plan is in flight at a time.
+    """`schedule()` makes a plan; `update()` books its result, or `revert()` puts it back. Several may be in the air.
 
-    Requests may come and be aborted at any moment, also between the two.
+    A request is in one flight at a time: its next token follows from the last one. Requests may come and be aborted
+    at any moment, also while they are in the air.
     """
 
     def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -32,7 +33,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._waiting_tokens = 0
         self._dropped: list[str] = []  # the workers still know these
-        self._in_flight: list[Request] = []  # in the order of plan.scheduled
+        self._in_air: dict[str, Request] = {}  # by id: one that was aborted keeps its id busy until it lands
 
     @property
     def has_work(self) -> bool:
@@ -62,18 +63,17 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step. The caller fills in `step` and the other ranks' `tokens_by_dp_rank`.
 
-        A plan with nothing scheduled may be thrown away; any other must be run and handed to update().
+        A plan with nothing scheduled may be thrown away; any other must be handed to update() or revert().
         """
-        assert not self._in_flight, "a plan is still in flight"
         parts: list[Scheduled] = []
         new: list[NewRequest] = []
         preemptions = self.num_preemptions
-        budget = self._schedule_running(parts, self.max_num_batched_tokens)
+        budget = self._schedule_running(parts, new, self.max_num_batched_tokens)
         if preemptions == self.num_preemptions:  # else the head of the queue just had to leave
             budget = self._schedule_waiting(parts, new, budget)
         dropped: list[str] = []
         if parts:  # an empty plan may never reach the workers, so it must not carry news
-            dropped, self._dropped = self._dropped, dropped
+            dropped, self._dropped = list(dict.fromkeys(self._dropped)), dropped
         return StepPlan(
             step=0,
             scheduled=parts,
@@ -86,10 +86,9 @@ class Scheduler:
         """Book what the workers computed: tokens, ends, blocks to share; nothing for aborted requests."""
         if result.step != plan.step:
             raise EngineError(f"the workers answered step {result.step} while step {plan.step} was run")
-        in_flight, self._in_flight = self._in_flight, []
         sampled = {token.request_id: token for token in result.sampled}
         events = []
-        for request, part in zip(in_flight, plan.scheduled, strict=True):
+        for request, part in self._land(plan):
             if request.state is not State.RUNNING:
                 continue
             request.num_computed = part.start + part.num_tokens
@@ -100,9 +99,31 @@ class Scheduler:
                 events.append(self._advance(request, sampled.get(request.request_id)))
         return events
 
-    def _schedule_running(self, parts: list[Scheduled], budget: int) -> int:
+    def revert(self, plan: StepPlan) -> None:
+        """Everything as if the plan had never been made, whether the workers have carried it out or not.
+
+        A request keeps its blocks and what was computed before the plan. What the workers know of it is uncertain,
+        so they forget it and get it whole with its next part.
+        """
+        for request, _ in self._land(plan):
+            if request.state is State.RUNNING:
+                request.sent_tokens = request.sent_blocks = 0
+                self._dropped.append(request.request_id)
+        # An id that was free when the plan was made may since belong to a request in a later flight.
+        self._dropped += [name for name in plan.dropped if not self._is_sent(name)]
+
+    def _land(self, plan: StepPlan) -> list[tuple[Request, Scheduled]]:
+        return [(self._in_air.pop(part.request_id), part) for part in plan.scheduled]
+
+    def _is_sent(self, request_id: str) -> bool:
+        request = self.running.get(request_id)
+        return request is not None and request.sent_tokens > 0
+
+    def _schedule_running(self, parts: list[Scheduled], new: list[NewRequest], budget: int) -> int:
         """Give each running request its next tokens; returns what is left of the budget."""
         for request in tuple(self.running.values()):
+            if request.request_id in self._in_air:
+                continue
             num_tokens = min(len(request.token_ids) - request.num_computed, budget)
             if not num_tokens:
                 break
@@ -110,6 +131,7 @@ class Scheduler:
                 break  # preempted, and so are all younger ones
             if not self._make_room(request, request.num_computed + num_tokens):
                 break
+            self._introduce(request, new)
             parts.append(self._part(request, num_tokens))
             budget -= num_tokens
         return budget
@@ -117,22 +139,33 @@ class Scheduler:
     def _schedule_waiting(self, parts: list[Scheduled], new: list[NewRequest], budget: int) -> int:
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             request = next(iter(self.waiting.values()))
-            if not self._admit(request):
+            if request.request_id in self._in_air or not self._admit(request):
                 break
             num_tokens = min(len(request.token_ids) - request.num_computed, budget)
-            new.append(request.as_new())
-            request.sent_tokens, request.sent_blocks = len(request.token_ids), len(request.blocks)
+            self._introduce(request, new)
             parts.append(self._part(request, num_tokens))
             budget -= num_tokens
         return budget
 
+    def _introduce(self, request: Request, new: list[NewRequest]) -> None:
+        """Tell the workers all about a request that they do not know."""
+        if not request.sent_tokens:
+            new.append(request.as_new())
+            request.sent_tokens, request.sent_blocks = len(request.token_ids), len(request.blocks)
+
     def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Have blocks for `num_tokens`, at the cost of younger requests; False if it had to go itself."""
+        """Have blocks for `num_tokens`, at the cost of younger requests; False if it had to go itself or must wait.
+
+        Who is in the air keeps its blocks, since the workers are writing to them. An older one is not taken instead:
+        the youngest lands soon.
+        """
         missing = -(-num_tokens // self.pool.block_size) - len(request.blocks)
         if missing <= 0:
             return True
         while (blocks := self.pool.allocate(missing)) is None:
             victim = next(reversed(self.running.values()))
+            if victim.request_id in self._in_air:
+                return False
             self._preempt(victim)
             if victim is request:
                 return False
@@ -194,7 +227,7 @@ class Scheduler:
             ),
         )
         request.sent_tokens, request.sent_blocks = len(request.token_ids), len(request.blocks)
-        self._in_flight.append(request)
+        self._in_air[request.request_id] = request
         return part
 
     def _publish(self, request: Request) -> None:

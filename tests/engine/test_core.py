@@ -62,7 +62,7 @@ def test_a_step_without_work_asks_nothing_of_the_workers() -> None:
 def test_a_dummy_step_reaches_the_workers_and_is_counted() -> None:
     core, executor = make_core()
     plan = msgspec.structs.replace(core.schedule(), step=9, tokens_by_dp_rank=[0, 5])
-    assert core.run(plan) == []
+    assert core.end(core.begin(plan)).events == []
     assert executor.plans == [plan]
     assert (core.report().step, core.report().steps, core.report().dummy_steps) == (9, 1, 1)
 
@@ -81,7 +81,7 @@ def test_a_step_planned_before_an_abort_can_still_be_run() -> None:
     core.add("b", [4, 5], GREEDY)
     plan = core.schedule()
     core.abort(["a"])
-    assert [event.request_id for event in core.run(plan)] == ["b"]
+    assert [event.request_id for event in core.end(core.begin(plan)).events] == ["b"]
     drain(core)
     assert core.report().free_blocks == 32
 
@@ -169,21 +169,21 @@ def test_a_step_that_takes_too_long_says_which_workers_are_missing() -> None:
     core, executor = make_core()
     executor.silent = True
     with pytest.raises(RankTimeout, match=r"workers of DP rank 3 did not answer step 0 \(2 tokens\) within 0.05 s"):
-        core.run(started(core))
+        core.end(core.begin(started(core)))
 
 
 def test_a_timeout_found_by_the_executor_keeps_its_own_words() -> None:
     core, executor = make_core()
     executor.failure = RankTimeout("tp rank 1 is missing")
     with pytest.raises(RankTimeout, match=r"^tp rank 1 is missing$"):
-        core.run(started(core))
+        core.end(core.begin(started(core)))
 
 
 def test_a_dead_worker_ends_the_step() -> None:
     core, executor = make_core()
     executor.failure = WorkerDied("tp rank 1 is gone")
     with pytest.raises(WorkerDied, match="tp rank 1"):
-        core.run(started(core))
+        core.end(core.begin(started(core)))
 
 
 @pytest.mark.parametrize(("reply", "words"), [(Failed("no memory"), "no memory"), (Done(), "sent Done for step 0")])
@@ -191,4 +191,4 @@ def test_a_reply_that_is_no_result_is_an_engine_error(reply: Failed | Done, word
     core, executor = make_core()
     executor.wrong = reply
     with pytest.raises(EngineError, match=words):
-        core.run(started(core))
+        core.end(core.begin(started(core)))

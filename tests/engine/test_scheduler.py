@@ -34,12 +34,13 @@ class Bench:
         budget: int = 32,
         max_model_len: int = 64,
         caching: bool = True,
+        reverts: bool = False,
     ) -> None:
         config = Config.from_flat(
             {"block_size": block_size, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget}
         )
         self.max_model_len = max_model_len
-        self.executor = FakeExecutor(config, num_blocks=num_blocks)
+        self.executor = FakeExecutor(config, num_blocks=num_blocks, reverts=reverts)
         self.pool = BlockPool(num_blocks, block_size, caching=caching)
         self.scheduler = Scheduler(self.pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.events: dict[str, list[TokenEvent]] = {}
@@ -64,8 +65,15 @@ class Bench:
         return msgspec.structs.replace(self.scheduler.schedule(), step=self.steps)
 
     def run(self, plan: StepPlan) -> list[TokenEvent]:
+        return self.book(plan, self.carry_out(plan))
+
+    def carry_out(self, plan: StepPlan) -> StepResult:
+        """What the workers do with a plan."""
         result = self.executor.submit(plan).result()
         assert isinstance(result, StepResult)
+        return result
+
+    def book(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         events = self.scheduler.update(plan, result)
         for event in events:
             self.events[event.request_id].append(event)
@@ -490,6 +498,98 @@ def test_every_answer_is_what_the_request_gives_alone(load: dict) -> None:  # ty
             assert bench.answer(str(number)) == (answer, reason)
         if params.prompt_logprobs is not None and bench.events[str(number)]:
             assert len(bench.events[str(number)][0].prompt_logprobs or []) == len(tokens) - 1
+
+
+def test_a_request_is_in_one_flight_at_a_time() -> None:
+    bench = Bench(budget=8)
+    bench.add("a", [1, 2, 3], max_tokens=4, ignore_eos=True)
+    bench.add("b", prompt(9), max_tokens=4, ignore_eos=True)
+    first = bench.schedule()
+    bench.add("c", [4, 5], max_tokens=4, ignore_eos=True)
+    second, third = bench.schedule(), bench.schedule()
+    assert parts(first) == {"a": (0, 3), "b": (0, 5)}
+    assert parts(second) == {"c": (0, 2)}
+    assert parts(third) == {}
+    results = [bench.carry_out(plan) for plan in (first, second)]
+    bench.book(second, results[1])  # flights may land in another order
+    assert parts(bench.schedule()) == {"c": (2, 1)}
+
+
+def test_a_request_in_the_air_keeps_its_blocks_when_others_want_them() -> None:
+    bench = Bench(num_blocks=8, block_size=2, max_model_len=16, caching=False)
+    bench.add("old", prompt(8), max_tokens=8, ignore_eos=True)
+    first = bench.schedule()
+    bench.add("young", prompt(8), max_tokens=4, ignore_eos=True)
+    second = bench.schedule()
+    bench.run(first)
+    assert bench.schedule().scheduled == []  # old wants a fifth block, and there are none
+    assert bench.scheduler.num_preemptions == 0
+    bench.run(second)
+    assert parts(bench.schedule()) == {"old": (8, 1)}
+    assert bench.scheduler.num_preemptions == 1
+
+
+def test_a_step_that_is_put_back_is_planned_again_and_told_whole() -> None:
+    bench = Bench(reverts=True)
+    bench.add("a", [1, 2, 3], max_tokens=4, ignore_eos=True)
+    bench.step()
+    lost = bench.schedule()
+    bench.carry_out(lost)  # but the answer never comes
+    bench.scheduler.revert(lost)
+    again = bench.schedule()
+    assert parts(again) == parts(lost) == {"a": (3, 1)}
+    assert again.dropped == ["a"]
+    assert [new.token_ids for new in again.new] == [bench.scheduler.running["a"].token_ids]
+    bench.run(again)
+    bench.drain()
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    assert bench.answer("a") == expected_answer([1, 2, 3], sampling, max_model_len=64)
+
+
+# What happens next: plan a step and have the workers carry it out, plan one that they never get, book or put back the
+# n-th of those in the air.
+flights = st.lists(
+    st.tuples(st.sampled_from(["fly", "fly", "lose", "book", "book", "revert"]), st.integers(0, 2)), max_size=120
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(loads(), flights)
+def test_flights_that_overlap_land_in_any_order_or_are_put_back_change_no_answer(
+    load: dict,  # type: ignore[type-arg]
+    deeds: list[tuple[str, int]],
+) -> None:
+    bench = Bench(**load["bench"], reverts=True)
+    for number, (tokens, sampling, _) in enumerate(load["requests"]):
+        bench.add(str(number), tokens, **sampling)
+    aborts = {when: str(number) for when, number, _ in load["aborts"]}
+    aborted: set[str] = set()
+    in_air: list[tuple[StepPlan, StepResult | None]] = []
+    for turn, (deed, which) in enumerate(deeds):
+        if turn in aborts and bench.scheduler.knows(aborts[turn]):
+            aborted.add(aborts[turn])
+            bench.scheduler.abort([aborts[turn]])
+        if deed in ("fly", "lose"):
+            plan = bench.schedule()
+            if plan.scheduled:
+                in_air.append((plan, bench.carry_out(plan) if deed == "fly" else None))
+        elif in_air:
+            plan, result = in_air.pop(which % len(in_air))
+            if deed == "revert" or result is None:
+                bench.scheduler.revert(plan)
+            else:
+                bench.book(plan, result)
+    for plan, _ in in_air:
+        bench.scheduler.revert(plan)
+    bench.drain()
+    for number, (tokens, sampling, _) in enumerate(load["requests"]):
+        params = msgspec.convert(sampling, SamplingParams)
+        answer, reason = expected_answer(tokens, params, max_model_len=24, eos_token_ids=[EOS])
+        if str(number) in aborted:
+            given_tokens = [token for event in bench.events[str(number)] for token in event.token_ids]
+            assert given_tokens == answer[: len(given_tokens)]
+        else:
+            assert bench.answer(str(number)) == (answer, reason)
 
 
 def test_scheduling_128_decodes_takes_well_under_a_millisecond() -> None:

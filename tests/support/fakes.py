@@ -94,6 +94,7 @@ class Known:
 class FakeExecutor:
     """Answers at once, or with `failure`, or (`silent`) never. Block size and budgets come from `config`.
 
+    `reverts`: plans may be put back, so that requests are dropped which these workers never met.
     `wrong` may be set to a StepResult that is given instead of the right one. `plans` keeps what was asked.
     """
 
@@ -105,8 +106,10 @@ class FakeExecutor:
         *,
         num_blocks: int = 64,
         vocab_size: int = VOCAB_SIZE,
+        reverts: bool = False,
     ) -> None:
         self.config = config
+        self.reverts = reverts
         self.num_blocks = num_blocks
         self.vocab_size = vocab_size
         self.plans: list[StepPlan] = []
@@ -178,6 +181,8 @@ class FakeExecutor:
         return StepResult(step=plan.step, sampled=sampled, prompt_logprobs=prompt_logprobs)
 
     def _forget(self, request_id: str) -> None:
+        if self.reverts and request_id not in self._known:
+            return
         assert request_id in self._known, f"{request_id} is dropped but not known"
         for block in self._known.pop(request_id).blocks:
             self._holders[block].remove(request_id)
