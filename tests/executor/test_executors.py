@@ -167,7 +167,7 @@ class Pair:
         return set(psutil.Process().children()) - self.before
 
     def workers(self):
-        return sorted(self.children(), key=lambda process: invitation_of(process).tp)
+        return sorted(self.children(), key=lambda process: invitation_of(process).worker)
 
 
 def invitation_of(process):
@@ -240,8 +240,8 @@ def knock(pair, answers):
     """Say hello as nobody should, before the real workers (which first import torch) do."""
     address = first_invitation(pair).address
     hellos = {
-        "wrong token": wire.encode(wire.Join(token="guess", tp=0, pid=1, host="h")),
-        "no such rank": wire.encode(wire.Join(token=pair.world.meeting.token, tp=2, pid=1, host="h")),
+        "wrong token": wire.encode(wire.Join(token="guess", worker=0, pid=1, host="h")),
+        "no such rank": wire.encode(wire.Join(token=pair.world.meeting.token, worker=2, pid=1, host="h")),
         "nonsense": b"\x80\x04cos\nsystem\n",
     }
     with zmq.Context() as context:
