@@ -18,13 +18,11 @@ from zmq.utils.monitor import recv_monitor_message
 from moe_serve.executor.seats import Seat
 from moe_serve.worker import wire
 
-PROBES = 5
-PROBE_MILLISECONDS = 100
 log = logging.getLogger(__name__)
 
 
 class WorkerLines:
-    """send() may be called in any thread; the others in one at a time: first listen, then admit, receive, close."""
+    """send() may be called in any thread. First listen, then admit, then the rest."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -32,6 +30,7 @@ class WorkerLines:
         self._orders = wire.prepare(self._context.socket(zmq.ROUTER))
         self._replies = wire.prepare(self._context.socket(zmq.PULL))
         self._lock = threading.Lock()
+        self._monitor: zmq.Socket[bytes] | None = None
         self._closing, self._wake = socket.socketpair()
 
     def listen(self, host: str) -> tuple[str, int]:
@@ -51,7 +50,8 @@ class WorkerLines:
         """Wait so long for somebody to come; seat a worker that knows the token and whose place is free."""
         if not self._orders.poll(milliseconds):
             return
-        identity, message, *_ = self._orders.recv_multipart()
+        first, second, *_ = self._orders.recv_multipart(copy=False)
+        identity, message = first.bytes, second.bytes
         try:
             join = wire.decode_join(message)
         except msgspec.MsgspecError:
@@ -63,7 +63,8 @@ class WorkerLines:
             refusal = f"worker {join.worker} is taken or outside [0, {len(seats)})"
         else:
             seat = seats[join.worker]
-            seat.identity, seat.join = identity, join
+            # The monitor tells of a closed connection by nothing but its descriptor.
+            seat.identity, seat.join, seat.connection = identity, join, int(second.get(zmq.SRCFD))
             self._orders.send_multipart([identity, welcome])
             return
         log.warning("refused a worker: %s", refusal)
@@ -82,47 +83,50 @@ class WorkerLines:
                         lost.append(seat)
         return lost
 
-    def receive(self, take: Callable[[wire.WorkerReply], None], closed: Callable[[], None]) -> threading.Thread:
-        """Start the thread that calls `take` for every reply, and `closed` when a connection did and for a while after.
-
-        Whose it was is not told, and sending to it may succeed for a moment.
-        """
-        monitor = self._orders.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        thread = threading.Thread(target=self._receive, args=(monitor, take, closed), name="replies", daemon=True)
+    def receive(self, take: Callable[[wire.WorkerReply], None]) -> threading.Thread:
+        """Start the thread that calls `take` for every reply."""
+        thread = threading.Thread(target=self._receive, args=(take,), name="replies", daemon=True)
         thread.start()
         return thread
+
+    def watch_connections(self) -> None:
+        """After all have been admitted: until then outsiders come and go, and descriptors are used again."""
+        self._monitor = self._orders.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def await_closed(self, seats: Sequence[Seat], seconds: float) -> list[Seat]:
+        """Whose connections closed since the last call, in order; waits so long for one. One thread's."""
+        assert self._monitor is not None, "await_closed() before watch_connections()"
+        closed: list[Seat] = []
+        patience = int(seconds * 1000)
+        while self._monitor.poll(patience):
+            connection = recv_monitor_message(self._monitor)["value"]
+            closed += [seat for seat in seats if seat.connection == connection]
+            patience = 0
+        return closed
 
     def wake(self) -> None:
         """Ends the thread of receive()."""
         self._wake.send(b"x")
 
     def close(self) -> None:
-        """After that thread has ended."""
+        """After all threads that use the lines have ended."""
+        if self._monitor is not None:
+            self._orders.disable_monitor()
+            self._monitor.close()
         for each in (self._orders, self._replies, self._closing, self._wake):
             each.close()
         self._context.term()
 
-    def _receive(
-        self, monitor: zmq.Socket[bytes], take: Callable[[wire.WorkerReply], None], closed: Callable[[], None]
-    ) -> None:
+    def _receive(self, take: Callable[[wire.WorkerReply], None]) -> None:
         poller = zmq.Poller()
-        for source in (self._replies, monitor, self._closing):
+        for source in (self._replies, self._closing):
             poller.register(source, zmq.POLLIN)
-        probes = 0
         while True:
-            ready = dict(poller.poll(PROBE_MILLISECONDS if probes else None))
+            ready = dict(poller.poll())
             if self._replies in ready:
                 self._decode(self._replies.recv(), take)
             elif self._closing.fileno() in ready:
                 break
-            elif monitor in ready:
-                recv_monitor_message(monitor)
-                probes = PROBES
-            if probes:
-                probes -= 1
-                closed()
-        self._orders.disable_monitor()
-        monitor.close()
 
     def _decode(self, message: bytes, take: Callable[[wire.WorkerReply], None]) -> None:
         try:

@@ -31,7 +31,7 @@ from moe_serve.executor.lines import WorkerLines
 from moe_serve.executor.replies import combine_facts, combine_replies
 from moe_serve.executor.seats import Seat, name_missing
 from moe_serve.executor.starting import Starter
-from moe_serve.executor.watching import LOOK_SECONDS, Watch
+from moe_serve.executor.watching import Watch
 from moe_serve.parallel.store import local_address
 from moe_serve.worker import wire
 
@@ -40,6 +40,7 @@ LOAD_SECONDS = 3600.0
 CONNECT_SECONDS = 2.0
 """The engine listens before a worker is started: one that cannot reach it is an orphan."""
 END_SECONDS = 3.0
+END_LOOK_SECONDS = 0.01
 ADMIT_MILLISECONDS = 100
 
 
@@ -85,7 +86,9 @@ class RemoteExecutor:
         self._topology = config.parallel.topology
         self._seats: list[Seat] = []
         self._lines = WorkerLines(meeting.token)
-        self._watch = Watch(self._seats, probe=lambda: self._tell(wire.Ping()), died=self._fail)
+        self._watch = Watch(
+            self._seats, await_closed=lambda seconds: self._lines.await_closed(self._seats, seconds), died=self._fail
+        )
         self._lock = threading.Lock()
         self._calls: dict[int, Call] = {}
         self._number = 0
@@ -113,8 +116,8 @@ class RemoteExecutor:
             return
         self._closed = True
         self._fail(EngineError("the executor is closed"))
-        self._watch.stop()
         self._end_workers()
+        self._watch.stop()
         self._lines.wake()
         for thread in self._threads:
             thread.join(END_SECONDS)
@@ -137,10 +140,8 @@ class RemoteExecutor:
             name = self._topology.describe(self._topology.worker_rank(meeting.dp_rank, worker))
             self._seats.append(Seat(name, self._starter.start(worker, invitation)))
         self._gather(wire.encode(wire.Joined(config=self._config.to_json(), meeting=meeting, replies=replies)))
-        self._threads = [
-            self._lines.receive(self._take, closed=lambda: self._watch.blame(self._tell(wire.Ping()))),
-            self._watch.start(),
-        ]
+        self._lines.watch_connections()
+        self._threads = [self._lines.receive(self._take), self._watch.start()]
 
     def _gather(self, welcome: bytes) -> None:
         deadline = time.monotonic() + self._join_seconds
@@ -155,16 +156,11 @@ class RemoteExecutor:
 
     def _end_workers(self) -> None:
         """Let them go, and those that have not gone in time, or never came, be killed by who can."""
-        self._tell(wire.End())
+        self._lines.send(self._seats, wire.End())
         deadline = time.monotonic() + END_SECONDS
         for seat in self._seats:
-            while (
-                seat.identity
-                and seat.started.poll() is None
-                and not self._lines.send([seat], wire.Ping())
-                and time.monotonic() < deadline
-            ):
-                time.sleep(LOOK_SECONDS)
+            while _is_here(seat) and time.monotonic() < deadline:
+                time.sleep(END_LOOK_SECONDS)
             if seat.started.poll() is None:
                 seat.started.kill()
 
@@ -179,11 +175,8 @@ class RemoteExecutor:
             self._number += 1
             self._calls[self._number] = call
             order = wire.Order(self._number, command)
-        self._watch.blame(self._tell(order))
+        self._watch.note(self._lines.send(self._seats, order))
         return call
-
-    def _tell(self, message: wire.ToWorker) -> list[Seat]:
-        return self._lines.send(self._seats, message)
 
     def _take(self, told: wire.WorkerReply) -> None:
         with self._lock:
@@ -208,6 +201,10 @@ class RemoteExecutor:
             calls, self._calls = list(self._calls.values()), {}
         for call in calls:
             call.set_exception(self._failure)
+
+
+def _is_here(seat: Seat) -> bool:
+    return bool(seat.identity) and seat.gone_since is None and seat.started.poll() is None
 
 
 def _deed(command: Command) -> str:

@@ -15,13 +15,15 @@ from moe_serve.worker.wire import Join
 class Seat:
     """The worker started for a place, and once it has joined, what it said and where its words come from.
 
-    An engine's seats are a sequence by worker index.
+    `connection` is the descriptor of its line. An engine's seats are a sequence by worker index.
     """
 
     name: str
     started: Started
     identity: bytes = b""
+    connection: int = -1
     join: Join | None = None
+    gone_since: float | None = None
 
     @property
     def who(self) -> str:

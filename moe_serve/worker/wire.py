@@ -75,10 +75,6 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     command: Command
 
 
-class Ping(msgspec.Struct, frozen=True, tag="ping"):
-    """Sent to see whether the line stands; not answered."""
-
-
 class End(msgspec.Struct, frozen=True, tag="end"):
     """Go; your work is done."""
 
@@ -103,7 +99,7 @@ def prepare(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return socket
 
 
-ToWorker = Joined | Rejected | Order | Ping | End
+ToWorker = Joined | Rejected | Order | End
 
 encode = msgspec.msgpack.Encoder().encode
 decode_join = msgspec.msgpack.Decoder(Join).decode
