@@ -1,6 +1,7 @@
 """Records between an engine and its workers. This is all a worker can be asked. msgspec, no torch.
 
-Every TP worker of an engine gets the same command; only tp rank 0's reply to a step holds tokens.
+Every worker of an engine gets the same command. The tokens of a step are those in the reply of
+Topology.sampling_worker.
 """
 
 from __future__ import annotations

@@ -24,13 +24,14 @@ StageState = Literal["moving", "staged", "committed", "dropped", "failed"]
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """First word of every member. `agreement` is Config.agreement(); empty for workers, whose engine vouches.
 
-    `address` is where a front-end listens for engines ("" otherwise). dp and tp are -1 where they mean nothing.
+    `address` is where a front-end listens for engines ("" otherwise). `worker` is the index within the engine
+    (Topology.worker_index); it and `dp` are -1 where they mean nothing.
     """
 
     token: str
     role: Role
     dp: int = -1
-    tp: int = -1
+    worker: int = -1
     pid: int
     host: str
     address: str = ""

@@ -1,7 +1,7 @@
 """Rank arithmetic: who is who on the axes dp x pp x tp, and how ranges are shared out. Pure integers.
 
 Global rank = (dp * pp_size + pp) * tp_size + tp. The expert-parallel axis of a pipeline stage joins dp and tp:
-ep = dp * tp_size + tp.
+ep = dp * tp_size + tp. Within its engine (one dp) a rank is a worker, by index pp * tp_size + tp.
 """
 
 from __future__ import annotations
@@ -68,6 +68,16 @@ class Topology:
         """Ranks that share the experts of one layer."""
         return self.dp * self.tp
 
+    @property
+    def num_workers(self) -> int:
+        """Ranks of one engine."""
+        return self.pp * self.tp
+
+    @property
+    def sampling_worker(self) -> int:
+        """The worker whose tokens an engine takes: the first tensor rank of the last pipeline stage."""
+        return (self.pp - 1) * self.tp
+
     def rank(self, *, dp: int, pp: int = 0, tp: int = 0) -> int:
         """The global rank at these coordinates."""
         for value, size, axis in ((dp, self.dp, "dp"), (pp, self.pp, "pp"), (tp, self.tp, "tp")):
@@ -82,6 +92,18 @@ class Topology:
         rest, tp = divmod(rank, self.tp)
         dp, pp = divmod(rest, self.pp)
         return dp, pp, tp
+
+    def worker_rank(self, dp: int, worker: int) -> int:
+        """The global rank of an engine's worker."""
+        if not 0 <= worker < self.num_workers:
+            raise ValueError(f"worker {worker} is outside [0, {self.num_workers})")
+        pp, tp = divmod(worker, self.tp)
+        return self.rank(dp=dp, pp=pp, tp=tp)
+
+    def worker_index(self, rank: int) -> int:
+        """Which of its engine's workers a global rank is."""
+        _, pp, tp = self.coordinates(rank)
+        return pp * self.tp + tp
 
     def ep_rank(self, rank: int) -> int:
         """Place of a global rank among those that share its layers' experts."""
@@ -108,3 +130,11 @@ class Topology:
         dp, pp, tp = self.coordinates(rank)
         middle = f", pp {pp}" if self.pp > 1 else ""
         return f"rank {rank} (dp {dp}{middle}, tp {tp})"
+
+    def describe_worker(self, dp: int, worker: int) -> str:
+        """A worker for people: `worker dp 1 tp 1`; by its index if it has no place here."""
+        if not 0 <= worker < self.num_workers:
+            return f"worker {worker} of dp {dp}"
+        pp, tp = divmod(worker, self.tp)
+        middle = f" pp {pp}" if self.pp > 1 else ""
+        return f"worker dp {dp}{middle} tp {tp}"

@@ -24,7 +24,9 @@ class Executor(Protocol):
         ...
 
     def submit(self, command: Command) -> Future[Reply]:
-        """Send a command to every worker; the future holds tp rank 0's reply once all have answered.
+        """Send a command to every worker; the future holds one reply once all have answered.
+
+        A step's tokens are those of the worker that samples (Topology.sampling_worker; see executor/replies.py).
 
         Its exception is WorkerDied when a worker is gone, EngineError when one failed.
         """

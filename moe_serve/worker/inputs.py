@@ -21,7 +21,7 @@ DECODE_BIT = 61
 
 @dataclass(slots=True)
 class KnownRequest:
-    """A request as this worker knows it. `sampling` only where tokens are sampled (tp rank 0)."""
+    """A request as this worker knows it. `sampling` only where tokens are sampled."""
 
     token_ids: list[int]
     num_prompt_tokens: int

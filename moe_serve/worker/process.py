@@ -22,6 +22,7 @@ from moe_serve.base.errors import ConfigError, EngineError, MoEServeError, RankT
 from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import Hello, Stop, ToMember
 from moe_serve.base.progress import Progress
+from moe_serve.base.topology import Topology
 from moe_serve.worker import wire
 from moe_serve.worker.worker import Worker
 from moe_serve.world.link import Link
@@ -51,7 +52,7 @@ class EngineLine:
         if not self._monitor.poll(int(invitation.connect_seconds * 1000)):
             raise RankTimeout(f"{where} could not be reached within {invitation.connect_seconds:g} s")
         recv_monitor_message(self._monitor)
-        hello = wire.Join(token=invitation.token, tp=invitation.tp, pid=os.getpid(), host=socket.gethostname())
+        hello = wire.Join(token=invitation.token, worker=invitation.worker, pid=os.getpid(), host=socket.gethostname())
         self._orders.send(wire.encode(hello))
         self._await_answer(where)
         answer = self.receive()
@@ -82,8 +83,8 @@ class EngineLine:
 
     def answer(self, number: int, reply: Reply) -> None:
         invitation = self._invitation
-        answer = wire.Answer(token=invitation.token, tp=invitation.tp, number=number, reply=reply)
-        self._answers.send(wire.encode(answer))
+        told = wire.WorkerReply(token=invitation.token, worker=invitation.worker, number=number, reply=reply)
+        self._answers.send(wire.encode(told))
 
     def flush(self) -> None:
         """Deliver what was said last, within two seconds."""
@@ -95,7 +96,7 @@ class WorkerProcess:
     """`run()` returns an exit code where joining failed or a command broke us; an orderly end exits at once."""
 
     def __init__(self, invitation: wire.Invitation) -> None:
-        self._tp_rank = invitation.tp
+        self._worker = invitation.worker
         self._progress = Progress()
         self._line = EngineLine(invitation)
         self._link: Link | None = None
@@ -108,12 +109,12 @@ class WorkerProcess:
             return 2 if isinstance(error, ConfigError) else 1
         threading.Thread(target=self._watch_engine, name="engine-watch", daemon=True).start()
         config = Config.model_validate_json(joined.config)
-        setup_logging(f"worker dp={joined.meeting.dp_rank} tp={self._tp_rank}", config.server.log_level)
+        setup_logging(_place(config.parallel.topology, joined.meeting.dp_rank, self._worker), config.server.log_level)
         try:
             self._link = self._join_world(joined)
         except MoEServeError as error:
             return self._decline(error)
-        return self._serve(Worker(config, joined.meeting, self._tp_rank, self._progress))
+        return self._serve(Worker(config, joined.meeting, self._worker, self._progress))
 
     def _decline(self, error: MoEServeError) -> int:
         """The engine hears with its first order why this worker is of no use."""
@@ -129,7 +130,7 @@ class WorkerProcess:
             token=meeting.token,
             role="worker",
             dp=meeting.dp_rank,
-            tp=self._tp_rank,
+            worker=self._worker,
             pid=os.getpid(),
             host=socket.gethostname(),
         )
@@ -191,9 +192,14 @@ class WorkerProcess:
         os._exit(code)
 
 
+def _place(topology: Topology, dp: int, worker: int) -> str:
+    _, pp, tp = topology.coordinates(topology.worker_rank(dp, worker))
+    return f"worker dp={dp}" + (f" pp={pp}" if topology.pp > 1 else "") + f" tp={tp}"
+
+
 def main() -> int:
     invitation = wire.Invitation.from_environment(os.environ)
-    setup_logging(f"worker tp={invitation.tp}")
+    setup_logging(f"worker {invitation.worker}")
     return WorkerProcess(invitation).run()
 
 

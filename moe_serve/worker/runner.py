@@ -24,7 +24,7 @@ PROMPT_LOGPROB_ROWS = 256
 
 
 class Runner:
-    """Every rank of the world calls `run` for the same step. Only tp rank 0 samples; the others answer no tokens."""
+    """Every rank of the world calls `run` for the same step. One that does not sample answers no tokens."""
 
     def __init__(
         self,
@@ -32,7 +32,8 @@ class Runner:
         kv: tuple[LayerKV, ...],
         *,
         topology: Topology,
-        tp_rank: int,
+        rank: int,
+        samples: bool,
         block_size: int,
         device: torch.device,
         progress: Progress,
@@ -42,10 +43,11 @@ class Runner:
         self._decoder = decoder
         self._kv = kv
         self._topology = topology
-        self._tp_rank, self._samples = tp_rank, tp_rank == 0
+        _, _, self._tp_rank = topology.coordinates(rank)
+        self._samples = samples
         self._progress = progress
         self._table = RequestTable(
-            block_size=block_size, samples=self._samples, device=device, watches_load=balance is not None
+            block_size=block_size, samples=samples, device=device, watches_load=balance is not None
         )
 
     @torch.inference_mode()

@@ -20,21 +20,25 @@ SILENCE_MILLISECONDS = 10_000
 """A peer whose host has vanished without a word is given up after this long."""
 BEAT_MILLISECONDS = 1_000
 MAX_JOIN_BYTES = 1 << 16
-MAX_ANSWER_BYTES = 1 << 30
+MAX_REPLY_BYTES = 1 << 30
 """Nobody who has not shown the token may make the engine hold more than this."""
 
 
 class Invitation(msgspec.Struct, frozen=True, kw_only=True):
-    """Enough to join an engine from anywhere; `connect_seconds` to keep trying until it is reached."""
+    """Enough to be started and to join an engine from anywhere; `connect_seconds` to keep trying until it is reached.
+
+    `worker` is the index within the engine (Topology.worker_index), here and in all records below.
+    """
 
     address: str
     token: str
-    tp: int
+    worker: int
+    threads: int = 1
     connect_seconds: float = 5.0
 
-    def to_environment(self, threads: int) -> dict[str, str]:
+    def to_environment(self) -> dict[str, str]:
         """Environment of the worker: this one's, the invitation and the threads, which torch reads when imported."""
-        return {**os.environ, ENVIRONMENT: msgspec.json.encode(self).decode(), **thread_environment(threads)}
+        return {**os.environ, ENVIRONMENT: msgspec.json.encode(self).decode(), **thread_environment(self.threads)}
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Invitation:
@@ -45,7 +49,7 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
     """A worker's first word."""
 
     token: str
-    tp: int
+    worker: int
     pid: int
     host: str
 
@@ -71,19 +75,15 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     command: Command
 
 
-class Ping(msgspec.Struct, frozen=True, tag="ping"):
-    """Sent to see whether the line stands; not answered."""
-
-
 class End(msgspec.Struct, frozen=True, tag="end"):
     """Go; your work is done."""
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerReply(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's reply to order `number`."""
 
     token: str
-    tp: int
+    worker: int
     number: int
     reply: Reply
 
@@ -99,9 +99,9 @@ def prepare(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return socket
 
 
-ToWorker = Joined | Rejected | Order | Ping | End
+ToWorker = Joined | Rejected | Order | End
 
 encode = msgspec.msgpack.Encoder().encode
 decode_join = msgspec.msgpack.Decoder(Join).decode
 decode_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
-decode_answer = msgspec.msgpack.Decoder(Answer).decode
+decode_reply = msgspec.msgpack.Decoder(WorkerReply).decode

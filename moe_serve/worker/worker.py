@@ -46,18 +46,19 @@ log = logging.getLogger(__name__)
 class Worker:
     """`config` is resolved: its model is a folder. Raises ConfigError, or EngineError after which it is of no use.
 
+    `worker` is the index within the engine (Topology.worker_index).
     `watches_load`: count expert load even where no experts move (it needs --enable-expert-parallel).
     """
 
     def __init__(
-        self, config: Config, meeting: Meeting, tp_rank: int, progress: Progress, *, watches_load: bool = False
+        self, config: Config, meeting: Meeting, worker: int, progress: Progress, *, watches_load: bool = False
     ) -> None:
         self._config = config
         self._watches_load = watches_load or config.parallel.enable_eplb
         self._meeting = meeting
         self._topology = config.parallel.topology
-        self._tp_rank = tp_rank
-        self._rank = self._topology.rank(dp=meeting.dp_rank, tp=tp_rank)
+        self._samples = worker == self._topology.sampling_worker
+        self._rank = self._topology.worker_rank(meeting.dp_rank, worker)
         self._progress = progress
         self._seconds: dict[str, float] = {}
         self._groups: Groups | None = None
@@ -224,7 +225,8 @@ class Worker:
             decoder,
             kv,
             topology=self._topology,
-            tp_rank=self._tp_rank,
+            rank=self._rank,
+            samples=self._samples,
             block_size=self._config.cache.block_size,
             device=decoder.device,
             progress=self._progress,

@@ -53,6 +53,7 @@ class Member:
     """One process of the world, as last heard."""
 
     hello: Hello
+    topology: Topology
     heard: float
     ready: bool = False
     note: str = ""
@@ -69,12 +70,12 @@ class Member:
         elif hello.role == "engine":
             who = f"engine dp {hello.dp}"
         else:
-            who = f"worker dp {hello.dp} tp {hello.tp}"
+            who = self.topology.describe_worker(hello.dp, hello.worker)
         return f"{who} (pid {hello.pid} on {hello.host})"
 
     @property
     def key(self) -> tuple[str, int, int]:
-        return self.hello.role, self.hello.dp, self.hello.tp
+        return self.hello.role, self.hello.dp, self.hello.worker
 
     @property
     def last_seen(self) -> str:
@@ -206,13 +207,13 @@ class Fleet:
         """Members that have not come or are not ready, by name."""
         arrived = {known.key: known for known in self.members.values()}
         names = []
-        for role, dp, tp in self._expected():
-            known = arrived.get((role, dp, tp))
+        for role, dp, worker in self._expected():
+            known = arrived.get((role, dp, worker))
             engine = arrived.get(("engine", dp, -1))
             if known is None and role == "worker" and engine is not None and engine.ready:
                 continue  # somebody else's executor, which has no processes of ours
             if known is None:
-                names.append({"engine": f"engine dp {dp}", "worker": f"worker dp {dp} tp {tp}"}.get(role, "API server"))
+                names.append(f"engine dp {dp}" if role == "engine" else self.topology.describe_worker(dp, worker))
             elif not known.ready and role != "worker":
                 names.append(f"{known.name} (phase {known.phase!r})")
         servers = [known for known in self.members.values() if known.hello.role == "api"]
@@ -236,8 +237,8 @@ class Fleet:
     def _expected(self) -> list[tuple[str, int, int]]:
         ranks = self.topology
         engines = [("engine", dp, -1) for dp in range(ranks.dp)]
-        per_engine = ranks.pp * ranks.tp if self.has_workers else 0
-        return engines + [("worker", dp, tp) for dp in range(ranks.dp) for tp in range(per_engine)]
+        per_engine = ranks.num_workers if self.has_workers else 0
+        return engines + [("worker", dp, worker) for dp in range(ranks.dp) for worker in range(per_engine)]
 
     def _role(self, role: str) -> list[int]:
         return [member for member, known in self.members.items() if known.hello.role == role]
@@ -245,7 +246,7 @@ class Fleet:
     def _hello(self, member: int, hello: Hello, now: float) -> list[Send]:
         if not hmac.compare_digest(hello.token.encode(), self.token.encode()):
             return [Send(member, Refused("this token belongs to another world"), close=True)]
-        newcomer = Member(hello, heard=now, since=now)
+        newcomer = Member(hello, self.topology, heard=now, since=now)
         if self.ended is not None:
             return [Send(member, Refused(f"this world has ended: {self.ended.reason}"), close=True)]
         if hello.role != "api":

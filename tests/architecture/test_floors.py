@@ -34,7 +34,15 @@ FLOORS = {
 }
 APART = {frozenset({"control", "model"}), frozenset({"text", "parallel"})}
 PLUGGABLE = ("model/all2all", "model/attention", "model/archs", "executor")
-BASES = {"base", "choose", "rows", "__init__"}
+BASES = {"base", "choose", "rows", "__init__"} | {
+    "lines",
+    "remote",
+    "replies",
+    "seats",
+    "starting",
+    "subprocesses",
+    "watching",
+}
 LATE_IMPORTS = {"base/registry.py"}
 
 

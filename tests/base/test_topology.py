@@ -108,3 +108,31 @@ def test_remainder_layers_go_to_the_middle_and_spare_the_first_stage_where_they_
 def test_a_stage_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pipeline rank 4 is outside \[0, 4\)"):
         get_pp_indices(8, 4, 4)
+
+
+@given(topologies)
+def test_an_engines_workers_are_its_ranks_in_order(topology: Topology) -> None:
+    ranks = [topology.worker_rank(dp, worker) for dp in range(topology.dp) for worker in range(topology.num_workers)]
+    assert ranks == list(range(topology.world_size))
+    for rank in ranks:
+        dp, pp, tp = topology.coordinates(rank)
+        assert topology.worker_index(rank) == pp * topology.tp + tp
+        assert topology.worker_rank(dp, topology.worker_index(rank)) == rank
+
+
+@given(topologies)
+def test_the_worker_that_samples_is_the_first_tensor_rank_of_the_last_stage(topology: Topology) -> None:
+    rank = topology.worker_rank(topology.dp - 1, topology.sampling_worker)
+    assert topology.coordinates(rank) == (topology.dp - 1, topology.pp - 1, 0)
+
+
+def test_a_worker_is_told_by_its_stage_only_where_there_are_several() -> None:
+    assert Topology(dp=2, tp=2).describe_worker(1, 1) == "worker dp 1 tp 1"
+    assert Topology(pp=2, tp=2).describe_worker(0, 3) == "worker dp 0 pp 1 tp 1"
+    assert Topology(tp=2).describe_worker(0, 2) == "worker 2 of dp 0"
+
+
+@pytest.mark.parametrize("worker", [-1, 4])
+def test_a_worker_that_its_engine_does_not_have_is_refused(worker: int) -> None:
+    with pytest.raises(ValueError, match=rf"worker {worker} is outside \[0, 4\)"):
+        Topology(dp=2, pp=2, tp=2).worker_rank(0, worker)

@@ -58,8 +58,8 @@ def is_in_use(file: Path) -> bool:
     ("sizes", "module", "place", "name"),
     [
         (("-dp", "2"), "engine.process", {"dp": 1}, "engine dp 1"),
-        (("-tp", "2"), "worker.process", {"dp": 0, "tp": 0}, "worker dp 0 tp 0"),
-        (("-dp", "2", "-tp", "2"), "worker.process", {"dp": 1, "tp": 1}, "worker dp 1 tp 1"),
+        (("-tp", "2"), "worker.process", {"dp": 0, "worker": 0}, "worker dp 0 tp 0"),
+        (("-dp", "2", "-tp", "2"), "worker.process", {"dp": 1, "worker": 1}, "worker dp 1 tp 1"),
     ],
     ids=["engine-dp2", "worker-tp2", "worker-dp2-tp2"],
 )
@@ -120,7 +120,7 @@ STOPS = {
     ),
     "worker in a step": Stop(
         ("-tp", "2", "--step-timeout-seconds", "4"),
-        lambda server: server.member("worker.process", dp=0, tp=1).pid,
+        lambda server: server.member("worker.process", dp=0, worker=1).pid,
         r"step \d+ has taken longer than step_timeout_seconds \(4 s\); "
         r"it waits for: worker dp 0 tp 1 \(pid PID .* in step \d+, phase '.+', since \d+ s",
     ),

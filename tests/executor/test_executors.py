@@ -22,6 +22,8 @@ from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.topology import Topology
 from moe_serve.executor.choose import choose_executor
 from moe_serve.executor.mp import MultiprocessExecutor
+from moe_serve.executor.remote import RemoteExecutor
+from moe_serve.executor.starting import RunsAlready
 from moe_serve.executor.uni import UniExecutor
 from moe_serve.worker import wire
 from tests.support.dummy_model import dummy_model
@@ -167,7 +169,7 @@ class Pair:
         return set(psutil.Process().children()) - self.before
 
     def workers(self):
-        return sorted(self.children(), key=lambda process: invitation_of(process).tp)
+        return sorted(self.children(), key=lambda process: invitation_of(process).worker)
 
 
 def invitation_of(process):
@@ -240,8 +242,8 @@ def knock(pair, answers):
     """Say hello as nobody should, before the real workers (which first import torch) do."""
     address = first_invitation(pair).address
     hellos = {
-        "wrong token": wire.encode(wire.Join(token="guess", tp=0, pid=1, host="h")),
-        "no such rank": wire.encode(wire.Join(token=pair.world.meeting.token, tp=2, pid=1, host="h")),
+        "wrong token": wire.encode(wire.Join(token="guess", worker=0, pid=1, host="h")),
+        "no such rank": wire.encode(wire.Join(token=pair.world.meeting.token, worker=2, pid=1, host="h")),
         "nonsense": b"\x80\x04cos\nsystem\n",
     }
     with zmq.Context() as context:
@@ -280,6 +282,69 @@ def test_a_stopped_worker_is_named_when_a_step_takes_too_long_and_a_killed_one_a
 def test_the_operators_mistakes_in_a_worker_come_out_as_such(model, tmp_path):
     with Pair(model, load_format="auto") as pair, pytest.raises(CheckpointError, match="safetensors"):
         pair.executor.start()
+
+
+class Elsewhere:
+    """Workers that somebody else starts, who was told nothing but the invitations."""
+
+    def __init__(self, model):
+        self.config = config_for(model, tensor_parallel_size=2, enable_expert_parallel=True)
+        self.world = World(Topology(tp=2))
+        self.processes = {}
+
+    def start(self, worker, invitation):
+        self.processes[worker] = subprocess.Popen(
+            [sys.executable, "-m", "moe_serve.worker.process"], env=invitation.to_environment()
+        )
+
+    def __enter__(self):
+        self.world.__enter__()
+        self.executor = RemoteExecutor(self.config, self.world.meeting, Progress(), RunsAlready(self.start))
+        return self
+
+    def __exit__(self, *_):
+        self.executor.close()
+        self.world.__exit__()
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.ranks
+def test_workers_that_somebody_else_started_serve_as_well_and_go_when_the_engine_is_done(model, alone):
+    with Elsewhere(model) as elsewhere:
+        assert elsewhere.executor.start().kv_block_bytes == alone[0].kv_block_bytes
+        assert tokens_of(Script(elsewhere.executor).run()) == tokens_of(alone[1])
+        elsewhere.executor.close()
+        assert [process.wait(5) for process in elsewhere.processes.values()] == [0, 0]
+
+
+@pytest.mark.ranks
+def test_a_killed_worker_of_somebody_elses_is_named_by_its_closed_connection(model):
+    with Elsewhere(model) as elsewhere:
+        elsewhere.executor.start()
+        assert elsewhere.executor.submit(AllocateKV(8)).result(WAIT)
+        victim = elsewhere.processes[1]
+        victim.send_signal(signal.SIGSTOP)
+        step = elsewhere.executor.submit(StepPlan(step=1, scheduled=[], tokens_by_dp_rank=[0]))
+        victim.kill()
+        started = time.monotonic()
+        with pytest.raises(WorkerDied, match=rf"rank 1 \(dp 0, tp 1\), pid {victim.pid} on .* closed its connection"):
+            step.result(WAIT)
+        assert time.monotonic() - started < 5
+        with pytest.raises(WorkerDied, match=rf"pid {victim.pid}"):
+            elsewhere.executor.submit(StepPlan(step=2, scheduled=[], tokens_by_dp_rank=[0])).result(WAIT)
+
+
+def test_workers_that_never_come_are_named_when_patience_ends(model):
+    config = config_for(model, tensor_parallel_size=2)
+    told = {}
+    with World(Topology(tp=2)) as world:
+        executor = RemoteExecutor(config, world.meeting, Progress(), RunsAlready(told.__setitem__), join_seconds=0.2)
+        with pytest.raises(RankTimeout, match=r"did not join within 0.2 s: worker rank 0 .* by somebody else; "):
+            executor.start()
+        executor.close()
+    assert [told[worker].worker for worker in range(2)] == [0, 1]
 
 
 ENGINE = """

@@ -25,7 +25,7 @@ from moe_serve.eplb.placement import Placement, initial_placement
 from moe_serve.eplb.policies.shuffle import shuffle
 from moe_serve.eplb.rearrangement import ForEngine, Order
 from moe_serve.eplb.rebalancer import Rebalancer
-from moe_serve.executor.mp import combine_replies
+from moe_serve.executor.replies import combine_replies
 from moe_serve.model.moe.expert_map import ExpertMap, even_copies
 from moe_serve.model.moe.experts import Experts
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
@@ -143,7 +143,8 @@ class FakeWorkers:
 
     def submit(self, command: Command) -> Future[Reply]:
         future: Future[Reply] = Future()
-        future.set_result(combine_replies([self._carry_out(rank, command) for rank in self.ranks]))
+        replies = [self._carry_out(rank, command) for rank in self.ranks]
+        future.set_result(combine_replies(replies, sampling_worker=self._world.topology.sampling_worker))
         return future
 
     def start(self) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from moe_serve.base.config import Config
 from moe_serve.base.messages import (
     Ack,
@@ -26,12 +28,12 @@ from moe_serve.world.fleet import Fleet, Send
 AGREEMENT = Config().agreement()
 
 
-def make_fleet(*, dp: int = 2, tp: int = 1, step_timeout: float = 60) -> Fleet:
+def make_fleet(*, dp: int = 2, pp: int = 1, tp: int = 1, step_timeout: float = 60) -> Fleet:
     return Fleet(
         token="secret",
-        topology=Topology(dp=dp, tp=tp),
+        topology=Topology(dp=dp, pp=pp, tp=tp),
         agreement=AGREEMENT,
-        has_workers=tp > 1,
+        has_workers=pp * tp > 1,
         step_timeout_seconds=step_timeout,
     )
 
@@ -39,6 +41,10 @@ def make_fleet(*, dp: int = 2, tp: int = 1, step_timeout: float = 60) -> Fleet:
 def engine(dp: int, **changes: object) -> Hello:
     values: dict[str, object] = {"token": "secret", "role": "engine", "dp": dp, "pid": 100 + dp, "host": "here"}
     return Hello(**(values | {"agreement": AGREEMENT} | changes))  # type: ignore[arg-type]
+
+
+def worker(index: int) -> Hello:
+    return Hello(token="secret", role="worker", dp=0, worker=index, pid=200 + index, host="here")
 
 
 API = Hello(token="secret", role="api", pid=99, host="here", address="tcp://here:1", agreement=AGREEMENT)
@@ -130,6 +136,21 @@ def test_the_world_is_ready_when_the_last_member_is() -> None:
 def test_workers_are_expected_where_engines_have_them() -> None:
     fleet = make_fleet(dp=1, tp=2)
     assert fleet.missing() == ["engine dp 0", "worker dp 0 tp 0", "worker dp 0 tp 1", "API server"]
+
+
+def test_workers_of_a_pipeline_are_told_by_stage_and_each_has_one_place() -> None:
+    fleet = make_fleet(dp=1, pp=2, tp=2)
+    names = [f"worker dp 0 pp {pp} tp {tp}" for pp in range(2) for tp in range(2)]
+    assert fleet.missing() == ["engine dp 0", *names, "API server"]
+    fleet.hear(3, worker(2), 0)
+    assert fleet.missing() == ["engine dp 0", names[0], names[1], names[3], "API server"]
+    for index, reason in ((2, f"{names[2]} .* is here already"), (4, "worker 4 of dp 0 .* has no place")):
+        (refused,) = fleet.hear(10 + index, worker(index), 0)
+        assert isinstance(refused.message, Refused)
+        assert re.match(reason, refused.message.reason)
+    fleet.lost(3, 1)
+    assert fleet.ended is not None
+    assert fleet.ended.reason.startswith(f"{names[2]} (pid 202 on here) died")
 
 
 def test_an_engine_that_is_ready_needs_no_workers_that_join() -> None:

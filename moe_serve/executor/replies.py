@@ -1,0 +1,54 @@
+"""One reply out of those of all an engine's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from moe_serve.base.commands import Reply, StageStatus, StepResult, WorkerFacts
+
+
+def combine_replies(replies: Sequence[Reply], *, sampling_worker: int) -> Reply:
+    """What the worker that samples answers, but a stage of experts is as far as the last of the workers.
+
+    `replies` by worker index.
+    """
+    told = replies[sampling_worker]
+    if isinstance(told, StepResult):
+        stages = [reply.stage for reply in replies if isinstance(reply, StepResult) and reply.stage is not None]
+        return msgspec.structs.replace(told, stage=_combine_stages(stages, len(replies))) if stages else told
+    if isinstance(told, StageStatus):
+        return _combine_stages([reply for reply in replies if isinstance(reply, StageStatus)], len(replies))
+    return told
+
+
+def _combine_stages(stages: list[StageStatus], num_workers: int) -> StageStatus:
+    return StageStatus(
+        epoch=max(stage.epoch for stage in stages),
+        staged=len(stages) == num_workers and all(stage.staged for stage in stages),
+        failed=next((stage.failed for stage in stages if stage.failed), ""),
+        pieces_posted=max(stage.pieces_posted for stage in stages),
+        bytes_received=sum(stage.bytes_received for stage in stages),
+        seconds=max(stage.seconds for stage in stages),
+    )
+
+
+def combine_facts(replies: Sequence[Reply], *, start_seconds: float) -> WorkerFacts:
+    """The least blocks, the sum of bytes held and read, the longest seconds. The checkpoint's size is its own."""
+    facts = [reply for reply in replies if isinstance(reply, WorkerFacts)]
+    assert len(facts) == len(replies), f"LoadModel was answered with {replies}"
+    seconds = {"start the workers": start_seconds}
+    for each in facts:
+        for phase, value in each.load_seconds.items():
+            seconds[phase] = max(seconds.get(phase, 0.0), value)
+    return WorkerFacts(
+        device=", ".join(dict.fromkeys(each.device for each in facts)),
+        dtype=facts[0].dtype,
+        kv_blocks=min(each.kv_blocks for each in facts),
+        kv_block_bytes=sum(each.kv_block_bytes for each in facts),
+        weight_bytes=sum(each.weight_bytes for each in facts),
+        checkpoint_bytes_read=sum(each.checkpoint_bytes_read for each in facts),
+        checkpoint_bytes_total=max(each.checkpoint_bytes_total for each in facts),
+        load_seconds=seconds,
+    )

@@ -1,0 +1,22 @@
+"""One reply out of those of all workers: whose tokens count, and how far a stage is."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_serve.base.commands import Sampled, StageStatus, StepResult
+from moe_serve.executor.replies import combine_replies
+
+
+@pytest.mark.parametrize("sampling_worker", [0, 2])
+def test_the_tokens_are_those_of_the_worker_that_samples(sampling_worker: int) -> None:
+    replies = [StepResult(step=3, sampled=[Sampled("a", worker)]) for worker in range(4)]
+    assert combine_replies(replies, sampling_worker=sampling_worker) == replies[sampling_worker]
+
+
+def test_a_stage_is_as_far_as_the_last_worker_whoever_samples() -> None:
+    stages = [StageStatus(epoch=1, staged=worker != 1, bytes_received=5) for worker in range(4)]
+    combined = StageStatus(epoch=1, staged=False, bytes_received=20)
+    assert combine_replies(stages, sampling_worker=2) == combined
+    results = [StepResult(step=3, sampled=[Sampled("a", worker)], stage=stages[worker]) for worker in range(4)]
+    assert combine_replies(results, sampling_worker=2) == StepResult(step=3, sampled=[Sampled("a", 2)], stage=combined)
