@@ -123,20 +123,29 @@ class Decoder(nn.Module):
         if isinstance(moe.shared, SharedExpert):
             found |= {f"shared.{name}": view for name, view in moe.shared.targets().items()}
         for slot, expert in enumerate(self.partition.experts_of(index)):
-            gate, up = moe.experts.gate_up[slot].chunk(2)
-            parts = {"gate": gate, "up": up, "down": moe.experts.down[slot]}
-            found |= {f"experts.{expert}.{name}": view for name, view in parts.items()}
+            found |= {f"experts.{expert}.{name}": view for name, view in moe.experts.targets(slot).items()}
         return found
 
-    def fill_copies(self) -> None:
+    def finish_loading(self) -> None:
+        """Every target was filled; what only this rank knows of follows."""
+        self._fill_copies()
+        for moe in self.moe_layers():
+            moe.experts.finish_loading()
+
+    def _fill_copies(self) -> None:
         """Copies of an expert on this rank: one of them was filled (see targets), the others follow."""
         for index, moe in enumerate(self.moe_layers()):
             held = self.partition.experts_of(index)
             filled = {expert: slot for slot, expert in enumerate(held)}
             for slot, expert in enumerate(held):
-                if filled[expert] != slot:
-                    moe.experts.gate_up[slot].copy_(moe.experts.gate_up[filled[expert]])
-                    moe.experts.down[slot].copy_(moe.experts.down[filled[expert]])
+                if filled[expert] == slot:
+                    continue
+                for part, source in zip(moe.experts.parts(slot), moe.experts.parts(filled[expert]), strict=True):
+                    part.copy_(source)
+
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's slot in the layer that has the largest; 0 without experts."""
+        return max((moe.experts.slot_bytes for moe in self.moe_layers()), default=0)
 
     def weight_bytes(self) -> int:
         """Bytes of this rank's parameters, a shared one counted once."""

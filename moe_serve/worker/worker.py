@@ -141,6 +141,7 @@ class Worker:
             kv_blocks=blocks,
             kv_block_bytes=shape.block_bytes,
             weight_bytes=decoder.weight_bytes(),
+            expert_bytes=decoder.expert_bytes(),
             checkpoint_bytes_read=loaded.bytes_read,
             checkpoint_bytes_total=loaded.bytes_total,
             load_seconds=self._seconds,
