@@ -21,7 +21,7 @@ def make_rebalancer(config: Config) -> Rebalancer | None:
     if not parallel.enable_eplb:
         return None
     model = load_model_config(Path(config.model.model or ""))
-    placement = first_placement(parallel, num_layers=model.num_layers, num_experts=model.num_experts)
+    placement = first_placement(parallel, num_layers=len(model.moe_layers), num_experts=model.num_experts)
     return Rebalancer(
         parallel.eplb_config,
         parallel.topology,

@@ -229,6 +229,23 @@ def test_balancing_that_is_off_says_so(folder: Path) -> None:
         assert server.get("/metrics").status_code == 200
 
 
+def test_answers_of_a_model_with_a_dense_layer_stay_the_same_through_a_rearrangement(
+    tmp_path: Path, requests: list[list[int]]
+) -> None:
+    """Experts are counted where there are any: the placement has one layer of the model's two."""
+    tiny_model(tmp_path, "qwen3_moe", seed=7, mlp_only_layers=[0], intermediate_size=45)
+    write_letters(tmp_path, VOCAB)
+    with serving(str(tmp_path), *options(2, "static", 4, step_interval=1_000_000)) as server:
+        before = answers(server, requests[:8])
+        assert server.post("/eplb/apply", {"policy": "shuffle"}).status_code == 202
+        settle(server)
+        assert answers(server, requests[:8]) == before
+        (entry,) = applied(server)
+        assert len(server.get("/eplb").json()["placement"]["physical_to_logical"]) == 1
+        assert entry["moved_experts"] > 0
+        assert entry["moved_bytes"] == entry["moved_experts"] * 3 * 64 * 24 * 4, "as the workers keep an expert"
+
+
 # --- placements from a file ------------------------------------------------------------------------------------------
 
 TWICE = [0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
