@@ -18,7 +18,8 @@ class Defaults:
     """What an architecture assumes where config.json is silent, and what it fixes by its code.
 
     `norm_topk_prob` None: the checkpoint says. `free_head_dim`: head_dim need not be hidden_size / heads.
-    `sliding_window_switch`: a sliding_window counts only if use_sliding_window is true.
+    `sliding_window_switch`: a sliding_window counts only if use_sliding_window is true. `dense_size_field`, where the
+    checkpoint says which layers are dense (DENSE_LAYER_FIELDS): their width.
     """
 
     fields: Mapping[str, object]
@@ -30,6 +31,7 @@ class Defaults:
     shared_expert: bool = False
     free_head_dim: bool = True
     sliding_window_switch: bool = False
+    dense_size_field: str | None = None
 
 
 _QWEN = {
@@ -39,6 +41,7 @@ _QWEN = {
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
+    "decoder_sparse_step": 1,
 }
 ARCHITECTURES: Mapping[str, Defaults] = MappingProxyType(
     {
@@ -50,11 +53,13 @@ ARCHITECTURES: Mapping[str, Defaults] = MappingProxyType(
                 "num_experts": 128,
                 "num_experts_per_tok": 8,
                 "moe_intermediate_size": 768,
+                "intermediate_size": 6144,
                 "attention_bias": False,
             },
             expert_size_field="moe_intermediate_size",
             qk_norm="head",
             sliding_window_switch=True,
+            dense_size_field="intermediate_size",
             bias_field="attention_bias",
             output_bias=True,
         ),
@@ -66,6 +71,7 @@ ARCHITECTURES: Mapping[str, Defaults] = MappingProxyType(
                 "num_experts": 60,
                 "num_experts_per_tok": 4,
                 "moe_intermediate_size": 1408,
+                "intermediate_size": 5632,
                 "shared_expert_intermediate_size": 5632,
                 "qkv_bias": True,
             },
@@ -73,6 +79,7 @@ ARCHITECTURES: Mapping[str, Defaults] = MappingProxyType(
             bias_field="qkv_bias",
             shared_expert=True,
             sliding_window_switch=True,
+            dense_size_field="intermediate_size",
         ),
         "MixtralForCausalLM": Defaults(
             fields={
@@ -116,6 +123,7 @@ ARCHITECTURES: Mapping[str, Defaults] = MappingProxyType(
         ),
     }
 )
+DENSE_LAYER_FIELDS = ("mlp_only_layers", "decoder_sparse_step")
 # Fields that change what is computed, each with the values under which they do not.
 HARMLESS: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {

@@ -184,13 +184,17 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load_model"):
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, tag="worker_facts"):
-    """One worker after loading, or the least of several. Bytes are bytes; `load_seconds` by phase."""
+    """One worker after loading, or the least of several. Bytes are bytes; `load_seconds` by phase.
+
+    `expert_bytes` of one expert's slot in one layer (what moving an expert moves), 0 without experts.
+    """
 
     device: str
     dtype: str
     kv_blocks: int
     kv_block_bytes: int
     weight_bytes: int
+    expert_bytes: int
     checkpoint_bytes_read: int
     checkpoint_bytes_total: int
     load_seconds: dict[str, float]

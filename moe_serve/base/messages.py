@@ -74,9 +74,13 @@ class Frontends(msgspec.Struct, frozen=True, tag="frontends"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """This member can serve (an engine: loaded and its KV cache made; a front-end: listening, at host:port `note`)."""
+    """This member can serve (an engine: loaded and its KV cache made; a front-end: listening, at host:port `note`).
+
+    `expert_bytes` from an engine, as its workers found it (WorkerFacts).
+    """
 
     note: str = ""
+    expert_bytes: int = 0
 
 
 class WorldReady(msgspec.Struct, frozen=True, tag="world_ready"):

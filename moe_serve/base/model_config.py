@@ -7,13 +7,14 @@ the default of base/architectures.py.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from moe_serve.base.architectures import ARCHITECTURES, HARMLESS, Defaults, QKNorm
+from moe_serve.base.architectures import ARCHITECTURES, DENSE_LAYER_FIELDS, HARMLESS, Defaults, QKNorm
 from moe_serve.base.errors import CheckpointError
+from moe_serve.base.fields import Fields
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -21,10 +22,36 @@ DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
+FeedForward = Literal["moe", "dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """Of what kinds a layer's two halves are."""
+
+    attention: Literal["gqa"] = "gqa"
+    feed_forward: FeedForward = "moe"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """How a row's experts are chosen and weighted.
+
+    `score` of all experts, of which the `top_k` largest are taken; then scaled to add up to one (`norm_topk_prob`),
+    then all times `scale`.
+    """
+
+    top_k: int
+    score: Literal["softmax"] = "softmax"
+    norm_topk_prob: bool = False
+    scale: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A checkpoint in numbers. `expert_size` is the width F of one routed expert.
+    """A checkpoint in numbers. `expert_size` is the width F of one routed expert, `dense_size` of a dense layer.
 
+    `layers` in order. Experts are counted in MoE layers only: number m of them is layer `moe_layers[m]`.
     `qk_norm`: "head" norms each head's q and k by itself, "full" over all heads at once. `dtype` as saved.
     `eos_token_ids` from generation_config.json, else config.json; only ids inside the vocabulary.
     `generation_defaults` sampling options under SamplingParams' names.
@@ -33,7 +60,7 @@ class ModelConfig:
     architecture: str
     vocab_size: int
     hidden_size: int
-    num_layers: int
+    layers: tuple[LayerSpec, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -41,10 +68,10 @@ class ModelConfig:
     rope_theta: float
     max_position_embeddings: int
     num_experts: int
-    top_k: int
     expert_size: int
-    norm_topk_prob: bool
+    router: RouterConfig
     shared_expert_size: int | None = None
+    dense_size: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: QKNorm = "none"
@@ -54,54 +81,21 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
-class Fields:
-    """Typed access to one JSON object of a model folder; every complaint names the file and the field."""
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return self.layers_with("moe")
 
-    def __init__(self, path: Path, values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-        self.path = path
-        self.values = values
-        self._defaults = defaults
+    @property
+    def top_k(self) -> int:
+        return self.router.top_k
 
-    def raw(self, *names: str) -> object:
-        """The value under the first of several names that is there and not null, else the default."""
-        found = {name: self.values[name] for name in names if self.values.get(name) is not None}
-        if len(set(map(repr, found.values()))) > 1:
-            raise CheckpointError(f"{self.path}: {' and '.join(found)} differ: {found}")
-        for value in found.values():
-            return value
-        return next((self._defaults[name] for name in names if name in self._defaults), None)
-
-    def wrong(self, name: str, value: object, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {name} must be {wanted}, not {value!r}")
-
-    def integer(self, *names: str) -> int:
-        value = self.raw(*names)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.wrong(names[0], value, "an integer of at least 1")
-        return value
-
-    def number(self, name: str) -> float:
-        value = self.raw(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.wrong(name, value, "a number greater than 0")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.raw(name)
-        if value is None:
-            return False
-        if not isinstance(value, bool):
-            raise self.wrong(name, value, "true or false")
-        return value
-
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """One id, a list of ids or nothing."""
-        value = self.raw(name)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-            raise self.wrong(name, value, "a token id or a list of them")
-        return tuple(ids)
+    def layers_with(self, feed_forward: FeedForward) -> tuple[int, ...]:
+        """Indices of the layers of one kind."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.feed_forward == feed_forward)
 
 
 def load_model_config(folder: Path | str) -> ModelConfig:
@@ -145,7 +139,10 @@ def _architecture(path: Path, values: Mapping[str, object]) -> str:
 
 
 def _refuse_unsupported(fields: Fields, defaults: Defaults) -> None:
+    computed = () if defaults.dense_size_field is None else DENSE_LAYER_FIELDS
     for name, harmless in HARMLESS.items():
+        if name in computed:
+            continue
         value = fields.values.get(name, harmless[0])
         if value not in harmless or (isinstance(value, bool) and not any(value is each for each in harmless)):
             raise CheckpointError(
@@ -249,23 +246,52 @@ def _heads(fields: Fields, hidden: int, *, free_head_dim: bool) -> tuple[int, in
     return heads, kv_heads, head_dim
 
 
+def _layers(fields: Fields, defaults: Defaults) -> tuple[LayerSpec, ...]:
+    """Dense are those of mlp_only_layers, and of the others all but every decoder_sparse_step-th."""
+    count = fields.integer("num_hidden_layers")
+    if defaults.dense_size_field is None:
+        return (LayerSpec(),) * count
+    given = fields.raw("mlp_only_layers")
+    dense = [] if given is None else given
+    if not isinstance(dense, list) or any(isinstance(index, bool) or not isinstance(index, int) for index in dense):
+        raise fields.wrong("mlp_only_layers", dense, "a list of layers' numbers, the first being 0")
+    step = fields.integer("decoder_sparse_step")
+    kinds: list[FeedForward] = ["dense" if i in dense or (i + 1) % step else "moe" for i in range(count)]
+    if "moe" not in kinds:
+        raise CheckpointError(
+            f"{fields.path}: mlp_only_layers and decoder_sparse_step ({step}) leave none of {count} layers with "
+            "experts; a model needs at least one"
+        )
+    return tuple(LayerSpec(feed_forward=kind) for kind in kinds)
+
+
+def _router(fields: Fields, defaults: Defaults, num_experts: int) -> RouterConfig:
+    top_k, normed = fields.integer("num_experts_per_tok"), defaults.norm_topk_prob
+    if top_k > num_experts:
+        raise CheckpointError(f"{fields.path}: num_experts_per_tok ({top_k}) is more than num_experts ({num_experts})")
+    return RouterConfig(top_k=top_k, norm_topk_prob=fields.flag("norm_topk_prob") if normed is None else normed)
+
+
+def _dense_size(fields: Fields, defaults: Defaults, layers: tuple[LayerSpec, ...]) -> int | None:
+    has_dense = any(layer.feed_forward == "dense" for layer in layers)
+    return fields.integer(defaults.dense_size_field) if has_dense and defaults.dense_size_field else None
+
+
 def _build(architecture: str, fields: Fields, generation: Fields) -> ModelConfig:
     defaults = ARCHITECTURES[architecture]
     hidden = fields.integer("hidden_size")
     heads, kv_heads, head_dim = _heads(fields, hidden, free_head_dim=defaults.free_head_dim)
-    experts, top_k = fields.integer("num_experts", "num_local_experts"), fields.integer("num_experts_per_tok")
-    if top_k > experts:
-        raise CheckpointError(f"{fields.path}: num_experts_per_tok ({top_k}) is more than num_experts ({experts})")
+    experts = fields.integer("num_experts", "num_local_experts")
+    layers = _layers(fields, defaults)
     vocab_size = fields.integer("vocab_size")
     biased = defaults.bias_field is not None and fields.flag(defaults.bias_field)
-    normed = defaults.norm_topk_prob
     eos = generation.token_ids("eos_token_id") or fields.token_ids("eos_token_id")
     bos = generation.token_ids("bos_token_id") or fields.token_ids("bos_token_id")
     return ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers"),
+        layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -273,10 +299,10 @@ def _build(architecture: str, fields: Fields, generation: Fields) -> ModelConfig
         rope_theta=_rope_theta(fields),
         max_position_embeddings=fields.integer("max_position_embeddings"),
         num_experts=experts,
-        top_k=top_k,
         expert_size=fields.integer(defaults.expert_size_field),
-        norm_topk_prob=fields.flag("norm_topk_prob") if normed is None else normed,
+        router=_router(fields, defaults, experts),
         shared_expert_size=fields.integer("shared_expert_intermediate_size") if defaults.shared_expert else None,
+        dense_size=_dense_size(fields, defaults, layers),
         qkv_bias=biased,
         o_bias=biased and defaults.output_bias,
         qk_norm=defaults.qk_norm,

@@ -73,7 +73,7 @@ def record(model: str | None, prompts: Sequence[str], *, max_tokens: int, option
         _run(engine, sequences)
         executor_used = engine.core.executor
         assert isinstance(executor_used, RecordingExecutor)
-        counts = _by_step(executor_used.steps, model_config.num_layers, model_config.num_experts)
+        counts = _by_step(executor_used.steps, len(model_config.moe_layers), model_config.num_experts)
     finally:
         engine.close()
     tokens = int(counts[:, 0].sum()) // model_config.top_k

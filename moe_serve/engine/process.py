@@ -76,6 +76,7 @@ class EngineProcess:
         self._frontends: list[str] = []
         self._owners: dict[str, str] = {}
         self._executor: Executor | None = None
+        self._expert_bytes = 0
         self._link: Link | None = None
 
     def run(self) -> int:
@@ -149,6 +150,7 @@ class EngineProcess:
         model_config = load_model_config(Path(config.model.model or ""))
         self._executor = choose_executor(config)(config, meeting, self._progress)
         facts = self._executor.start()
+        self._expert_bytes = facts.expert_bytes
         self._progress.enter("meet the other engines")
         votes = control_group(
             spec.dp,
@@ -226,7 +228,7 @@ class EngineProcess:
         sockets = FrontendSockets(hello, lambda address, message: self._inbox.put((address, message)))
         for address in self._frontends:
             sockets.connect(address)
-        self._link.send(Ready())
+        self._link.send(Ready(expert_bytes=self._expert_bytes))
         gc.collect()
         gc.freeze()
         while True:

@@ -11,20 +11,20 @@ from moe_serve.eplb.first_placement import first_placement
 from moe_serve.eplb.policies.base import Policy
 from moe_serve.eplb.rebalancer import Rebalancer
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 def make_rebalancer(config: Config) -> Rebalancer | None:
-    """None where load balancing is off. ConfigError for a placement file that does not fit."""
+    """None where load balancing is off. ConfigError for a placement file that does not fit.
+
+    How large an expert is it must be told: only the workers know in what form they keep one.
+    """
     parallel = config.parallel
     if not parallel.enable_eplb:
         return None
     model = load_model_config(Path(config.model.model or ""))
-    placement = first_placement(parallel, num_layers=model.num_layers, num_experts=model.num_experts)
+    placement = first_placement(parallel, num_layers=len(model.moe_layers), num_experts=model.num_experts)
     return Rebalancer(
         parallel.eplb_config,
         parallel.topology,
         placement,
         policy=cast(Policy, EPLB_POLICIES.load(parallel.eplb_config.policy)),
-        expert_bytes=3 * model.hidden_size * model.expert_size * DTYPE_BYTES[config.model.dtype],
     )

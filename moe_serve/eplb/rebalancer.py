@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Conflict(ConfigError):
 
 
 class Rebalancer:
-    """`expert_bytes` of one expert's weights, on the ranks and nodes of `topology`.
+    """Experts on the ranks and nodes of `topology`; `expert_bytes` of one in one layer, which the workers tell later.
 
     Times are seconds of any clock, but `unix_time` is what the metrics tell. What it returns are orders for engines;
     it does nothing itself.
@@ -64,7 +65,7 @@ class Rebalancer:
         placement: Placement,
         *,
         policy: Policy,
-        expert_bytes: int,
+        expert_bytes: int = 0,
         num_nodes: int = 1,
         num_groups: int = 1,
         unix_time: Callable[[], float] = time.time,
@@ -94,6 +95,10 @@ class Rebalancer:
         self._next_epoch = 1
 
     # -- what comes in --
+
+    def set_expert_bytes(self, expert_bytes: int) -> None:
+        """What the workers found one expert to take in one layer; said before the first load."""
+        self._forecast = replace(self._forecast, expert_bytes=expert_bytes)
 
     def hear_load(self, load: StepLoad, now: float) -> list[ForEngine]:
         """A bucket of load; perhaps it is time to rearrange, or to split the load over copies anew."""

@@ -48,6 +48,7 @@ def combine_facts(replies: Sequence[Reply], *, start_seconds: float) -> WorkerFa
         kv_blocks=min(each.kv_blocks for each in facts),
         kv_block_bytes=sum(each.kv_block_bytes for each in facts),
         weight_bytes=sum(each.weight_bytes for each in facts),
+        expert_bytes=max(each.expert_bytes for each in facts),
         checkpoint_bytes_read=sum(each.checkpoint_bytes_read for each in facts),
         checkpoint_bytes_total=max(each.checkpoint_bytes_total for each in facts),
         load_seconds=seconds,

@@ -241,10 +241,12 @@ def describe(config: Config, model: ModelConfig) -> str:
         if parallel.enable_expert_parallel
         else f"every expert cut over {parallel.topology.ep} ranks"
     )
+    num_dense = model.num_layers - len(model.moe_layers)
+    dense = f" and {num_dense} dense" if num_dense else ""
     return (
-        f"{config.model.served_model_name}: {model.architecture}, {model.num_layers} layers x {model.num_experts} "
-        f"experts, top-{model.top_k}, {config.model.dtype}; data parallel {parallel.data_parallel_size} x tensor "
-        f"parallel {parallel.tensor_parallel_size}, {experts}"
+        f"{config.model.served_model_name}: {model.architecture}, {len(model.moe_layers)} layers x {model.num_experts} "
+        f"experts{dense}, top-{model.top_k}, {config.model.dtype}; data parallel {parallel.data_parallel_size} x "
+        f"tensor parallel {parallel.tensor_parallel_size}, {experts}"
     )
 
 

@@ -14,7 +14,7 @@ from moe_serve.model.decoder import Decoder, DecoderLayer
 from moe_serve.model.layers.embedding import VocabEmbedding, VocabHead
 from moe_serve.model.layers.gqa import Attention
 from moe_serve.model.layers.linear import weight
-from moe_serve.model.layers.mlp import SharedExpert
+from moe_serve.model.layers.mlp import DenseMLP, SharedExpert
 from moe_serve.model.layers.norm import RMSNorm
 from moe_serve.model.moe.expert_map import ExpertMap, even_copies
 from moe_serve.model.moe.experts import Experts
@@ -86,25 +86,28 @@ class _Maker:
 
     def layer(self, index: int) -> DecoderLayer:
         attention = Attention(self.partition, self.groups.tp, self.backend, dtype=self.dtype, device=self.device)
-        return DecoderLayer(index, self.norm(), attention, self.norm(), self._moe(index))
-
-    def _moe(self, index: int) -> MoELayer:
         config = self.partition.config
-        router = Router(
-            config.hidden_size,
-            config.num_experts,
-            config.top_k,
-            norm_topk_prob=config.norm_topk_prob,
-            device=self.device,
-        )
+        spec = config.layers[index]
+        assert spec.attention == "gqa"
+        feed_forward = self._moe(config.moe_layers.index(index)) if spec.feed_forward == "moe" else self._dense()
+        return DecoderLayer(index, self.norm(), attention, self.norm(), feed_forward)
+
+    def _dense(self) -> DenseMLP:
+        hidden, width = self.partition.config.hidden_size, len(self.partition.dense)
+        return DenseMLP(hidden, width, self.groups.tp, dtype=self.dtype, device=self.device)
+
+    def _moe(self, number: int) -> MoELayer:
+        """The one of this number among the MoE layers."""
+        config = self.partition.config
+        router = Router(config.hidden_size, config.num_experts, config.router, device=self.device)
         experts = Experts(
-            len(self.partition.experts_of(index)),
+            len(self.partition.experts_of(number)),
             config.hidden_size,
             len(self.partition.width),
             self.dtype,
             self.device,
         )
-        return MoELayer(router, self._expert_map(index), experts, self.all2all, self.groups.tp, self._shared())
+        return MoELayer(router, self._expert_map(number), experts, self.all2all, self.groups.tp, self._shared())
 
     def _shared(self) -> SharedExpert | None:
         config = self.partition.config
@@ -112,10 +115,10 @@ class _Maker:
             return None
         return SharedExpert(config.hidden_size, config.shared_expert_size, dtype=self.dtype, device=self.device)
 
-    def _expert_map(self, index: int) -> ExpertMap:
+    def _expert_map(self, number: int) -> ExpertMap:
         placement = self.partition.placement
         if placement is None:
             return ExpertMap(None, None, salt=0)
-        slots_EC, shares_EC = even_copies(placement.physical_to_logical_LP[index].tolist(), placement.num_logical)
-        salt = 1 + index * placement.num_ranks + self.partition.ep_rank
+        slots_EC, shares_EC = even_copies(placement.physical_to_logical_LP[number].tolist(), placement.num_logical)
+        salt = 1 + number * placement.num_ranks + self.partition.ep_rank
         return ExpertMap(slots_EC.to(self.device), shares_EC.to(self.device), salt=salt)

@@ -13,6 +13,19 @@ from moe_serve.base.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
+class TokenKV:
+    """What one layer keeps of a token on this rank: k and v of its own KV heads."""
+
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+
+    @property
+    def num_elements(self) -> int:
+        return self.num_kv_heads * (self.k_dim + self.v_dim)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerKV:
     """One layer's KV cache on this rank: k and v, each (N, G, d), N = blocks x size. Slot = block * size + offset."""
 

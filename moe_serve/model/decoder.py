@@ -1,4 +1,4 @@
-"""The one decoder skeleton: embedding, layers of attention and experts, final norm, head."""
+"""The one decoder skeleton: embedding, layers of attention and feed-forward, final norm, head."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.model.all2all.base import All2All
 from moe_serve.model.attention.base import AttentionBackend
-from moe_serve.model.context import ForwardContext, LayerKV
+from moe_serve.model.context import ForwardContext, LayerKV, TokenKV
 from moe_serve.model.layers.embedding import VocabEmbedding, VocabHead
 from moe_serve.model.layers.gqa import Attention
-from moe_serve.model.layers.mlp import SharedExpert
+from moe_serve.model.layers.mlp import DenseMLP
 from moe_serve.model.layers.norm import RMSNorm
 from moe_serve.model.layers.rope import Rope, Rotation
 from moe_serve.model.moe.layer import MoELayer
@@ -21,23 +21,43 @@ from moe_serve.model.partition import Partition
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(
-        self, index: int, attention_norm: RMSNorm, attention: Attention, moe_norm: RMSNorm, moe: MoELayer
+        self,
+        index: int,
+        attention_norm: RMSNorm,
+        attention: Attention,
+        feed_forward_norm: RMSNorm,
+        feed_forward: MoELayer | DenseMLP,
     ) -> None:
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
-        self.moe_norm, self.moe = moe_norm, moe
-        self.attention_phase, self.moe_phase = f"layer {index} attention", f"layer {index} experts"
+        self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward
+        self.attention_phase = f"layer {index} attention"
+        self.feed_forward_phase = f"layer {index} {'experts' if isinstance(feed_forward, MoELayer) else 'dense'}"
 
     def forward(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> Tensor:
         if x_TD.shape[0]:  # a dummy step brings no rows, on all TP ranks alike; its experts still serve other engines
             ctx.progress.enter(self.attention_phase)
             x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, kv, ctx)
-        ctx.progress.enter(self.moe_phase)
-        moe_TD: Tensor = self.moe(self.moe_norm(x_TD), ctx)
-        return x_TD + moe_TD
+        ctx.progress.enter(self.feed_forward_phase)
+        out_TD: Tensor = self.feed_forward(self.feed_forward_norm(x_TD), ctx)
+        return x_TD + out_TD
+
+    def targets(self) -> dict[str, Tensor]:
+        """Logical weight -> where it lives, but for the experts, of which a layer does not know which it holds."""
+        found: dict[str, Tensor] = {
+            "attention_norm.weight": self.attention_norm.weight,
+            "feed_forward_norm.weight": self.feed_forward_norm.weight,
+        }
+        found |= {f"attention.{name}": view for name, view in self.attention.targets().items()}
+        if isinstance(self.feed_forward, DenseMLP):
+            return found | {f"dense.{name}": view for name, view in self.feed_forward.targets().items()}
+        found["router.weight"] = self.feed_forward.router.weight
+        if self.feed_forward.shared is not None:
+            found |= {f"shared.{name}": view for name, view in self.feed_forward.shared.targets().items()}
+        return found
 
 
 class Decoder(nn.Module):
@@ -56,6 +76,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.partition = partition
         self.embedding, self.layers, self.norm, self.head = embedding, nn.ModuleList(layers), norm, head
+        self._layers = tuple(layers)  # the same again: what comes out of a ModuleList has lost its type
         self.attention_backend, self.all2all = attention_backend, all2all
         config = partition.config
         self.rope = Rope(config.head_dim, config.rope_theta, embedding.weight.device)
@@ -65,9 +86,9 @@ class Decoder(nn.Module):
         return self.partition.config
 
     @property
-    def num_kv_heads(self) -> int:
-        """KV heads this rank caches."""
-        return len(self.partition.kv_heads)
+    def token_kv(self) -> tuple[TokenKV, ...]:
+        """What each layer keeps of a token on this rank."""
+        return tuple(layer.attention.token_kv for layer in self._layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,7 +104,7 @@ class Decoder(nn.Module):
         ctx.progress.enter("embedding")
         x_TD = self.embedding(token_ids_T)
         rotation = self.rope.rotation(ctx.positions_T, x_TD.dtype)
-        for layer, kv in zip(self.layers, ctx.kv, strict=True):
+        for layer, kv in zip(self._layers, ctx.kv, strict=True):
             x_TD = layer(x_TD, rotation, kv, ctx)
         hidden_TD: Tensor = self.norm(x_TD)
         return hidden_TD
@@ -95,48 +116,42 @@ class Decoder(nn.Module):
         return logits_SV
 
     def moe_layers(self) -> list[MoELayer]:
-        """The mixture-of-experts part of each layer, in order."""
-        found = []
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
-            found.append(layer.moe)
-        return found
+        """The feed-forward of those layers that have experts, in order: by the number of the MoE layer."""
+        return [layer.feed_forward for layer in self._layers if isinstance(layer.feed_forward, MoELayer)]
 
     def targets(self) -> dict[str, Tensor]:
         """Parameter name of the weight rules -> view of this rank's memory; absent for what it does not hold."""
         found: dict[str, Tensor] = {"embedding.weight": self.embedding.weight, "norm.weight": self.norm.weight}
         if self.head.weight is not self.embedding.weight:
             found["head.weight"] = self.head.weight
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            found |= {f"layers.{index}.{name}": view for name, view in self._layer_targets(index, layer).items()}
+        for index, layer in enumerate(self._layers):
+            found |= {f"layers.{index}.{name}": view for name, view in layer.targets().items()}
+        for number, (index, moe) in enumerate(zip(self.config.moe_layers, self.moe_layers(), strict=True)):
+            for slot, expert in enumerate(self.partition.experts_of(number)):
+                prefix = f"layers.{index}.experts.{expert}"
+                found |= {f"{prefix}.{name}": view for name, view in moe.experts.targets(slot).items()}
         return found
 
-    def _layer_targets(self, index: int, layer: DecoderLayer) -> dict[str, Tensor]:
-        moe = layer.moe
-        found: dict[str, Tensor] = {
-            "attention_norm.weight": layer.attention_norm.weight,
-            "moe_norm.weight": layer.moe_norm.weight,
-            "router.weight": moe.router.weight,
-        }
-        found |= {f"attention.{name}": view for name, view in layer.attention.targets().items()}
-        if isinstance(moe.shared, SharedExpert):
-            found |= {f"shared.{name}": view for name, view in moe.shared.targets().items()}
-        for slot, expert in enumerate(self.partition.experts_of(index)):
-            gate, up = moe.experts.gate_up[slot].chunk(2)
-            parts = {"gate": gate, "up": up, "down": moe.experts.down[slot]}
-            found |= {f"experts.{expert}.{name}": view for name, view in parts.items()}
-        return found
+    def finish_loading(self) -> None:
+        """Every target was filled; what only this rank knows of follows."""
+        self._fill_copies()
+        for moe in self.moe_layers():
+            moe.experts.finish_loading()
 
-    def fill_copies(self) -> None:
+    def _fill_copies(self) -> None:
         """Copies of an expert on this rank: one of them was filled (see targets), the others follow."""
-        for index, moe in enumerate(self.moe_layers()):
-            held = self.partition.experts_of(index)
+        for number, moe in enumerate(self.moe_layers()):
+            held = self.partition.experts_of(number)
             filled = {expert: slot for slot, expert in enumerate(held)}
             for slot, expert in enumerate(held):
-                if filled[expert] != slot:
-                    moe.experts.gate_up[slot].copy_(moe.experts.gate_up[filled[expert]])
-                    moe.experts.down[slot].copy_(moe.experts.down[filled[expert]])
+                if filled[expert] == slot:
+                    continue
+                for part, source in zip(moe.experts.parts(slot), moe.experts.parts(filled[expert]), strict=True):
+                    part.copy_(source)
+
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's slot in the layer that has the largest; 0 without experts."""
+        return max((moe.experts.slot_bytes for moe in self.moe_layers()), default=0)
 
     def weight_bytes(self) -> int:
         """Bytes of this rank's parameters, a shared one counted once."""

@@ -16,14 +16,15 @@ from moe_serve.base.topology import split_range
 from moe_serve.eplb.first_placement import first_placement
 from moe_serve.eplb.placement import Placement
 
-Axis = Literal["vocab", "hidden", "heads", "kv_heads", "head_dim", "experts", "width", "shared", "one"]
+Axis = Literal["vocab", "hidden", "heads", "kv_heads", "head_dim", "experts", "width", "dense", "shared", "one"]
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
     """One rank's part. `vocab_sizes` of every TP rank; `kv_replicas` TP ranks that hold the same KV head.
 
-    `placement` is None when experts are cut by width instead of spread; `width` is then a part of range(F).
+    `placement` is None when experts are cut by width instead of spread; `width` is then a part of range(F). `dense`
+    of a dense layer's width.
     """
 
     config: ModelConfig
@@ -33,14 +34,15 @@ class Partition:
     vocab: range
     vocab_sizes: tuple[int, ...]
     width: range
+    dense: range
     placement: Placement | None
     ep_rank: int
 
-    def experts_of(self, layer: int) -> list[int]:
-        """Logical experts whose weights this rank holds in a layer, in slot order."""
+    def experts_of(self, moe_layer: int) -> list[int]:
+        """Logical experts whose weights this rank holds in a layer (counted among MoE layers), in slot order."""
         if self.placement is None:
             return list(range(self.config.num_experts))
-        experts: list[int] = self.placement.logical_of(layer, self.ep_rank).tolist()
+        experts: list[int] = self.placement.logical_of(moe_layer, self.ep_rank).tolist()
         return experts
 
     def size(self, axis: Axis) -> int:
@@ -54,6 +56,7 @@ class Partition:
             "head_dim": config.head_dim,
             "experts": config.num_experts,
             "width": config.expert_size,
+            "dense": config.dense_size or 0,
             "shared": config.shared_expert_size or 0,
             "one": 1,
         }
@@ -67,6 +70,7 @@ class Partition:
             "heads": range(self.heads.start * d, self.heads.stop * d),
             "kv_heads": range(self.kv_heads.start * d, self.kv_heads.stop * d),
             "width": self.width,
+            "dense": self.dense,
         }
         return parts.get(axis, range(self.size(axis)))
 
@@ -80,7 +84,7 @@ def make_partition(config: ModelConfig, parallel: ParallelConfig, rank: int) -> 
     kv_replicas = max(1, tp // config.num_kv_heads)
     placement, width = None, range(config.expert_size)
     if parallel.enable_expert_parallel:
-        placement = first_placement(parallel, num_layers=config.num_layers, num_experts=config.num_experts)
+        placement = first_placement(parallel, num_layers=len(config.moe_layers), num_experts=config.num_experts)
     elif config.expert_size < ep:
         raise ConfigError(
             f"experts of width {config.expert_size} cannot be cut over {ep} ranks (--data-parallel-size x "
@@ -88,6 +92,10 @@ def make_partition(config: ModelConfig, parallel: ParallelConfig, rank: int) -> 
         )
     else:
         width = _cut_width(config.expert_size, ep, ep_rank)
+    if config.dense_size is not None and config.dense_size < tp:
+        raise ConfigError(
+            f"dense layers of width {config.dense_size} cannot be cut over {tp} ranks; lower --tensor-parallel-size"
+        )
     return Partition(
         config=config,
         heads=split_range(config.num_heads, tp, tp_rank),
@@ -96,6 +104,7 @@ def make_partition(config: ModelConfig, parallel: ParallelConfig, rank: int) -> 
         vocab=split_range(config.vocab_size, tp, tp_rank),
         vocab_sizes=tuple(len(split_range(config.vocab_size, tp, other)) for other in range(tp)),
         width=width,
+        dense=range(0) if config.dense_size is None else _cut_width(config.dense_size, tp, tp_rank),
         placement=placement,
         ep_rank=ep_rank,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
-from moe_serve.model.context import LayerKV
+from moe_serve.model.context import LayerKV, TokenKV
 
 CPU_CAP_BYTES = 4 * 2**30
 """A CPU's memory is everybody's: no rank takes more by itself."""
@@ -20,25 +20,26 @@ CPU_CAP_BYTES = 4 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one rank keeps for every token; `num_kv_heads` are this rank's own."""
+    """What one rank keeps for every token, layer by layer."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[TokenKV, ...]
     block_size: int
     dtype: torch.dtype
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block, k and v of all layers."""
-        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return per_token * self.block_size
+        return sum(kept.num_elements for kept in self.layers) * self.dtype.itemsize * self.block_size
 
     def allocate(self, num_blocks: int, device: torch.device) -> tuple[LayerKV, ...]:
         """One pair of tensors per layer; zeros, since a masked score of a stray NaN would still be NaN."""
-        size = (num_blocks * self.block_size, self.num_kv_heads, self.head_dim)
+        slots = num_blocks * self.block_size
+
+        def zeros(heads: int, dim: int) -> Tensor:
+            return _zeros((slots, heads, dim), self.dtype, device)
+
         return tuple(
-            LayerKV(_zeros(size, self.dtype, device), _zeros(size, self.dtype, device)) for _ in range(self.num_layers)
+            LayerKV(zeros(kept.num_kv_heads, kept.k_dim), zeros(kept.num_kv_heads, kept.v_dim)) for kept in self.layers
         )
 
 

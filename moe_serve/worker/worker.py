@@ -142,6 +142,7 @@ class Worker:
             kv_blocks=blocks,
             kv_block_bytes=shape.block_bytes,
             weight_bytes=decoder.weight_bytes(),
+            expert_bytes=decoder.expert_bytes(),
             checkpoint_bytes_read=loaded.bytes_read,
             checkpoint_bytes_total=loaded.bytes_total,
             load_seconds=self._seconds,
@@ -165,13 +166,7 @@ class Worker:
         return self._balance
 
     def _kv_shape(self, decoder: Decoder) -> KVShape:
-        return KVShape(
-            num_layers=decoder.config.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.config.head_dim,
-            block_size=self._config.cache.block_size,
-            dtype=decoder.dtype,
-        )
+        return KVShape(decoder.token_kv, self._config.cache.block_size, decoder.dtype)
 
     def _fitting_blocks(self, decoder: Decoder, shape: KVShape, model_config: ModelConfig) -> int:
         max_model_len = self._config.model.max_model_len or model_config.max_position_embeddings

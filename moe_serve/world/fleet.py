@@ -140,6 +140,8 @@ class Fleet:
                 return [Send(other, message) for other in self._role("engine") if other != member]
             case Ready():
                 known.ready, known.note = True, message.note
+                if self.rebalancer is not None and message.expert_bytes:
+                    self.rebalancer.set_expert_bytes(message.expert_bytes)
                 return self._ready(now)
             case Wake():
                 return [Send(other, message) for other in self._role("engine") if other != member]

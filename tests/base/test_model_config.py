@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_serve.base.architectures import ARCHITECTURES
 from moe_serve.base.errors import CheckpointError
-from moe_serve.base.model_config import ModelConfig, load_model_config
+from moe_serve.base.model_config import ModelConfig, RouterConfig, load_model_config
 from tests.support.tiny_model import ARCHS, tiny_config
 
 CLASSES = dict(zip(ARCHS, ARCHITECTURES, strict=True))
@@ -63,9 +64,10 @@ def numbers_of(oracle: Any) -> dict[str, object]:
         "rope_theta": rope["rope_theta"],
         "max_position_embeddings": oracle.max_position_embeddings,
         "num_experts": getattr(oracle, "num_experts", None) or oracle.num_local_experts,
-        "top_k": oracle.num_experts_per_tok,
         "expert_size": getattr(oracle, "moe_intermediate_size", oracle.intermediate_size),
-        "norm_topk_prob": getattr(oracle, "norm_topk_prob", True),
+        "router": RouterConfig(
+            top_k=oracle.num_experts_per_tok, norm_topk_prob=getattr(oracle, "norm_topk_prob", True)
+        ),
         "shared_expert_size": getattr(oracle, "shared_expert_intermediate_size", None),
         "tie_word_embeddings": oracle.tie_word_embeddings,
     }
@@ -122,7 +124,7 @@ def test_two_spellings_that_disagree_are_refused(tmp_path: Path) -> None:
 def test_an_architecture_fixes_what_its_code_fixes(tmp_path: Path) -> None:
     def traits(name: str, **more: object) -> tuple[object, ...]:
         config = load(tmp_path, {"architectures": [name], **more})
-        return config.qk_norm, config.qkv_bias, config.o_bias, config.norm_topk_prob
+        return config.qk_norm, config.qkv_bias, config.o_bias, config.router.norm_topk_prob
 
     assert traits("Qwen3MoeForCausalLM") == ("head", False, False, False)
     assert traits("Qwen3MoeForCausalLM", attention_bias=True) == ("head", True, True, False)
@@ -198,6 +200,53 @@ def test_a_sliding_window_of_a_qwen_counts_only_if_it_is_switched_on(tmp_path: P
     load(tmp_path, QWEN2 | {"sliding_window": 128})
     with pytest.raises(CheckpointError, match="sliding_window = 128"):
         load(tmp_path, QWEN2 | {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 1})
+
+
+@pytest.mark.parametrize("dense", [[], [0], [2, 4], [5, 17]])
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("arch", ["qwen2_moe", "qwen3_moe"])
+def test_layers_are_dense_where_transformers_makes_them_so(
+    arch: str, step: int, dense: list[int], tmp_path: Path
+) -> None:
+    oracle = tiny_config(arch, num_hidden_layers=6, mlp_only_layers=dense, decoder_sparse_step=step)
+    oracle.architectures = [CLASSES[arch]]
+    oracle.save_pretrained(tmp_path)
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        layers = auto.from_config(oracle).model.layers
+    config = load_model_config(tmp_path)
+    with_experts = [index for index, layer in enumerate(layers) if hasattr(layer.mlp, "experts")]
+    assert list(config.moe_layers) == with_experts
+    assert config.num_layers == 6
+    is_mixed = len(with_experts) < 6
+    assert config.dense_size == (oracle.intermediate_size if is_mixed else None)
+
+
+@pytest.mark.parametrize("arch", ["qwen2_moe", "qwen3_moe"])
+def test_a_dense_width_that_is_left_out_is_the_one_of_transformers(arch: str, tmp_path: Path) -> None:
+    write(tmp_path, {"architectures": [CLASSES[arch]], "model_type": arch, "mlp_only_layers": [3]})
+    assert load_model_config(tmp_path).dense_size == AutoConfig.from_pretrained(tmp_path).intermediate_size
+
+
+WRONG_LAYERS: list[tuple[dict[str, object], str]] = [
+    ({"mlp_only_layers": 0}, "mlp_only_layers must be a list"),
+    ({"mlp_only_layers": ["0"]}, "mlp_only_layers must be a list"),
+    ({"mlp_only_layers": [True]}, "mlp_only_layers must be a list"),
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step must be an integer of at least 1"),
+    ({"decoder_sparse_step": True}, "decoder_sparse_step must be an integer of at least 1"),
+    ({"mlp_only_layers": [0, 1]}, "leave none of 2 layers with experts"),
+    ({"decoder_sparse_step": 3}, "leave none of 2 layers with experts"),
+    ({"mlp_only_layers": [1], "intermediate_size": "45"}, "intermediate_size"),
+]
+
+
+@pytest.mark.parametrize(("fields", "named"), WRONG_LAYERS, ids=lambda value: str(value)[:60])
+def test_a_list_of_layers_that_means_nothing_is_refused_by_name(
+    fields: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path, QWEN2 | {"num_hidden_layers": 2} | fields)
+    assert named in str(caught.value)
 
 
 BROKEN: list[tuple[dict[str, object], str]] = [

@@ -73,7 +73,7 @@ def test_the_tiny_preset_is_bfloat16_and_of_its_size(tiny: Path) -> None:
     config = load_model_config(tiny)
     assert (config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads) == (256, 4, 4, 2)
     assert (config.num_experts, config.top_k, config.expert_size, config.vocab_size) == (32, 4, 128, 2048)
-    assert config.norm_topk_prob
+    assert config.router.norm_topk_prob
     assert config.dtype == "bfloat16"
     tensors = load_file(tiny / SINGLE)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}

@@ -229,6 +229,26 @@ def test_balancing_that_is_off_says_so(folder: Path) -> None:
         assert server.get("/metrics").status_code == 200
 
 
+def test_answers_of_a_model_with_a_dense_layer_stay_the_same_through_a_rearrangement(
+    tmp_path: Path, requests: list[list[int]]
+) -> None:
+    """Experts are counted where there are any: the placement has one layer of the model's two."""
+    tiny_model(tmp_path, "qwen3_moe", seed=7, mlp_only_layers=[0], intermediate_size=45)
+    write_letters(tmp_path, VOCAB)
+    with serving(str(tmp_path), *options(2, "static", 4, step_interval=1_000_000)) as server:
+        before = answers(server, requests[:4])
+        applying = server.post("/eplb/apply", {"policy": "shuffle"})
+        assert applying.status_code == 202, applying.text
+        plan = applying.json()
+        settle(server)
+        assert answers(server, requests[:4]) == before
+        assert len(applied(server)) == 1
+        assert server.post("/eplb/save", {}).json() == plan["placement"]
+        assert len(plan["placement"]["physical_to_logical"]) == 1
+        assert plan["moved_experts"] > 0
+        assert plan["moved_bytes"] == plan["moved_experts"] * 3 * 64 * 24 * 4, "what the workers say of an expert"
+
+
 # --- placements from a file ------------------------------------------------------------------------------------------
 
 TWICE = [0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9]

@@ -82,6 +82,9 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("qwen3_moe", {"attention_bias": True}),
     ("qwen3_moe", {"norm_topk_prob": False}),
     ("qwen3_moe", {"head_dim": 10, "num_key_value_heads": 1}),
+    ("qwen3_moe", {"mlp_only_layers": [0], "intermediate_size": 45}),
+    ("qwen3_moe", {"mlp_only_layers": [1], "intermediate_size": 45, "tie_word_embeddings": True}),
+    ("qwen2_moe", {"decoder_sparse_step": 2, "intermediate_size": 45, "num_hidden_layers": 3}),
     ("qwen2_moe", {"qkv_bias": False}),
     ("qwen2_moe", {"norm_topk_prob": True, "num_key_value_heads": 4}),
     ("mixtral", {"head_dim": 32}),
@@ -165,6 +168,32 @@ def test_a_tied_model_with_biases_cut_over_ranks_in_small_steps_gives_the_same_l
     oracle = tiny_model(tmp_path, arch, tie_word_embeddings=True, seed=3, **fields)
     check_world(ranks, tmp_path, oracle, WORLDS["dp2 tp2"] | SPREADS["round_robin"], chunk=2)
     check_world(ranks, tmp_path, oracle, WORLDS["tp4"] | SPREADS["sharded"], chunk=2)  # width 24 as 6 + 6 + 6 + 6
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("spread", ["sharded", "linear"])
+@pytest.mark.parametrize("world", ["tp2", "dp2", "dp2 tp2"])
+def test_a_model_with_a_dense_layer_cut_over_ranks_gives_the_same_logits(
+    ranks: Ranks, world: str, spread: str, tmp_path: Path
+) -> None:
+    oracle = tiny_model(tmp_path, "qwen3_moe", mlp_only_layers=[0], intermediate_size=45, seed=4)
+    check_world(ranks, tmp_path, oracle, WORLDS[world] | SPREADS[spread])
+
+
+def test_a_dense_layer_narrower_than_the_ranks_it_would_be_cut_over_is_refused(tmp_path: Path) -> None:
+    tiny_model(tmp_path, "qwen3_moe", mlp_only_layers=[0], intermediate_size=3)
+    parallel = Config.from_flat({"tensor_parallel_size": 4, "enable_expert_parallel": True}).parallel
+    with pytest.raises(ConfigError, match="width 3 cannot be cut over 4 ranks; lower --tensor-parallel-size"):
+        make_partition(load_model_config(tmp_path), parallel, 0)
+
+
+def test_experts_are_placed_in_the_layers_that_have_them_only(tmp_path: Path) -> None:
+    tiny_model(tmp_path, "qwen3_moe", decoder_sparse_step=2, num_hidden_layers=5)
+    parallel = Config.from_flat({"data_parallel_size": 2, "enable_expert_parallel": True}).parallel
+    partition = make_partition(load_model_config(tmp_path), parallel, 1)
+    assert partition.config.moe_layers == (1, 3)
+    assert partition.placement is not None
+    assert partition.placement.num_layers == 2
 
 
 @pytest.mark.parametrize(

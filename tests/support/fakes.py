@@ -129,6 +129,7 @@ class FakeExecutor:
             kv_blocks=self.num_blocks,
             kv_block_bytes=1,
             weight_bytes=0,
+            expert_bytes=0,
             checkpoint_bytes_read=0,
             checkpoint_bytes_total=0,
             load_seconds={},

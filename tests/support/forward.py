@@ -102,8 +102,7 @@ def all_logits(
     prompts = prompts_by_dp_rank[dp_rank]
     longest = max(len(prompt) for group in prompts_by_dp_rank for prompt in group)
     chunk = chunk or longest
-    config = decoder.config
-    shape = KVShape(config.num_layers, decoder.num_kv_heads, config.head_dim, BLOCK_SIZE, decoder.dtype)
+    shape = KVShape(decoder.token_kv, BLOCK_SIZE, decoder.dtype)
     blocks = -(-longest // BLOCK_SIZE)
     kv = shape.allocate(max(1, blocks * len(prompts)), decoder.device)
     tables = [list(range(len(prompts) * blocks))[index :: len(prompts)][::-1] for index in range(len(prompts))]

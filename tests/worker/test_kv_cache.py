@@ -7,10 +7,11 @@ import torch
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
+from moe_serve.model.context import TokenKV
 from moe_serve.worker.device import choose_device, choose_dtype
 from moe_serve.worker.kv_cache import CPU_CAP_BYTES, KVShape, Room, available_memory, cpu_room, fitting_blocks
 
-SHAPE = KVShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=16, dtype=torch.float32)
+SHAPE = KVShape((TokenKV(3, 8, 8), TokenKV(3, 8, 8)), block_size=16, dtype=torch.float32)
 
 
 def write(path, text):
@@ -32,6 +33,14 @@ def test_a_block_holds_keys_and_values_of_all_layers():
     assert len(kv) == 2
     assert kv[0].k_NGd.shape == kv[1].v_NGd.shape == (80, 3, 8)
     assert sum(layer.k_NGd.nbytes + layer.v_NGd.nbytes for layer in kv) == 5 * SHAPE.block_bytes
+
+
+def test_layers_may_keep_different_things_of_a_token():
+    shape = KVShape((TokenKV(3, 8, 8), TokenKV(1, 24, 16)), block_size=16, dtype=torch.bfloat16)
+    assert shape.block_bytes == (3 * 16 + 1 * 40) * 2 * 16
+    kv = shape.allocate(5, torch.device("cpu"))
+    assert (kv[1].k_NGd.shape, kv[1].v_NGd.shape) == ((80, 1, 24), (80, 1, 16))
+    assert sum(layer.k_NGd.nbytes + layer.v_NGd.nbytes for layer in kv) == 5 * shape.block_bytes
 
 
 def blocks_in(num_bytes, max_model_len=32, cap=None, **options):

@@ -16,6 +16,7 @@ from moe_serve.base.messages import (
     Leaving,
     Ready,
     Refused,
+    StepLoad,
     Stop,
     StoreAt,
     Wake,
@@ -24,6 +25,7 @@ from moe_serve.base.messages import (
 )
 from moe_serve.base.topology import Topology
 from moe_serve.world.fleet import Fleet, Send
+from tests.support.balancing import Balanced, skewed
 
 AGREEMENT = Config().agreement()
 
@@ -334,3 +336,15 @@ def test_every_message_type_is_handled() -> None:
     messages: list[FromMember] = [StoreAt("a", 1), Ready(), Wake(1), Heartbeat(step=1, phase="", seconds=0)]
     for message in messages:
         assert isinstance(fleet.hear(0, message, 1), list)
+
+
+def test_an_engine_that_is_ready_says_how_large_an_expert_is_to_whoever_balances() -> None:
+    fleet = make_fleet(dp=2)
+    fleet.rebalancer = Balanced(expert_bytes=0).rebalancer
+    for dp in range(2):
+        fleet.hear(dp, engine(dp), 0.0)
+        fleet.hear(dp, Ready(expert_bytes=77), 0.0)
+    fleet.rebalancer.hear_load(StepLoad(step=1, steps=1, load=skewed().tobytes()), 0.0)
+    plan = fleet.rebalancer.propose()
+    assert plan.num_moves > 0
+    assert plan.num_bytes == 77 * plan.num_moves

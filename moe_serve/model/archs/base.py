@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
-from moe_serve.base.model_config import ModelConfig
+from moe_serve.base.model_config import FeedForward, ModelConfig
 from moe_serve.base.registry import Registry
 from moe_serve.model.partition import Axis
 
@@ -20,6 +20,9 @@ ARCHS = Registry(
         "OlmoeForCausalLM": "moe_serve.model.archs.olmoe:spec",
     },
 )
+
+
+LayerKind = FeedForward | Literal["all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +39,20 @@ class WeightRule:
     """Fills `parameter` of the decoder from a checkpoint tensor with these `axes`.
 
     Names may hold {layer} and {expert}. `names` are alternatives that different generations of writers use;
-    `stacked` further ones that hold all experts in one tensor.
+    `stacked` further ones that hold all experts in one tensor. `layers`: the kind of feed-forward that has it.
     """
 
     parameter: str
     names: tuple[str, ...]
     axes: tuple[Axis, ...]
     stacked: tuple[Stacked, ...] = ()
+    layers: LayerKind = "all"
 
     def places(self, config: ModelConfig) -> Iterator[tuple[int | None, int | None]]:
         """The (layer, expert) pairs this rule stands for; None where its names do not ask for one."""
-        layers = range(config.num_layers) if "{layer}" in self.parameter else (None,)
+        layers: Sequence[int | None] = (None,)
+        if "{layer}" in self.parameter:
+            layers = range(config.num_layers) if self.layers == "all" else config.layers_with(self.layers)
         experts = range(config.num_experts) if "{expert}" in self.parameter else (None,)
         return ((layer, expert) for layer in layers for expert in experts)
 
@@ -74,7 +80,7 @@ def common_weights(config: ModelConfig) -> tuple[WeightRule, ...]:
         WeightRule("embedding.weight", ("model.embed_tokens.weight",), ("vocab", "hidden")),
         WeightRule("norm.weight", ("model.norm.weight",), ("hidden",)),
         layer_rule("attention_norm.weight", "input_layernorm.weight", "hidden"),
-        layer_rule("moe_norm.weight", "post_attention_layernorm.weight", "hidden"),
+        layer_rule("feed_forward_norm.weight", "post_attention_layernorm.weight", "hidden"),
         layer_rule("attention.q.weight", "self_attn.q_proj.weight", "heads", "hidden"),
         layer_rule("attention.k.weight", "self_attn.k_proj.weight", "kv_heads", "hidden"),
         layer_rule("attention.v.weight", "self_attn.v_proj.weight", "kv_heads", "hidden"),
@@ -103,6 +109,7 @@ def expert_weights(gate: str, up: str, down: str, *, blocks: tuple[str, ...] = (
             tuple(f"{layer}.experts.{{expert}}.{name}.weight" for layer in layers),
             axes,
             tuple(Stacked(f"{layer}.experts.{stacked}", index, parts) for layer in layers),
+            layers="moe",
         )
 
     return (
@@ -110,6 +117,7 @@ def expert_weights(gate: str, up: str, down: str, *, blocks: tuple[str, ...] = (
             "layers.{layer}.router.weight",
             tuple(f"{layer}.gate.weight" for layer in layers),
             ("experts", "hidden"),
+            layers="moe",
         ),
         expert("gate", gate, ("width", "hidden"), "gate_up_proj", 0, 2),
         expert("up", up, ("width", "hidden"), "gate_up_proj", 1, 2),
@@ -117,6 +125,15 @@ def expert_weights(gate: str, up: str, down: str, *, blocks: tuple[str, ...] = (
     )
 
 
-def layer_rule(parameter: str, name: str, *axes: Axis) -> WeightRule:
-    """A rule for a tensor that each layer has once."""
-    return WeightRule(f"layers.{{layer}}.{parameter}", (f"model.layers.{{layer}}.{name}",), axes)
+def dense_weights() -> tuple[WeightRule, ...]:
+    """Of layers without experts."""
+    return (
+        layer_rule("dense.gate", "mlp.gate_proj.weight", "dense", "hidden", layers="dense"),
+        layer_rule("dense.up", "mlp.up_proj.weight", "dense", "hidden", layers="dense"),
+        layer_rule("dense.down", "mlp.down_proj.weight", "hidden", "dense", layers="dense"),
+    )
+
+
+def layer_rule(parameter: str, name: str, *axes: Axis, layers: LayerKind = "all") -> WeightRule:
+    """A rule for a tensor that each layer (of a kind) has once."""
+    return WeightRule(f"layers.{{layer}}.{parameter}", (f"model.layers.{{layer}}.{name}",), axes, layers=layers)

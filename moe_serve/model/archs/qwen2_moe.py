@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_serve.base.model_config import ModelConfig
-from moe_serve.model.archs.base import ModelSpec, common_weights, expert_weights, layer_rule
+from moe_serve.model.archs.base import ModelSpec, common_weights, dense_weights, expert_weights, layer_rule
 
 
 def spec(config: ModelConfig) -> ModelSpec:
@@ -11,10 +11,11 @@ def spec(config: ModelConfig) -> ModelSpec:
     return ModelSpec(
         common_weights(config)
         + expert_weights("gate_proj", "up_proj", "down_proj")
+        + dense_weights()
         + (
-            layer_rule("shared.gate", "mlp.shared_expert.gate_proj.weight", "shared", "hidden"),
-            layer_rule("shared.up", "mlp.shared_expert.up_proj.weight", "shared", "hidden"),
-            layer_rule("shared.down", "mlp.shared_expert.down_proj.weight", "hidden", "shared"),
-            layer_rule("shared.scale", "mlp.shared_expert_gate.weight", "one", "hidden"),
+            layer_rule("shared.gate", "mlp.shared_expert.gate_proj.weight", "shared", "hidden", layers="moe"),
+            layer_rule("shared.up", "mlp.shared_expert.up_proj.weight", "shared", "hidden", layers="moe"),
+            layer_rule("shared.down", "mlp.shared_expert.down_proj.weight", "hidden", "shared", layers="moe"),
+            layer_rule("shared.scale", "mlp.shared_expert_gate.weight", "one", "hidden", layers="moe"),
         )
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_serve.base.model_config import ModelConfig
-from moe_serve.model.archs.base import ModelSpec, common_weights, expert_weights, layer_rule
+from moe_serve.model.archs.base import ModelSpec, common_weights, dense_weights, expert_weights, layer_rule
 
 
 def spec(config: ModelConfig) -> ModelSpec:
@@ -11,6 +11,7 @@ def spec(config: ModelConfig) -> ModelSpec:
     return ModelSpec(
         common_weights(config)
         + expert_weights("gate_proj", "up_proj", "down_proj")
+        + dense_weights()
         + (
             layer_rule("attention.q_norm.weight", "self_attn.q_norm.weight", "head_dim"),
             layer_rule("attention.k_norm.weight", "self_attn.k_norm.weight", "head_dim"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_serve.model.attention.base import AttentionBackend
-from moe_serve.model.context import ForwardContext, LayerKV
+from moe_serve.model.context import ForwardContext, LayerKV, TokenKV
 from moe_serve.model.layers.linear import Linear, weight
 from moe_serve.model.layers.norm import rms_norm
 from moe_serve.model.layers.rope import Rotation, rotate
@@ -40,6 +40,11 @@ class Attention(nn.Module):
             sizes = (self.num_heads, self.num_kv_heads) if whole else (1, 1)
             self.q_norm = weight(sizes[0], self.head_dim, dtype=dtype, device=device)
             self.k_norm = weight(sizes[1], self.head_dim, dtype=dtype, device=device)
+
+    @property
+    def token_kv(self) -> TokenKV:
+        """What it keeps of a token on this rank."""
+        return TokenKV(self.num_kv_heads, self.head_dim, self.head_dim)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> Tensor:
         heads, kv_heads = self.num_heads, self.num_kv_heads

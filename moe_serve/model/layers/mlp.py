@@ -1,4 +1,4 @@
-"""The shared expert: a dense gated MLP that every token passes, scaled by a sigmoid gate of its own."""
+"""Feed-forward without routing: a gated MLP, as a dense layer and as the expert that every token passes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,62 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_serve.model.context import ForwardContext
 from moe_serve.model.layers.linear import weight
+from moe_serve.parallel.collectives import Group
 
 
-class SharedExpert(nn.Module):
-    """sigmoid(x . scale) * down(silu(gate(x)) * up(x)); whole on every rank, applied to the rank's own rows."""
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), or a rank's part of it where `width` is a part."""
 
     def __init__(self, hidden: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.gate_up = weight(2 * width, hidden, dtype=dtype, device=device)
         self.down = weight(hidden, width, dtype=dtype, device=device)
-        self.scale = weight(1, hidden, dtype=dtype, device=device)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TF, up_TF = functional.linear(x_TD, self.gate_up).chunk(2, dim=-1)
-        out_TD = functional.linear(functional.silu(gate_TF) * up_TF, self.down)
-        return torch.sigmoid(functional.linear(x_TD, self.scale)) * out_TD
+        return functional.linear(functional.silu(gate_TF) * up_TF, self.down)
 
     def targets(self) -> dict[str, Tensor]:
         """Logical weight -> where it lives."""
         gate, up = self.gate_up.chunk(2)
-        return {"gate": gate, "up": up, "down": self.down, "scale": self.scale}
+        return {"gate": gate, "up": up, "down": self.down}
+
+
+class DenseMLP(nn.Module):
+    """A dense layer's feed-forward. The TP ranks hold the same rows and each a part of the width; their sum is whole.
+
+    Cut, and not whole on every rank like a shared expert: it is as wide as several experts, and without expert
+    parallelism these are cut as well.
+    """
+
+    def __init__(self, hidden: int, width: int, group: Group, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.group = group
+        self.mlp = GatedMLP(hidden, width, dtype=dtype, device=device)
+
+    def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
+        """Without rows, on all TP ranks alike, nobody needs anybody."""
+        return self.group.all_reduce(self.mlp(x_TD)) if x_TD.shape[0] else x_TD
+
+    def targets(self) -> dict[str, Tensor]:
+        """Logical weight -> where it lives."""
+        return self.mlp.targets()
+
+
+class SharedExpert(nn.Module):
+    """sigmoid(x . scale) * mlp(x); whole on every rank, applied to the rank's own rows."""
+
+    def __init__(self, hidden: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.mlp = GatedMLP(hidden, width, dtype=dtype, device=device)
+        self.scale = weight(1, hidden, dtype=dtype, device=device)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        out_TD: Tensor = self.mlp(x_TD)
+        return torch.sigmoid(functional.linear(x_TD, self.scale)) * out_TD
+
+    def targets(self) -> dict[str, Tensor]:
+        """Logical weight -> where it lives."""
+        return self.mlp.targets() | {"scale": self.scale}

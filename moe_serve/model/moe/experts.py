@@ -5,6 +5,8 @@ Shape letters: e local physical experts, R received rows, D hidden, F expert wid
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +20,26 @@ MAX_PADDING, MAX_PADDED_ROWS = 8, 2048
 """Where padding to one batched product beats a grouped one in bfloat16 on a CPU (in float32 it nowhere does)."""
 
 
+class ExpertSlots(Protocol):
+    """One layer's experts on a rank as memory: a slot is a list of tensors, of any number, shapes and types.
+
+    Whoever fills, copies or moves experts knows no more of them. All slots of all ranks are alike.
+    """
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot, all its parts together; also known where a rank has no slot."""
+
+    def parts(self, slot: int) -> list[Tensor]:
+        """Views of a slot's memory, always in the same order: what is written there is what is computed with."""
+
+    def targets(self, slot: int) -> dict[str, Tensor]:
+        """Parameter name of the weight rules -> where the loader puts it. Only until finish_loading()."""
+
+    def finish_loading(self) -> None:
+        """Once, when all slots are filled: for whoever keeps weights in another form than he was given them."""
+
+
 class Experts(nn.Module):
     """`gate_up` (e, 2F, D), gate above up; `down` (e, D, F). down(silu(gate(x)) * up(x)) by one grouped GEMM pair."""
 
@@ -25,6 +47,21 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = weight(num_local, 2 * width, hidden, dtype=dtype, device=device)
         self.down = weight(num_local, hidden, width, dtype=dtype, device=device)
+
+    @property
+    def slot_bytes(self) -> int:
+        weights = (self.gate_up, self.down)
+        return sum(each.shape[1:].numel() * each.element_size() for each in weights)
+
+    def parts(self, slot: int) -> list[Tensor]:
+        return [self.gate_up[slot], self.down[slot]]
+
+    def targets(self, slot: int) -> dict[str, Tensor]:
+        gate, up = self.gate_up[slot].chunk(2)
+        return {"gate": gate, "up": up, "down": self.down[slot]}
+
+    def finish_loading(self) -> None:
+        """Nothing: these are computed with as they come."""
 
     def forward(self, routed: Routed) -> Tensor:
         """(R, D): each row's expert's output, in the order of `routed.rows`."""

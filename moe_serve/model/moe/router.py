@@ -9,27 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_serve.base.model_config import RouterConfig
 from moe_serve.model.layers.linear import weight
 
 
 class Router(nn.Module):
-    """softmax over the experts' scores, the K largest, and (`norm_topk_prob`) their weights scaled to add up to one.
+    """The K experts that score highest, and their weights; how is in `settings`.
 
     Scores are computed in float32 whatever the model's type: in bfloat16 close experts would swap places.
     """
 
-    def __init__(
-        self, hidden: int, num_experts: int, top_k: int, *, norm_topk_prob: bool, device: torch.device
-    ) -> None:
+    def __init__(self, hidden: int, num_experts: int, settings: RouterConfig, *, device: torch.device) -> None:
         super().__init__()
         self.weight = weight(num_experts, hidden, dtype=torch.float32, device=device)
-        self.top_k = top_k
-        self.norm_topk_prob = norm_topk_prob
+        self.settings = settings
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Logical expert ids (T, K) int64, heaviest first, and their weights (T, K) float32."""
+        settings = self.settings
+        assert settings.score == "softmax"
         scores_TE = functional.linear(x_TD.float(), self.weight).softmax(dim=-1)
-        weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
-        if self.norm_topk_prob:
+        weights_TK, ids_TK = scores_TE.topk(settings.top_k, dim=-1)
+        if settings.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        if settings.scale != 1.0:
+            weights_TK = weights_TK * settings.scale
         return ids_TK, weights_TK

@@ -23,7 +23,10 @@ from moe_serve.worker.eplb.migrate import Migrator, Stage
 
 
 class ExpertBalance:
-    """`layers` the model's, in order; `migration` a group over the expert-parallel ranks that nothing else uses."""
+    """`layers` those of the model that have experts, in order: a layer's number here and in all records is among them.
+
+    `migration` a group over the expert-parallel ranks that nothing else uses.
+    """
 
     def __init__(
         self,

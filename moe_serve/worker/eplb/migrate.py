@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_serve.model.moe.experts import Experts
+from moe_serve.model.moe.experts import ExpertSlots
 from moe_serve.parallel.collectives import Group, Transfer
 
 CHECKSUM_BYTES = 8
@@ -62,7 +62,7 @@ class _UnderWay:
     status: Status
     started: float
     copies: list[Flow]
-    shadow: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    shadow: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     transfer: Transfer[Tensor] | None = None
     last_piece: int | None = None
     """Dropped: only pieces before this one are still exchanged, because some rank has posted them."""
@@ -76,7 +76,7 @@ class Migrator:
 
     def __init__(
         self,
-        experts: Sequence[Experts],
+        experts: Sequence[ExpertSlots],
         group: Group,
         offsets: Sequence[int],
         rows: Sequence[Sequence[int]],
@@ -139,9 +139,8 @@ class Migrator:
         assert work.status.staged, f"commit of epoch {epoch} before it is staged"
         assert work.stage.epoch == epoch, f"commit of epoch {epoch} while {work.stage.epoch} is staged"
         first = self._offsets[self._group.rank]
-        for (layer, slot), (gate_up, down) in work.shadow.items():
-            self._experts[layer].gate_up[slot - first].copy_(gate_up)
-            self._experts[layer].down[slot - first].copy_(down)
+        for (layer, slot), shadow in work.shadow.items():
+            _copy(self._experts[layer].parts(slot - first), shadow)
         for layer, row in work.stage.rows.items():
             self._rows[layer] = list(row)
         self._work = None
@@ -187,15 +186,17 @@ class Migrator:
                 "with another checksum than it left with"
             )
             return
+        first = self._offsets[self._group.rank]
         for flow, row in zip(coming, arrived, strict=True):
-            work.shadow[flow.layer, flow.target_slot] = self._unpacked(flow.layer, row)
+            like = self._experts[flow.layer].parts(flow.target_slot - first)
+            work.shadow[flow.layer, flow.target_slot] = parts_in(row, like)
 
     def _stage_copies(self, work: _UnderWay) -> None:
         """Experts that this rank holds already, in another slot than they will have."""
         first = self._offsets[self._group.rank]
         for flow in work.copies:
-            experts, slot = self._experts[flow.layer], flow.source_slot - first
-            work.shadow[flow.layer, flow.target_slot] = (experts.gate_up[slot].clone(), experts.down[slot].clone())
+            held = self._experts[flow.layer].parts(flow.source_slot - first)
+            work.shadow[flow.layer, flow.target_slot] = [part.clone() for part in held]
 
     def _pack(self, flows: Sequence[Flow]) -> Tensor:
         """The weights of the flows' source slots as bytes, one row each, a checksum behind: (flows, bytes) uint8."""
@@ -204,25 +205,34 @@ class Migrator:
             (len(flows), self._row_bytes() + CHECKSUM_BYTES), dtype=torch.uint8, device=self._group.device
         )
         for row, flow in zip(packed, flows, strict=True):
-            up, down = self._unpacked(flow.layer, row)
-            up.copy_(self._experts[flow.layer].gate_up[flow.source_slot - first])
-            down.copy_(self._experts[flow.layer].down[flow.source_slot - first])
+            held = self._experts[flow.layer].parts(flow.source_slot - first)
+            _copy(parts_in(row, held), held)
         packed.view(torch.int64)[:, -1] = checksums(packed, flows)
         return packed
 
-    def _unpacked(self, layer: int, row: Tensor) -> tuple[Tensor, Tensor]:
-        """One row's bytes seen as gate_up and down."""
-        experts = self._experts[layer]
-        shape_up, shape_down = experts.gate_up.shape[1:], experts.down.shape[1:]
-        size_up, size_down = (part.numel() * experts.gate_up.element_size() for part in (shape_up, shape_down))
-        up, down = row[:size_up], row[size_up : size_up + size_down]
-        return up.view(experts.gate_up.dtype).view(shape_up), down.view(experts.down.dtype).view(shape_down)
-
     def _row_bytes(self) -> int:
-        """Bytes of one expert's weights, and what is missing to whole words."""
-        experts = self._experts[0]
-        size = sum(part.shape[1:].numel() * part.element_size() for part in (experts.gate_up, experts.down))
+        """Bytes of one expert in the layer that has the largest, and what is missing to whole words."""
+        size = max(experts.slot_bytes for experts in self._experts)
         return -(-size // CHECKSUM_BYTES) * CHECKSUM_BYTES
+
+
+def parts_in(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A row's bytes (uint8, from an address that suits every type) seen as tensors like these, in their order.
+
+    They lie in the row by size of element, the largest first: so each is aligned and none needs room in front of it.
+    """
+    found = list(like)
+    first = 0
+    for place in sorted(range(len(like)), key=lambda each: -like[each].element_size()):
+        part = like[place]
+        found[place] = row[first : first + part.nbytes].view(part.dtype).view(part.shape)
+        first += part.nbytes
+    return found
+
+
+def _copy(into: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    for target, part in zip(into, parts, strict=True):
+        target.copy_(part)
 
 
 def flows_of(layer: int, old: Sequence[int], new: Sequence[int], offsets: Sequence[int]) -> list[Flow]:

@@ -65,7 +65,7 @@ def load_weights(
     started = time.perf_counter()
     if load_format == "dummy":
         _fill_randomly(model)
-        model.fill_copies()
+        model.finish_loading()
         return LoadReport(0, 0, {"random weights": time.perf_counter() - started})
     with Checkpoint(folder) as checkpoint:
         sources = _inventory(model, checkpoint)
@@ -77,7 +77,7 @@ def load_weights(
                 _fill(source, checkpoint)
                 report_done(checkpoint.bytes_read)
         _check_tied_head(model, checkpoint)
-        model.fill_copies()
+        model.finish_loading()
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         seconds = {"open": opened - started, "read": time.perf_counter() - opened}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_serve.base.commands import SetShares, StageExperts, StepPlan
 from moe_serve.base.config import ALL2ALL
+from moe_serve.base.model_config import RouterConfig
 from moe_serve.base.topology import Topology, split_range
 from moe_serve.eplb.placement import Placement
 from moe_serve.model.all2all.base import ExpertLayout, Routed
@@ -30,6 +31,7 @@ from tests.support.ranks import Ranks, Seat
 pytestmark = pytest.mark.ranks
 CPU = torch.device("cpu")
 RANKS, LAYERS, E, D, F, K = 4, 2, 6, 8, 4, 2
+ROUTER = RouterConfig(top_k=K, norm_topk_prob=True)
 SHIFT = 1 << 20
 """Row hashes of different ranks are this far apart."""
 
@@ -146,7 +148,7 @@ class Part:
         raise AssertionError(f"not {until}: {self.balance.status()}")
 
     def _layer(self, layer: int, placement: Placement, backend: object) -> MoELayer:
-        router = Router(D, E, K, norm_topk_prob=True, device=CPU)
+        router = Router(D, E, ROUTER, device=CPU)
         router.weight.copy_(torch.randn((E, D), generator=torch.Generator().manual_seed(layer)))
         dense, held = random_experts(E, D, F, seed=layer), placement.logical_of(layer, self.seat.rank)
         experts = Counting(len(held), D, F, torch.float32, CPU)
@@ -202,7 +204,7 @@ def chosen(scene: Scene, step: int) -> Tensor:
     """int64 (L, 2, E): which experts the tokens of all engines want, by the routers alone."""
     counts = torch.zeros((LAYERS, 2, E), dtype=torch.int64)
     for layer in range(LAYERS):
-        router = Router(D, E, K, norm_topk_prob=True, device=CPU)
+        router = Router(D, E, ROUTER, device=CPU)
         with torch.inference_mode():
             router.weight.copy_(torch.randn((E, D), generator=torch.Generator().manual_seed(layer)))
             for engine in range(RANKS // scene.tp):

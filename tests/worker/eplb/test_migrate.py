@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_serve.base.topology import Topology
-from moe_serve.model.moe.experts import Experts
-from moe_serve.worker.eplb.migrate import Flow, Migrator, Stage, cut_into_pieces, flows_of
+from moe_serve.model.moe.experts import Experts, ExpertSlots
+from moe_serve.worker.eplb.migrate import Flow, Migrator, Stage, cut_into_pieces, flows_of, parts_in
 from tests.support.oracle import random_experts
 from tests.support.ranks import Ranks, Seat
 
@@ -34,25 +35,64 @@ def placements(seed: int) -> list[list[int]]:
     return [random_row(generator) for _ in range(LAYERS)]
 
 
-def load(migrator_rows: list[list[int]], rank: int) -> list[Experts]:
-    """The experts a rank holds under a placement, out of one dense set per layer."""
-    layers = []
-    for layer, row in enumerate(migrator_rows):
-        dense, held = random_experts(E, D, F, seed=layer), row[OFFSETS[rank] : OFFSETS[rank + 1]]
-        experts = Experts(len(held), D, F, torch.float32, CPU)
-        experts.gate_up.copy_(dense.gate_up[held])
-        experts.down.copy_(dense.down[held])
-        layers.append(experts)
-    return layers
+@dataclass
+class PackedExperts:
+    """Experts of three tensors: packed bytes (an odd number), a float32 scale, and bfloat16 zeros."""
+
+    weights: list[torch.Tensor]
+
+    @property
+    def slot_bytes(self) -> int:
+        return 13 + 4 + 2 * 3
+
+    def parts(self, slot: int) -> list[torch.Tensor]:
+        return [weight[slot] for weight in self.weights]
+
+    def targets(self, slot: int) -> dict[str, torch.Tensor]:
+        return {}
+
+    def finish_loading(self) -> None:
+        pass
 
 
-def same(first: list[Experts], second: list[Experts]) -> bool:
-    pairs = zip(first, second, strict=True)
-    return all(torch.equal(a.gate_up, b.gate_up) and torch.equal(a.down, b.down) for a, b in pairs)
+MakeExperts = Callable[[int, list[int]], ExpertSlots]
 
 
-def make(seat: Seat, seed: int, max_bytes: int) -> tuple[Migrator, list[Experts]]:
-    experts = load(placements(seed), seat.rank)
+def plain(layer: int, held: list[int]) -> ExpertSlots:
+    dense = random_experts(E, D, F, seed=layer)
+    experts = Experts(len(held), D, F, torch.float32, CPU)
+    experts.gate_up.copy_(dense.gate_up[held])
+    experts.down.copy_(dense.down[held])
+    return experts
+
+
+def packed(layer: int, held: list[int]) -> ExpertSlots:
+    generator = torch.Generator().manual_seed(layer)
+    everyone = [
+        torch.randint(0, 256, (E, 13), dtype=torch.uint8, generator=generator),
+        torch.randn((E,), generator=generator),
+        torch.randn((E, 3), generator=generator).to(torch.bfloat16),
+    ]
+    return PackedExperts([weight[held] for weight in everyone])
+
+
+def load(migrator_rows: list[list[int]], rank: int, kind: MakeExperts = plain) -> list[ExpertSlots]:
+    """The experts a rank holds under a placement, out of one set of all per layer."""
+    return [kind(layer, row[OFFSETS[rank] : OFFSETS[rank + 1]]) for layer, row in enumerate(migrator_rows)]
+
+
+def same(first: list[ExpertSlots], second: list[ExpertSlots], rank: int) -> bool:
+    """Bit by bit."""
+    pairs = [
+        (one.parts(slot), other.parts(slot))
+        for one, other in zip(first, second, strict=True)
+        for slot in range(OFFSETS[rank + 1] - OFFSETS[rank])
+    ]
+    return all(torch.equal(a, b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+
+
+def make(seat: Seat, seed: int, max_bytes: int, kind: MakeExperts = plain) -> tuple[Migrator, list[ExpertSlots]]:
+    experts = load(placements(seed), seat.rank, kind)
     return Migrator(experts, seat.group(), OFFSETS, placements(seed), max_bytes_per_step=max_bytes), experts
 
 
@@ -69,18 +109,18 @@ def poll_until(migrator: Migrator, done: str, seconds: float = 10) -> int:
     raise AssertionError(f"not {done} after {polls} polls: {migrator.status}")
 
 
-def move_and_commit(seat: Seat, max_bytes: int) -> list[bool]:
+def move_and_commit(seat: Seat, max_bytes: int, kind: MakeExperts) -> list[bool]:
     """Through several placements; after each commit the rank holds what a fresh load would give it."""
-    migrator, experts = make(seat, 0, max_bytes)
+    migrator, experts = make(seat, 0, max_bytes, kind)
     good = []
     for epoch in range(1, 6):
         time.sleep(0.01 * seat.rank)  # ranks hear of a stage at different times
         migrator.begin(Stage(epoch, dict(enumerate(placements(epoch)))))
-        before = load(placements(epoch - 1), seat.rank)
+        before = load(placements(epoch - 1), seat.rank, kind)
         poll_until(migrator, "staged")
-        good.append(same(experts, before))  # nothing changes before the commit
+        good.append(same(experts, before, seat.rank))  # nothing changes before the commit
         migrator.commit(epoch)
-        good.append(same(experts, load(placements(epoch), seat.rank)))
+        good.append(same(experts, load(placements(epoch), seat.rank, kind), seat.rank))
         good.append(migrator.rows == placements(epoch))
     return good
 
@@ -99,11 +139,11 @@ def drop_and_go_on(seat: Seat) -> tuple[bool, bool, int]:
         migrator.begin(Stage(1, dict(enumerate(placements(1)))))
     migrator.drop(most)
     poll_until(migrator, "gone")
-    unchanged = same(experts, load(placements(0), seat.rank)) and migrator.rows == placements(0)
+    unchanged = same(experts, load(placements(0), seat.rank), seat.rank) and migrator.rows == placements(0)
     migrator.begin(Stage(2, dict(enumerate(placements(2)))))
     poll_until(migrator, "staged")
     migrator.commit(2)
-    return unchanged, same(experts, load(placements(2), seat.rank)), most
+    return unchanged, same(experts, load(placements(2), seat.rank), seat.rank), most
 
 
 def corrupt(seat: Seat) -> str:
@@ -129,7 +169,7 @@ def corrupt(seat: Seat) -> str:
     failed, posted = migrator.status.failed, migrator.status.pieces_posted
     migrator.drop(posted)
     poll_until(migrator, "gone")
-    assert same(experts, load(placements(0), seat.rank))
+    assert same(experts, load(placements(0), seat.rank), seat.rank)
     return failed
 
 
@@ -142,8 +182,29 @@ def ranks() -> Iterator[Ranks]:
 @pytest.mark.ranks
 @pytest.mark.parametrize("max_bytes", [1, 3 * ROW_BYTES, 1 << 30], ids=["row by row", "three rows", "all at once"])
 def test_after_a_commit_every_rank_holds_what_the_new_placement_says(ranks: Ranks, max_bytes: int) -> None:
-    for good in ranks.run(move_and_commit, max_bytes):
+    for good in ranks.run(move_and_commit, max_bytes, plain):
         assert all(good), good
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("max_bytes", [1, 1 << 30], ids=["row by row", "all at once"])
+def test_an_expert_of_three_tensors_of_different_types_arrives_bit_by_bit(ranks: Ranks, max_bytes: int) -> None:
+    for good in ranks.run(move_and_commit, max_bytes, packed):
+        assert all(good), good
+
+
+TYPES = [torch.uint8, torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int64]
+
+
+@given(st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 5)), max_size=6))
+def test_parts_of_any_types_share_a_row_without_gaps_or_overlap(wanted: list[tuple[torch.dtype, int]]) -> None:
+    like = [torch.empty(size, dtype=dtype) for dtype, size in wanted]
+    row = torch.zeros(sum(part.nbytes for part in like), dtype=torch.uint8)
+    views = parts_in(row, like)
+    assert [(view.dtype, view.shape) for view in views] == [(part.dtype, part.shape) for part in like]
+    for view in views:
+        view.view(torch.uint8).add_(1)
+    assert (row == 1).all(), "every byte belongs to exactly one part"
 
 
 @pytest.mark.ranks

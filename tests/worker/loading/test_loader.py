@@ -30,6 +30,11 @@ WORLDS: list[dict[str, object]] = [
     {"tensor_parallel_size": 4, "enable_expert_parallel": True, "expert_placement_strategy": "round_robin"},
     {"data_parallel_size": 2, "tensor_parallel_size": 2},
 ]
+MODELS: list[tuple[str, dict[str, object]]] = [
+    *((arch, {}) for arch in ARCHS),
+    ("qwen2_moe", {"mlp_only_layers": [1], "intermediate_size": 45, "num_hidden_layers": 3}),
+]
+NAMES = [*ARCHS, "qwen2_moe with a dense layer"]
 Tensors = dict[str, Tensor]
 
 
@@ -56,11 +61,11 @@ def error_of(folder: Path, **options: object) -> str:
 
 @pytest.mark.parametrize("options", WORLDS, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["expert by expert", "fused"])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("arch", "fields"), MODELS, ids=NAMES)
 def test_all_ranks_together_hold_every_number_and_nothing_is_left_unfilled(
-    arch: str, fused: bool, options: dict[str, object], tmp_path: Path
+    arch: str, fields: dict[str, object], fused: bool, options: dict[str, object], tmp_path: Path
 ) -> None:
-    tiny_model(tmp_path, arch, fused=fused)
+    tiny_model(tmp_path, arch, fused=fused, **fields)
     names = set(load_file(tmp_path / SINGLE))
     assert any(name.endswith("experts.gate_up_proj") for name in names) == fused
     whole = load(tmp_path)[0].targets()
@@ -83,13 +88,14 @@ def part_of(decoder: Decoder, name: str, whole: Tensor) -> Tensor:
     d = decoder.config.head_dim
     heads = slice(partition.heads.start * d, partition.heads.stop * d)
     kv_heads = slice(partition.kv_heads.start * d, partition.kv_heads.stop * d)
-    width = slice(partition.width.start, partition.width.stop)
+    width = partition.dense if ".dense." in name else partition.width
     if name in ("embedding.weight", "head.weight"):
         return whole[partition.vocab.start : partition.vocab.stop]
     if ".attention.o.weight" in name:
         return whole[:, heads]
-    if ".experts." in name:
-        return whole[:, width] if name.endswith("down") else whole[width]
+    if ".experts." in name or ".dense." in name:
+        rows = slice(width.start, width.stop)
+        return whole[:, rows] if name.endswith("down") else whole[rows]
     if ".attention.q." in name or (".q_norm." in name and decoder.config.qk_norm == "full"):
         return whole[heads]
     if ".attention.k." in name or ".attention.v." in name or (".k_norm." in name and decoder.config.qk_norm == "full"):
@@ -295,6 +301,19 @@ def test_an_index_that_reaches_out_of_its_folder_is_refused(tmp_path: Path) -> N
     assert f"../{SHARD}" in error_of(folder)
 
 
+@pytest.mark.parametrize(("now", "wrong", "unexpected"), [([0], 1, 3), ([1], 0, 3), ([], 0, 6)])
+def test_a_layer_that_is_dense_in_the_weights_must_be_so_in_the_config(
+    now: list[int], wrong: int, unexpected: int, tmp_path: Path
+) -> None:
+    """Of three layers the first two are dense in the weights."""
+    tiny_model(tmp_path, "qwen3_moe", num_hidden_layers=3, mlp_only_layers=[0, 1], intermediate_size=45)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_only_layers": now}))
+    message = error_of(tmp_path)
+    assert f"tensors are missing: model.layers.{wrong}.mlp.experts.0." in message
+    assert f"{unexpected} tensors are unexpected: model.layers.{wrong}.mlp.down_proj.weight" in message
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_a_broken_index_is_named(text: str, tmp_path: Path) -> None:
     sharded(tmp_path).write_text(text)
@@ -332,9 +351,11 @@ def test_a_tied_checkpoint_may_carry_its_head_only_if_it_is_the_embedding(tmp_pa
     assert "lm_head.weight differs from model.embed_tokens.weight" in error_of(tmp_path)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_random_weights_are_parts_of_one_model_however_it_is_cut(arch: str, tmp_path: Path) -> None:
-    tiny_model(tmp_path, arch)
+@pytest.mark.parametrize(("arch", "fields"), MODELS, ids=NAMES)
+def test_random_weights_are_parts_of_one_model_however_it_is_cut(
+    arch: str, fields: dict[str, object], tmp_path: Path
+) -> None:
+    tiny_model(tmp_path, arch, **fields)
     (tmp_path / SINGLE).unlink()
 
     def dummy(rank: int = 0, **options: object) -> Decoder:

@@ -10,6 +10,7 @@ import torch
 
 from moe_serve.base.config import Config
 from moe_serve.model.decoder import Decoder
+from moe_serve.model.moe.experts import Experts
 from moe_serve.worker.loading.loader import LoadReport, load_weights
 from tests.support.forward import empty_decoder
 from tests.support.tiny_model import tiny_model
@@ -91,3 +92,27 @@ def test_an_expert_is_read_once_however_many_copies_a_rank_has(folder: Path) -> 
 
 def test_random_weights_are_the_same_in_every_copy(folder: Path) -> None:
     check_slots(folder, from_file(folder), load_format="dummy")
+
+
+class Noting(Experts):
+    """Notes, each time it is told that loading is over, whether every slot is filled."""
+
+    def __init__(self, like: Experts) -> None:
+        num_local, hidden, width = like.down.shape
+        super().__init__(num_local, hidden, width, like.down.dtype, like.down.device)
+        self.whole: list[bool] = []
+
+    def finish_loading(self) -> None:
+        self.whole.append(not any(parameter.isnan().any() for parameter in self.parameters()))
+
+
+def test_experts_hear_once_that_loading_is_over_and_their_copies_are_filled_by_then(folder: Path) -> None:
+    decoder = empty_decoder(folder, options=from_file(folder))
+    notes = [Noting(moe.experts) for moe in decoder.moe_layers()]
+    with torch.no_grad():
+        for moe, noting in zip(decoder.moe_layers(), notes, strict=True):
+            moe.experts = noting
+            for parameter in noting.parameters():
+                parameter.fill_(float("nan"))
+    load_weights(decoder, folder)
+    assert [noting.whole for noting in notes] == [[True]] * LAYERS
