@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
@@ -77,6 +78,7 @@ class EngineClient:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             block_size=config.cache.block_size,
+            clock=time.monotonic,
         )
         self._hellos: dict[int, EngineHello] = {}
         self._identities: dict[int, bytes] = {}

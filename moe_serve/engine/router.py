@@ -8,7 +8,6 @@ look emptier or, if other front-ends share the engines, fuller than it is, but n
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -119,11 +118,11 @@ class Balancer:
         self,
         num_ranks: int,
         *,
+        clock: Callable[[], float],
         max_num_seqs: int = 128,
         max_num_batched_tokens: int = 2048,
         block_size: int = 16,
         shared: bool = False,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = (max_num_seqs, max_num_batched_tokens)
         self._block_size = block_size

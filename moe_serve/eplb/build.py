@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,7 @@ from moe_serve.eplb.policies.base import Policy
 from moe_serve.eplb.rebalancer import Rebalancer
 
 
-def make_rebalancer(config: Config) -> Rebalancer | None:
+def make_rebalancer(config: Config, *, unix_time: Callable[[], float]) -> Rebalancer | None:
     """None where load balancing is off. ConfigError for a placement file that does not fit.
 
     How large an expert is it must be told: only the workers know in what form they keep one.
@@ -26,5 +27,6 @@ def make_rebalancer(config: Config) -> Rebalancer | None:
         parallel.eplb_config,
         parallel.topology,
         placement,
+        unix_time=unix_time,
         policy=cast(Policy, EPLB_POLICIES.load(parallel.eplb_config.policy)),
     )

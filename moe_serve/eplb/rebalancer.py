@@ -8,7 +8,6 @@ for too long, is given up, and with it the rest; what was committed before stays
 from __future__ import annotations
 
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,7 +67,7 @@ class Rebalancer:
         expert_bytes: int = 0,
         num_nodes: int = 1,
         num_groups: int = 1,
-        unix_time: Callable[[], float] = time.time,
+        unix_time: Callable[[], float],
     ) -> None:
         self.eplb_config = eplb_config
         self.topology = topology

@@ -66,7 +66,7 @@ class World:
                 agreement=config.agreement(),
                 has_workers=parallel.distributed_executor_backend != "uni",
                 step_timeout_seconds=config.scheduler.step_timeout_seconds,
-                rebalancer=make_rebalancer(config),
+                rebalancer=make_rebalancer(config, unix_time=time.time),
             )
         )
 

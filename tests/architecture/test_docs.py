@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_serve import cli, eplb_commands
 from moe_serve.base.config import SECTIONS
+from moe_serve.cli import eplb, main
 from moe_serve.cli.main import COMMANDS, Options, serve_options
 from scripts.generate_docs import generated, kind_of, replaced
 from tests.architecture.test_floors import FLOORS
@@ -65,7 +65,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
 def test_every_option_that_a_page_names_exists(page: Path) -> None:
-    commands = [kind for kind in vars(cli).values() if isinstance(kind, type) and issubclass(kind, Options)]
+    commands = [kind for kind in vars(main).values() if isinstance(kind, type) and issubclass(kind, Options)]
     fields = {name for kind in (serve_options(), *commands) for name in kind.model_fields}
     known = {name.replace("_", "-") for name in fields} | bench_flags() | OTHERS
     for name in FLAG.findall(GENERATED.sub("", page.read_text())):
@@ -74,7 +74,7 @@ def test_every_option_that_a_page_names_exists(page: Path) -> None:
 
 def bench_flags() -> set[str]:
     """Flags of the benchmarks and of `moe-serve eplb`, as their parsers have them."""
-    paths = [*(ROOT / "bench").rglob("*.py"), Path(eplb_commands.__file__)]
+    paths = [*(ROOT / "bench").rglob("*.py"), Path(eplb.__file__)]
     sources = [path.read_text() for path in paths]
     return {flag for source in sources for flag in re.findall(r'add_argument\(\s*"--([a-z0-9-]+)"', source)}
 

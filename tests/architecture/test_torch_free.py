@@ -8,17 +8,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "moe_serve"
 FREE = [
-    *(f"moe_serve.{room}" for room in ("base", "text", "control", "control.eplb", "api")),
+    *(f"moe_serve.{room}" for room in ("base", "text", "eplb", "eplb.policies", "eplb.search", "eplb.desk", "world")),
     "moe_serve.engine.scheduler",
     "moe_serve.engine.request",
     "moe_serve.engine.block_pool",
     "moe_serve.engine.core",
     "moe_serve.engine.client",
+    "moe_serve.engine.lockstep",
+    "moe_serve.engine.router",
     "moe_serve.executor.base",
-    "moe_serve.launch.serve",
-    "moe_serve.cli.chat",
-    "moe_serve.cli.spawn",
-    "moe_serve.cli.main",
+    "moe_serve.api",
+    "moe_serve.launch",
+    *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb")),
 ]
 
 

@@ -30,12 +30,12 @@ def send(balancer: Balancer, request_id: str, num_tokens: int, reports: dict[int
 
 
 def test_an_empty_world_is_filled_in_turn() -> None:
-    balancer = Balancer(4)
+    balancer = Balancer(4, clock=Clock())
     assert [send(balancer, str(i), 10) for i in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_requests_that_end_before_the_next_still_go_round() -> None:
-    balancer = Balancer(3)
+    balancer = Balancer(3, clock=Clock())
     ranks = []
     for number in range(6):
         ranks.append(send(balancer, str(number), 10))
@@ -45,7 +45,7 @@ def test_requests_that_end_before_the_next_still_go_round() -> None:
 
 @given(ranks=st.integers(1, 8), count=st.integers(0, 60), num_tokens=st.integers(1, 5000))
 def test_a_burst_of_equal_requests_is_split_evenly(ranks: int, count: int, num_tokens: int) -> None:
-    balancer = Balancer(ranks)
+    balancer = Balancer(ranks, clock=Clock())
     counts = Counter(send(balancer, str(number), num_tokens) for number in range(count))
     per_rank = [counts[rank] for rank in range(ranks)]
     assert max(per_rank) - min(per_rank) <= 1
@@ -53,7 +53,7 @@ def test_a_burst_of_equal_requests_is_split_evenly(ranks: int, count: int, num_t
 
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=60), st.integers(2, 4))
 def test_queued_tokens_differ_by_no_more_than_one_prompt_and_the_slots(lengths: list[int], ranks: int) -> None:
-    balancer = Balancer(ranks)
+    balancer = Balancer(ranks, clock=Clock())
     queued, seqs = [0] * ranks, [0] * ranks
     for number, length in enumerate(lengths):
         rank = send(balancer, str(number), length)
@@ -64,7 +64,7 @@ def test_queued_tokens_differ_by_no_more_than_one_prompt_and_the_slots(lengths: 
 
 
 def test_a_long_prompt_counts_by_its_tokens_until_it_is_computed() -> None:
-    balancer = Balancer(2)
+    balancer = Balancer(2, clock=Clock())
     assert send(balancer, "long", 8000) == 0
     assert [send(balancer, str(number), 100) for number in range(10)] == [1] * 10
     balancer.progressed("long", 1)
@@ -72,7 +72,7 @@ def test_a_long_prompt_counts_by_its_tokens_until_it_is_computed() -> None:
 
 
 def test_finished_and_unknown_requests_leave_nothing_behind() -> None:
-    balancer = Balancer(2)
+    balancer = Balancer(2, clock=Clock())
     for number in range(5):
         send(balancer, str(number), 100)
         balancer.progressed(str(number), number)
@@ -111,7 +111,7 @@ def test_no_other_rank_is_better_than_the_chosen_one(loads: list[RankLoad], num_
 
 
 def test_a_long_talk_holds_kv_and_so_counts_after_its_prompt_is_computed() -> None:
-    balancer = Balancer(2)
+    balancer = Balancer(2, clock=Clock())
     reports = {rank: LoadReport(num_blocks=1000, free_blocks=1000) for rank in range(2)}
     assert send(balancer, "a", 1600, reports) == 0
     assert send(balancer, "b", 16, reports) == 1
@@ -122,7 +122,7 @@ def test_a_long_talk_holds_kv_and_so_counts_after_its_prompt_is_computed() -> No
 
 
 def test_requests_that_share_a_prefix_do_not_make_a_rank_look_full() -> None:
-    balancer = Balancer(2)
+    balancer = Balancer(2, clock=Clock())
     reports = {rank: LoadReport(num_blocks=100, free_blocks=100) for rank in range(2)}
     for number in range(4):
         balancer.sent(str(number), 0, 800)  # 50 blocks each, but one prefix
@@ -141,14 +141,14 @@ def test_what_other_front_ends_sent_counts_while_the_report_is_fresh() -> None:
 
 
 def test_a_report_that_lags_many_steps_behind_the_others_counts_for_nothing() -> None:
-    balancer = Balancer(2, shared=True)
+    balancer = Balancer(2, shared=True, clock=Clock())
     old = LoadReport(step=1, num_running=50)
     assert send(balancer, "a", 10, {0: old, 1: LoadReport(step=FRESH_STEPS)}) == 1
     assert send(balancer, "b", 10, {0: old, 1: LoadReport(step=FRESH_STEPS + 2)}) == 0
 
 
 def test_own_requests_that_a_report_knows_are_not_counted_twice() -> None:
-    balancer = Balancer(2, shared=True)
+    balancer = Balancer(2, shared=True, clock=Clock())
     for number in range(4):
         balancer.sent(f"a{number}", 0, 96)
         balancer.sent(f"b{number}", 1, 96)
@@ -171,7 +171,7 @@ any_report = st.builds(
 
 @given(st.lists(any_report, min_size=3, max_size=3), st.integers(1, 60), st.integers(1, 300))
 def test_no_report_can_bend_the_split_of_a_burst(reports: list[LoadReport], count: int, num_tokens: int) -> None:
-    balancer = Balancer(3)
+    balancer = Balancer(3, clock=Clock())
     told = dict(enumerate(reports))
     counts = Counter(send(balancer, str(number), num_tokens, told) for number in range(count))
     per_rank = [counts[rank] for rank in range(3)]
@@ -235,7 +235,7 @@ def test_wrong_reports_never_flood_or_starve_a_rank(script: list[tuple[str, obje
 
 
 def test_a_pinned_rank_is_taken_whatever_its_load() -> None:
-    balancer = Balancer(2)
+    balancer = Balancer(2, clock=Clock())
     balancer.sent("a", 1, 5000)
     choice = balancer.decide(10, {}, pinned=1)
     assert (choice.rank, choice.reason) == (1, "pinned")
@@ -244,10 +244,10 @@ def test_a_pinned_rank_is_taken_whatever_its_load() -> None:
 @pytest.mark.parametrize("pinned", [-1, 2])
 def test_a_pinned_rank_that_does_not_exist_is_a_request_error(pinned: int) -> None:
     with pytest.raises(RequestError, match=rf"\[0, 2\).*not {pinned}"):
-        Balancer(2).choose(10, {}, pinned=pinned)
+        Balancer(2, clock=Clock()).choose(10, {}, pinned=pinned)
 
 
 def test_the_choice_explains_itself() -> None:
-    balancer = Balancer(2, max_num_batched_tokens=1000, max_num_seqs=10)
+    balancer = Balancer(2, max_num_batched_tokens=1000, max_num_seqs=10, clock=Clock())
     balancer.sent("a", 0, 500)
     assert str(balancer.decide(10, {})) == "DP rank 1 (least to do) of {0: 0.600, 1: 0.000}"

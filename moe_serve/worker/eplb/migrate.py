@@ -182,7 +182,7 @@ class Migrator:
         if wrong:
             flow = coming[wrong[0]]
             work.status.failed = (
-                f"expert {flow.expert} of layer {flow.layer} came from expert-parallel rank {flow.source} "
+                f"expert {flow.expert} of MoE layer {flow.layer} came from expert-parallel rank {flow.source} "
                 "with another checksum than it left with"
             )
             return
