@@ -26,7 +26,7 @@ from moe_serve.base.config import EPLB_POLICIES
 from moe_serve.eplb.desk.loads import Trace, read_trace
 from moe_serve.eplb.desk.pictures import draw_heat, draw_replay, save
 from moe_serve.eplb.desk.plan import make_plan
-from moe_serve.eplb.desk.replay import Outcome, World, replay
+from moe_serve.eplb.desk.replay import Outcome, ReplayWorld, replay
 from moe_serve.eplb.policies.base import Policy, Problem, problem_of
 from moe_serve.eplb.policies.deepseek import deepseek, deepseek_global
 from moe_serve.eplb.policies.sticky import sticky
@@ -62,7 +62,7 @@ SIZES = (
 
 def main() -> None:
     options = parse()
-    world = World(options.ranks, options.nodes)
+    world = ReplayWorld(options.ranks, options.nodes)
     traces = {name: made_up(name, options) for name in options.kinds} | {
         path.stem: read_trace(path) for path in options.traces
     }

@@ -20,7 +20,7 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_serve.base.commands import AllocateKV, Meeting, TokenLogprob
+from moe_serve.base.commands import Meeting, TokenLogprob
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineDead, RequestError
 from moe_serve.base.log import setup_logging
@@ -28,11 +28,11 @@ from moe_serve.base.messages import FinishReason, Generate, Hello, Ready, Stop, 
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.build import build_core
 from moe_serve.engine.client import EngineClient
-from moe_serve.engine.core import EngineCore
 from moe_serve.executor.choose import choose_executor
+from moe_serve.launch.node import Node
 from moe_serve.launch.resolve import resolve
-from moe_serve.launch.serve import World
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer
 from moe_serve.world.link import Link
@@ -141,20 +141,22 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _prepare(self, prompt: Prompt, sampling: SamplingParams) -> Answer:
+    def _prepare(self, prompt: Prompt, sampling: SamplingParams) -> GrowingAnswer:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         name = f"llm-{next(self._ids)}"
-        return Answer(
+        return GrowingAnswer(
             prompt if isinstance(prompt, str) else None,
             token_ids,
             [
-                Choice(self.tokenizer, Generate(request_id=f"{name}-{i}", token_ids=token_ids, sampling=single), i)
+                GrowingChoice(
+                    self.tokenizer, Generate(request_id=f"{name}-{i}", token_ids=token_ids, sampling=single), i
+                )
                 for i, single in enumerate(sampling.choices())
             ],
         )
 
 
-class Choice:
+class GrowingChoice:
     """One choice while it grows."""
 
     def __init__(self, tokenizer: Tokenizer, request: Generate, index: int) -> None:
@@ -199,12 +201,12 @@ class Choice:
 
 
 @dataclass(slots=True)
-class Answer:
+class GrowingAnswer:
     """One prompt and its choices."""
 
     prompt: str | None
     token_ids: list[int]
-    choices: list[Choice]
+    choices: list[GrowingChoice]
 
     def output(self) -> RequestOutput:
         outputs = [choice.output() for choice in self.choices]
@@ -218,15 +220,7 @@ class OneEngine:
         meeting = Meeting.of_nobody(threads_per_rank(1))
         self._executor = choose_executor(config)(config, meeting, RankProgress())
         facts = self._executor.start()
-        self._executor.submit(AllocateKV(facts.kv_blocks)).result()
-        self.core = EngineCore(
-            self._executor,
-            config=config,
-            num_blocks=facts.kv_blocks,
-            max_model_len=config.model.max_model_len or model.max_position_embeddings,
-            eos_token_ids=model.eos_token_ids,
-            vocab_size=model.vocab_size,
-        )
+        self.core = build_core(self._executor, config, model, facts, num_blocks=facts.kv_blocks)
 
     def run(self, sequences: list[Generate], on_event: OnEvent) -> None:
         core = self.core
@@ -253,7 +247,7 @@ class EngineWorld:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engines", daemon=True)
         self._thread.start()
-        self._world: World | None = None
+        self._node: Node | None = None
         self._link: Link | None = None
         self._client: EngineClient | None = None
         try:
@@ -264,12 +258,12 @@ class EngineWorld:
 
     async def _start(self, config: Config) -> None:
         parallel = config.parallel
-        world = self._world = World(config, serve_http=False)
-        await world.start()
-        client = self._client = EngineClient(config, token=world.token)
+        node = self._node = Node(config, serve_http=False)
+        await node.start()
+        client = self._client = EngineClient(config, token=node.token)
         self._receiving = asyncio.create_task(client.run())
         hello = Hello(
-            token=world.token,
+            token=node.token,
             role="api",
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -277,8 +271,8 @@ class EngineWorld:
         )
         link = self._link = await asyncio.to_thread(
             Link,
-            world.host,
-            world.port,
+            node.host,
+            node.port,
             hello,
             on_message=self._hear,
             on_lost=self._lost,
@@ -286,11 +280,11 @@ class EngineWorld:
         )
         connected = asyncio.create_task(client.wait_ready())
         connected.add_done_callback(lambda _: link.send(Ready()))
-        await world.until_ready()
-        if world.ended is not None:
+        await node.until_ready()
+        if node.ended is not None:
             connected.cancel()
-            raise ConfigError(world.ended.reason) if world.ended.code == 2 else EngineDead(world.ended.reason)
-        self._watching = asyncio.create_task(world.until_ended())
+            raise ConfigError(node.ended.reason) if node.ended.code == 2 else EngineDead(node.ended.reason)
+        self._watching = asyncio.create_task(node.until_ended())
 
     def _hear(self, message: ToMember) -> None:
         if isinstance(message, Stop):
@@ -327,9 +321,9 @@ class EngineWorld:
     async def _end(self) -> None:
         if self._link is not None:
             self._link.close("LLM closed")
-        if self._world is not None:
-            self._world.coordinator.end(Stop("LLM closed", 0))
-            await self._world.close()
+        if self._node is not None:
+            self._node.coordinator.end(Stop("LLM closed", 0))
+            await self._node.close()
         if self._client is not None:
             self._client.close()
 

@@ -34,7 +34,7 @@ class ErrorFields(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ApiProblem:
     """An error as HTTP says it."""
 
     status: int
@@ -53,17 +53,17 @@ class Problem:
         )
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_of(error: Exception) -> ApiProblem:
     """The status and words for an error; what is not ours becomes a 500 without details."""
     if isinstance(error, RequestError):
-        return Problem(error.status, str(error), param=error.param, code=error.code)
+        return ApiProblem(error.status, str(error), param=error.param, code=error.code)
     if isinstance(error, Overloaded):
         headers = {"Retry-After": str(error.retry_after)}
-        return Problem(503, str(error), "service_unavailable", code="unavailable", headers=headers)
+        return ApiProblem(503, str(error), "service_unavailable", code="unavailable", headers=headers)
     if isinstance(error, EngineDead):
-        return Problem(503, str(error), "server_error", code="engine_dead")
+        return ApiProblem(503, str(error), "server_error", code="engine_dead")
     if isinstance(error, MoEServeError):
-        return Problem(500, str(error), "server_error", code="engine_error")
+        return ApiProblem(500, str(error), "server_error", code="engine_error")
     if isinstance(error, HTTPException):
-        return Problem(error.status_code, str(error.detail), headers=error.headers or {})
-    return Problem(500, "internal error; the server's log has the details", "server_error", code="internal_error")
+        return ApiProblem(error.status_code, str(error.detail), headers=error.headers or {})
+    return ApiProblem(500, "internal error; the server's log has the details", "server_error", code="internal_error")

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moe_serve.api.errors import BodyTooLarge, Problem, problem_of
+from moe_serve.api.errors import ApiProblem, BodyTooLarge, problem_of
 
 DROP_FACTOR = 4  # how often the limit is read and dropped of a body that was refused
 DROP_SECONDS = 5.0
@@ -25,7 +25,7 @@ class RequireKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         closed = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
         if closed and self._expected is not None and not hmac.compare_digest(_bearer(scope), self._expected):
-            problem = Problem(
+            problem = ApiProblem(
                 401,
                 "a valid API key is needed: send the header `Authorization: Bearer KEY` (server option --api-key)",
                 code="invalid_api_key",

@@ -1,7 +1,7 @@
 """What the operator says: frozen sections with defaults and rules. Flags, environment, YAML and docs come from here.
 
 A rule that stands alone is a validator; what depends on the checkpoint or the device is settled once by
-`resolve()` (in `launch/serve.py` for the node, in the worker for the device), after which nothing is "auto".
+`resolve()` (in `launch/resolve.py` for the node, in the worker for the device), after which nothing is "auto".
 Knows no torch.
 """
 

@@ -25,7 +25,7 @@ from moe_serve.eplb.desk.plan import Plan, make_plan
 from moe_serve.eplb.desk.replay import (
     Gain,
     Outcome,
-    World,
+    ReplayWorld,
     balancedness_of_start,
     cut,
     redundancy_curve,
@@ -192,14 +192,14 @@ def run_record(options: argparse.Namespace) -> int:
     return 0
 
 
-def _start(options: argparse.Namespace) -> tuple[Trace, World]:
+def _start(options: argparse.Namespace) -> tuple[Trace, ReplayWorld]:
     _check_folder(options.out)
     if options.pictures is not None:
         new_figure()  # a missing library is said before the work
     console.print(f"reading {options.trace}", soft_wrap=True)
     trace = read_trace(options.trace)
     check_load(trace.count_SLE.sum(axis=0))
-    world = World(
+    world = ReplayWorld(
         options.ranks,
         options.nodes,
         options.groups,
@@ -210,7 +210,7 @@ def _start(options: argparse.Namespace) -> tuple[Trace, World]:
     return trace, world
 
 
-def _steps_of_ranks(trace: Trace, world: World) -> list[int]:
+def _steps_of_ranks(trace: Trace, world: ReplayWorld) -> list[int]:
     """A quarter of the ranks, half, as many, twice, four times: as far as the experts go."""
     ranks, experts = world.num_ranks, trace.count_SLE.shape[2]
     most = experts * (ranks - 1)

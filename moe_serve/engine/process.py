@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from moe_serve.base.commands import AllocateKV, Meeting, SetShares, StageExperts, WorkerFacts
+from moe_serve.base.commands import Meeting, SetShares, StageExperts, WorkerFacts
 from moe_serve.base.config import ALL2ALL
 from moe_serve.base.errors import (
     ConfigError,
@@ -47,6 +47,7 @@ from moe_serve.base.messages import (
 )
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
+from moe_serve.engine.build import build_core
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank
 from moe_serve.engine.rearranging import Rearranging
@@ -161,16 +162,7 @@ class EngineProcess:
             timeout_seconds=config.scheduler.step_timeout_seconds * 1.5,
         )
         num_blocks = votes.sync_kv_cache_blocks(facts.kv_blocks)
-        self._executor.submit(AllocateKV(num_blocks)).result(timeout=MEET_SECONDS)
-        core = EngineCore(
-            self._executor,
-            config=config,
-            num_blocks=num_blocks,
-            max_model_len=config.model.max_model_len or model_config.max_position_embeddings,
-            eos_token_ids=model_config.eos_token_ids,
-            vocab_size=model_config.vocab_size,
-            load_seconds=facts.load_seconds,
-        )
+        core = build_core(self._executor, config, model_config, facts, num_blocks=num_blocks)
         backend = ALL2ALL.load(parallel.all2all_backend)
         pads = bool(getattr(backend, "pads", False))
         rearranging = None

@@ -40,7 +40,7 @@ class RankLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RankChoice:
     """`costs[r]` of rank r, in steps' worth of work; `short[r]` it has too few free KV blocks for this prompt."""
 
     rank: int
@@ -56,7 +56,7 @@ class Choice:
         return f"DP rank {self.rank} ({self.reason}) of {{{', '.join(ranks)}}}"
 
 
-def choose_rank(loads: Sequence[RankLoad], num_tokens: int, capacity: Capacity, start: int = 0) -> Choice:
+def choose_rank(loads: Sequence[RankLoad], num_tokens: int, capacity: Capacity, start: int = 0) -> RankChoice:
     """The cheapest rank with room for a prompt of `num_tokens`; among equals the first from `start` on.
 
     The cost adds three shares: queued prompt tokens of a step's budget, sequences of a step's slots, KV blocks in
@@ -74,7 +74,7 @@ def choose_rank(loads: Sequence[RankLoad], num_tokens: int, capacity: Capacity, 
         reason = f"next of {len(equals)} equals"
     else:
         reason = "least to do" + (" among those with free KV blocks" if any(short) else "")
-    return Choice(best, reason, costs, short)
+    return RankChoice(best, reason, costs, short)
 
 
 @dataclass(slots=True)
@@ -139,7 +139,7 @@ class Balancer:
         log.debug("a prompt of %d tokens goes to %s", num_tokens, choice)
         return choice.rank
 
-    def decide(self, num_tokens: int, reports: Mapping[int, LoadReport], *, pinned: int | None = None) -> Choice:
+    def decide(self, num_tokens: int, reports: Mapping[int, LoadReport], *, pinned: int | None = None) -> RankChoice:
         """As choose(), with the reason. Raises RequestError for a rank that does not exist."""
         self._look_at(reports)
         if pinned is not None:
@@ -148,7 +148,7 @@ class Balancer:
                     f"X-data-parallel-rank must lie in [0, {len(self._own)}), below data_parallel_size, not {pinned}",
                     param="X-data-parallel-rank",
                 )
-            return Choice(pinned, "pinned")
+            return RankChoice(pinned, "pinned")
         blocks = [sighting.report.num_blocks for sighting in self._sightings.values()]
         capacity = Capacity(
             max_num_seqs=self._limits[0],

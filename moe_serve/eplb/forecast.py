@@ -13,7 +13,7 @@ import numpy as np
 from moe_serve.base.errors import ConfigError
 from moe_serve.eplb.placement import Placement, moves
 from moe_serve.eplb.policies.base import Floats
-from moe_serve.eplb.rearrangement import Plan
+from moe_serve.eplb.rearrangement import Proposal
 from moe_serve.eplb.search.scores import mean_of_ratios, ratio_of_sums, sum_by_rank
 from moe_serve.eplb.search.weights import Split, solve_split, split_loads
 
@@ -26,13 +26,13 @@ class Forecast:
     prefer_local: bool
     expert_bytes: int
 
-    def plan(self, load_LE: Floats, served: Placement, wanted: Placement) -> Plan:
+    def plan(self, load_LE: Floats, served: Placement, wanted: Placement) -> Proposal:
         """From one placement to another; ConfigError if `wanted` is of another model or world."""
         check_alike(served, wanted)
         before, after = self.rank_loads(load_LE, served), self.rank_loads(load_LE, wanted)
         gain = 1.0 - ratio_of_sums(before) / ratio_of_sums(after)
         num_moves = len(moves(served, wanted))
-        return Plan(
+        return Proposal(
             wanted, mean_of_ratios(before), mean_of_ratios(after), gain, num_moves, num_moves * self.expert_bytes
         )
 

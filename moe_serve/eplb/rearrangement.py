@@ -30,7 +30,7 @@ class ForEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Proposal:
     """A placement and what it is expected to bring. Gain: share of the expert time saved, the move not yet paid."""
 
     placement: Placement
@@ -56,7 +56,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Rearrangement:
-    plan: Plan
+    plan: Proposal
     before: Placement
     chunks: list[list[int]]
     started: float

@@ -26,7 +26,7 @@ from moe_serve.eplb.rearrangement import (
     Chunk,
     ForEngine,
     Order,
-    Plan,
+    Proposal,
     Rearrangement,
     Totals,
     chunks_of,
@@ -166,11 +166,11 @@ class Rebalancer:
 
     # -- what it can be asked --
 
-    def predict(self, placement: Placement) -> Plan:
+    def predict(self, placement: Placement) -> Proposal:
         """What a placement would bring under the load of the window; ConfigError if it is of another model or world."""
         return self._forecast.plan(self.load(), self.placement, placement)
 
-    def propose(self, policy: Policy | None = None) -> Plan:
+    def propose(self, policy: Policy | None = None) -> Proposal:
         """What the policy would do now. ConfigError without any load, and for a policy that does not work."""
         problem = Problem(
             self.load(), self.placement.offsets, self.num_nodes, self._num_groups, self.placement, seed=self._next_epoch
@@ -184,7 +184,7 @@ class Rebalancer:
             raise ConfigError(f"the policy failed: {type(error).__name__}: {error}") from error
         return self.predict(placement)
 
-    def apply(self, plan: Plan, now: float, *, why: str) -> list[ForEngine]:
+    def apply(self, plan: Proposal, now: float, *, why: str) -> list[ForEngine]:
         """Begin a rearrangement; ConfigError while one is under way or if nothing would change."""
         if self._now is not None:
             raise Conflict("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
@@ -247,7 +247,7 @@ class Rebalancer:
             )
         return self.apply(plan, now, why="interval")
 
-    def _cost_share(self, plan: Plan) -> float:
+    def _cost_share(self, plan: Proposal) -> float:
         """Seconds the move would stall serving, as a share of the next interval."""
         # The median: a bucket that ends a long sleep says nothing about steps.
         horizon = statistics.median(self._step_seconds or [0.0]) * self.eplb_config.step_interval
@@ -359,7 +359,7 @@ class Rebalancer:
     def _all(self, order: Order) -> list[ForEngine]:
         return [ForEngine(dp, order) for dp in range(self.topology.dp)]
 
-    def _chunks(self, plan: Plan) -> list[list[int]]:
+    def _chunks(self, plan: Proposal) -> list[list[int]]:
         return chunks_of(self.placement, plan.placement, self.load(), self._forecast.expert_bytes)
 
     def _shares(self, split: Split, dp: int, layers: list[int]) -> dict[int, bytes]:

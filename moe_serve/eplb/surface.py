@@ -12,7 +12,7 @@ from moe_serve.base.config import EPLB_POLICIES
 from moe_serve.base.errors import ConfigError
 from moe_serve.eplb.placement_file import placement_from_document, placement_to_document
 from moe_serve.eplb.policies.base import Policy
-from moe_serve.eplb.rearrangement import ForEngine, Plan
+from moe_serve.eplb.rearrangement import ForEngine, Proposal
 from moe_serve.eplb.rebalancer import Conflict, Rebalancer
 from moe_serve.eplb.search.scores import all_scores, mean_of_ratios
 
@@ -122,7 +122,7 @@ class BalanceSurface:
         return 200, rebalancer.recording.dump(metadata), []
 
 
-def _wanted(rebalancer: Rebalancer, body: Mapping[str, Any]) -> Plan:
+def _wanted(rebalancer: Rebalancer, body: Mapping[str, Any]) -> Proposal:
     """The plan a request is about: a placement it brings, or what a policy would do."""
     if "placement" in body:
         placed = rebalancer.placement
@@ -144,7 +144,7 @@ def _wanted(rebalancer: Rebalancer, body: Mapping[str, Any]) -> Plan:
     return rebalancer.propose(policy)
 
 
-def _described(plan: Plan, num_nodes: int) -> dict[str, object]:
+def _described(plan: Proposal, num_nodes: int) -> dict[str, object]:
     return {
         "balancedness_before": plan.balancedness_before,
         "balancedness_after": plan.balancedness_after,

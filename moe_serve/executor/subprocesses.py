@@ -13,7 +13,7 @@ GONE_SECONDS = 3.0
 """SIGKILL is not at once for a process that gives back much memory."""
 
 
-class Child:
+class WorkerChild:
     """A worker that is a child of this process."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -42,11 +42,11 @@ class Child:
 class Subprocesses:
     """A Starter."""
 
-    def start(self, worker: int, invitation: Invitation) -> Child:
+    def start(self, worker: int, invitation: Invitation) -> WorkerChild:
         process = subprocess.Popen(
             [sys.executable, "-m", "moe_serve.worker.process"],
             env=invitation.to_environment(),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        return Child(process)
+        return WorkerChild(process)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from moe_serve.cli.random_model import make_model
-from moe_serve.launch.serve import TOKEN_ENVIRONMENT
+from moe_serve.launch.node import TOKEN_ENVIRONMENT
 from tests.support.server import COMMAND
 
 WAIT_SECONDS = 15.0

@@ -14,7 +14,7 @@ import pytest
 from moe_serve.base.errors import ConfigError, EngineError, WorkerDied
 from moe_serve.executor.seats import Seat, name_missing
 from moe_serve.executor.starting import StartedElsewhere
-from moe_serve.executor.subprocesses import Child
+from moe_serve.executor.subprocesses import WorkerChild
 from moe_serve.executor.watching import Watch
 
 WAIT = 10.0
@@ -26,7 +26,7 @@ class Engine:
     def __init__(self) -> None:
         self.child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         elsewhere = [Seat(f"{worker}", StartedElsewhere()) for worker in range(3)]
-        self.seats = [*elsewhere, Seat("3", Child(self.child))]
+        self.seats = [*elsewhere, Seat("3", WorkerChild(self.child))]
         self.closed: queue.Queue[Seat] = queue.Queue()
         self.deaths: list[WorkerDied] = []
         self.told = threading.Event()

@@ -24,7 +24,7 @@ STEPS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class ReplayWorld:
     """Ranks that share the experts, and what a token and an expert cost them (the model of a step's time).
 
     A layer takes max over ranks of (row_seconds x tokens + expert_seconds x experts in use); `expert_bytes` is the
@@ -85,7 +85,7 @@ class Outcome:
 
 def replay(
     trace: Trace,
-    world: World,
+    world: ReplayWorld,
     *,
     policies: Sequence[str],
     redundancies: Sequence[int],
@@ -120,7 +120,7 @@ def cut(trace: Trace, window_steps: int) -> list[Floats]:
 
 
 def _replay_one(
-    windows: Sequence[Floats], world: World, policy: str, num_redundant: int, refresh_steps: int
+    windows: Sequence[Floats], world: ReplayWorld, policy: str, num_redundant: int, refresh_steps: int
 ) -> Outcome:
     outcome = Outcome(policy, num_redundant)
     current: Placement | None = None
@@ -154,7 +154,7 @@ def _replay_one(
 
 
 def score_steps(
-    steps_SLE: Floats, placement: Placement, world: World, shares_LP: Floats | None = None
+    steps_SLE: Floats, placement: Placement, world: ReplayWorld, shares_LP: Floats | None = None
 ) -> tuple[float, float]:
     """(balancedness per step, modelled seconds per step) of a placement over some steps."""
     balanced, seconds = [], []
@@ -183,7 +183,7 @@ class Gain:
     """The same beside the next smaller redundancy, per redundant expert."""
 
 
-def redundancy_curve(outcomes: Sequence[Outcome], world: World, num_layers: int) -> list[Gain]:
+def redundancy_curve(outcomes: Sequence[Outcome], world: ReplayWorld, num_layers: int) -> list[Gain]:
     """The marginal gain of redundancy from the outcomes of one policy, smallest redundancy first."""
     gains: list[Gain] = []
     for outcome in sorted(outcomes, key=lambda outcome: outcome.num_redundant):
@@ -217,7 +217,7 @@ def worthwhile(gains: Sequence[Gain], least_share: float) -> int:
     return chosen.num_redundant
 
 
-def balancedness_of_start(windows: Sequence[Floats], world: World) -> float:
+def balancedness_of_start(windows: Sequence[Floats], world: ReplayWorld) -> float:
     """Balancedness of the linear placement without redundancy: what there is to gain."""
     load_LE = sum(window.sum(axis=0) for window in windows)
     problem = problem_of(np.asarray(load_LE), num_ranks=world.num_ranks)

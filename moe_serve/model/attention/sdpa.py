@@ -52,7 +52,7 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AttentionPlan:
     """`slots_T` where each row's k and v go."""
 
     block_size: int
@@ -72,11 +72,11 @@ class SDPA:
         # Fresh large tensors cost more in page faults than the copy into them.
         self._scratch = torch.empty(0, device=device)
 
-    def plan(self, step: StepShape) -> Plan:
+    def plan(self, step: StepShape) -> AttentionPlan:
         firsts = accumulate((sequence.num_tokens for sequence in step.sequences), initial=0)
         rows = list(zip(firsts, step.sequences, strict=False))
         decodes = [(row, seq) for row, seq in rows if seq.num_tokens == 1]
-        return Plan(
+        return AttentionPlan(
             block_size=step.block_size,
             slots_T=self._tensor([slot for _, seq in rows for slot in _slots(seq, step.block_size)]),
             decodes=[self._decode_batch(batch, step.block_size) for batch in self._batches(decodes, step.block_size)],
@@ -84,7 +84,7 @@ class SDPA:
         )
 
     def forward(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, kv: LayerKV, plan: object) -> Tensor:
-        assert isinstance(plan, Plan)
+        assert isinstance(plan, AttentionPlan)
         kv.k_NGd.index_copy_(0, plan.slots_T, k_TGd)
         kv.v_NGd.index_copy_(0, plan.slots_T, v_TGd)
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReport:
+class LoadingReport:
     """Bytes this rank read, bytes the checkpoint has, seconds by phase."""
 
     bytes_read: int
@@ -60,13 +60,13 @@ class Inventory:
 
 def load_weights(
     model: Decoder, folder: Path | str, *, load_format: str = "auto", show_progress: bool = False
-) -> LoadReport:
+) -> LoadingReport:
     """Fill the model's parameters. `show_progress` on one rank: a bar on a terminal, else a line in the log."""
     started = time.perf_counter()
     if load_format == "dummy":
         _fill_randomly(model)
         model.finish_loading()
-        return LoadReport(0, 0, {"random weights": time.perf_counter() - started})
+        return LoadingReport(0, 0, {"random weights": time.perf_counter() - started})
     with Checkpoint(folder) as checkpoint:
         sources = _inventory(model, checkpoint)
         opened = time.perf_counter()
@@ -81,7 +81,7 @@ def load_weights(
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         seconds = {"open": opened - started, "read": time.perf_counter() - opened}
-        report = LoadReport(checkpoint.bytes_read, checkpoint.bytes_total, seconds)
+        report = LoadingReport(checkpoint.bytes_read, checkpoint.bytes_total, seconds)
     if show_progress:
         logger.info(
             "read %.1f of %.1f MiB of weights in %.1f s",

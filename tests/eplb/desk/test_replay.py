@@ -8,10 +8,10 @@ import pytest
 from bench.traces import GENERATORS, lognormal, trace
 from moe_serve.base.errors import ConfigError
 from moe_serve.eplb.desk.loads import Trace
-from moe_serve.eplb.desk.replay import Gain, World, redundancy_curve, replay, score_steps, worthwhile
+from moe_serve.eplb.desk.replay import Gain, ReplayWorld, redundancy_curve, replay, score_steps, worthwhile
 from moe_serve.eplb.placement import Placement
 
-WORLD = World(num_ranks=8, num_nodes=2, expert_bytes=1000)
+WORLD = ReplayWorld(num_ranks=8, num_nodes=2, expert_bytes=1000)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_every_policy_and_redundancy_is_scored(drifting: Trace) -> None:
 def test_a_step_takes_as_long_as_its_slowest_rank_in_each_layer() -> None:
     placement = Placement(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), (0, 2, 4), 4)
     steps = np.array([[[5, 0, 3, 3], [1, 1, 1, 1]]], dtype=float)
-    balanced, seconds = score_steps(steps, placement, World(2, row_seconds=1.0, expert_seconds=10.0))
+    balanced, seconds = score_steps(steps, placement, ReplayWorld(2, row_seconds=1.0, expert_seconds=10.0))
     assert balanced == pytest.approx((5.5 / 6 + 1) / 2)
     assert seconds == (6 + 20) + (2 + 20)
 

@@ -18,7 +18,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import CheckpointError
 from moe_serve.model.decoder import Decoder
 from moe_serve.worker.loading.checkpoint import INDEX, SINGLE, Checkpoint
-from moe_serve.worker.loading.loader import LoadReport, load_weights
+from moe_serve.worker.loading.loader import LoadingReport, load_weights
 from tests.support.forward import empty_decoder
 from tests.support.tiny_model import ARCHS, tiny_model
 
@@ -38,7 +38,7 @@ NAMES = [*ARCHS, "qwen2_moe with a dense layer"]
 Tensors = dict[str, Tensor]
 
 
-def load(folder: Path, rank: int = 0, **options: object) -> tuple[Decoder, LoadReport]:
+def load(folder: Path, rank: int = 0, **options: object) -> tuple[Decoder, LoadingReport]:
     decoder = empty_decoder(folder, rank, options=options)
     with torch.no_grad():
         for parameter in decoder.parameters():

@@ -11,7 +11,7 @@ import torch
 from moe_serve.base.config import Config
 from moe_serve.model.decoder import Decoder
 from moe_serve.model.moe.experts import Experts
-from moe_serve.worker.loading.loader import LoadReport, load_weights
+from moe_serve.worker.loading.loader import LoadingReport, load_weights
 from tests.support.forward import empty_decoder
 from tests.support.tiny_model import tiny_model
 
@@ -45,7 +45,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made
 
 
-def load(folder: Path, rank: int, values: dict[str, object], load_format: str = "auto") -> tuple[Decoder, LoadReport]:
+def load(
+    folder: Path, rank: int, values: dict[str, object], load_format: str = "auto"
+) -> tuple[Decoder, LoadingReport]:
     decoder = empty_decoder(folder, rank, options=values)
     with torch.no_grad():
         for parameter in decoder.parameters():

@@ -1,0 +1,30 @@
+"""A core on workers that have loaded: the KV cache is made, and the checkpoint's limits are its own."""
+
+from __future__ import annotations
+
+from moe_serve.base.commands import AllocateKV, WorkerFacts
+from moe_serve.base.config import Config
+from moe_serve.base.model_config import ModelConfig
+from moe_serve.engine.core import EngineCore
+from moe_serve.executor.base import Executor
+
+ALLOCATE_SECONDS = 300.0
+
+
+def build_core(
+    executor: Executor, config: Config, model: ModelConfig, facts: WorkerFacts, *, num_blocks: int
+) -> EngineCore:
+    """`facts` as `executor.start()` gave them; `num_blocks` what all engines agreed on, at most `facts.kv_blocks`.
+
+    Raises ConfigError if so many blocks cannot hold one sequence, EngineError if a worker fails.
+    """
+    executor.submit(AllocateKV(num_blocks)).result(timeout=ALLOCATE_SECONDS)
+    return EngineCore(
+        executor,
+        config=config,
+        num_blocks=num_blocks,
+        max_model_len=config.model.max_model_len or model.max_position_embeddings,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        load_seconds=facts.load_seconds,
+    )
