@@ -20,27 +20,23 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_serve.base.commands import Meeting, TokenLogprob
+from moe_serve.base.commands import TokenLogprob
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineDead, RequestError
 from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import FinishReason, Generate, Hello, Ready, Stop, TokenEvent, ToMember
-from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
-from moe_serve.engine.build import build_core
+from moe_serve.engine.alone import OneEngine, OnEvent
 from moe_serve.engine.client import EngineClient
-from moe_serve.executor.choose import choose_executor
 from moe_serve.launch.node import Node
 from moe_serve.launch.resolve import resolve
-from moe_serve.text.detokenizer import IncrementalDetokenizer
+from moe_serve.text.growing import GrowingText, Growth
 from moe_serve.text.tokenizer import Tokenizer
 from moe_serve.world.link import Link
-from moe_serve.world.member import threads_per_rank
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
-OnEvent = Callable[[TokenEvent], bool]
 
 
 @dataclass(slots=True)
@@ -141,14 +137,14 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _prepare(self, prompt: Prompt, sampling: SamplingParams) -> GrowingAnswer:
+    def _prepare(self, prompt: Prompt, sampling: SamplingParams) -> PendingOutput:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         name = f"llm-{next(self._ids)}"
-        return GrowingAnswer(
+        return PendingOutput(
             prompt if isinstance(prompt, str) else None,
             token_ids,
             [
-                GrowingChoice(
+                PendingCompletion(
                     self.tokenizer, Generate(request_id=f"{name}-{i}", token_ids=token_ids, sampling=single), i
                 )
                 for i, single in enumerate(sampling.choices())
@@ -156,88 +152,47 @@ class LLM:
         )
 
 
-class GrowingChoice:
-    """One choice while it grows."""
+class PendingCompletion:
+    """One choice until it has ended: collects what GrowingText makes of its events."""
 
     def __init__(self, tokenizer: Tokenizer, request: Generate, index: int) -> None:
         self.request = request
         self.prompt_logprobs: list[TokenLogprob] | None = None
-        sampling = request.sampling
+        self._growing = GrowingText(tokenizer, request.sampling)
+        self._growths: list[Growth] = []
         self._index = index
-        self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
-        self._token_ids: list[int] = []
-        self._pieces: list[str] = []
-        self._finish: FinishReason | None = None
-        self._stop_token: int | None = None
-        self._text = IncrementalDetokenizer(
-            tokenizer,
-            skip_special_tokens=sampling.skip_special_tokens,
-            stop=sampling.stop,
-            include_stop=sampling.include_stop_str_in_output,
-            min_tokens=sampling.min_tokens,
-        )
 
     def take(self, event: TokenEvent) -> bool:
         """Book an event; whether the choice has ended."""
-        self._pieces.append(self._text.push(event.token_ids))
-        self._token_ids += event.token_ids[: self._text.num_tokens - len(self._token_ids)]
-        if self._logprobs is not None:
-            self._logprobs += event.logprobs or []
+        self._growths.append(self._growing.take(event))
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
-        self._stop_token = event.stop_token
-        self._finish = "stop" if self._text.stopped_by is not None else event.finish_reason
-        return self._finish is not None
+        return self._growing.finish_reason is not None
 
     def output(self) -> CompletionOutput:
         """The finished choice."""
+        growths = self._growths
+        asked = self.request.sampling.logprobs is not None
         return CompletionOutput(
             index=self._index,
-            text="".join(self._pieces) + self._text.finish(),
-            token_ids=self._token_ids,
-            finish_reason=self._finish,
-            stop_reason=self._text.stopped_by or self._stop_token,
-            logprobs=None if self._logprobs is None else self._logprobs[: len(self._token_ids)],
+            text="".join(growth.text for growth in growths),
+            token_ids=[token_id for growth in growths for token_id in growth.token_ids],
+            finish_reason=self._growing.finish_reason,
+            stop_reason=self._growing.stop_reason,
+            logprobs=[entry for growth in growths for entry in growth.logprobs or []] if asked else None,
         )
 
 
 @dataclass(slots=True)
-class GrowingAnswer:
+class PendingOutput:
     """One prompt and its choices."""
 
     prompt: str | None
     token_ids: list[int]
-    choices: list[GrowingChoice]
+    choices: list[PendingCompletion]
 
     def output(self) -> RequestOutput:
         outputs = [choice.output() for choice in self.choices]
         return RequestOutput(self.prompt, self.token_ids, outputs, self.choices[0].prompt_logprobs)
-
-
-class OneEngine:
-    """Engines of a world of one rank: a core in this process, stepped by the caller."""
-
-    def __init__(self, config: Config, model: ModelConfig) -> None:
-        meeting = Meeting.of_nobody(threads_per_rank(1))
-        self._executor = choose_executor(config)(config, meeting, RankProgress())
-        facts = self._executor.start()
-        self.core = build_core(self._executor, config, model, facts, num_blocks=facts.kv_blocks)
-
-    def run(self, sequences: list[Generate], on_event: OnEvent) -> None:
-        core = self.core
-        names = [sequence.request_id for sequence in sequences]
-        try:
-            for sequence in sequences:
-                core.add(sequence.request_id, sequence.token_ids, sequence.sampling)
-            while core.has_work:
-                for event in core.step():
-                    if on_event(event) and event.finish_reason is None:
-                        core.abort([event.request_id])
-        except BaseException:
-            core.abort(names)
-            raise
-
-    def close(self) -> None:
-        self._executor.close()
 
 
 class EngineWorld:

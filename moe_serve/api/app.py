@@ -23,7 +23,7 @@ from moe_serve.api import prepare
 from moe_serve.api.balance import Balance
 from moe_serve.api.balance_metrics import render_balance
 from moe_serve.api.errors import problem_of
-from moe_serve.api.generation import Answer, Choice
+from moe_serve.api.generation import GrowingAnswer, GrowingSequence
 from moe_serve.api.logprobs import Echo
 from moe_serve.api.metrics import Metrics, RequestClock
 from moe_serve.api.middleware import LimitBody, RequireKey
@@ -257,11 +257,11 @@ class Routes:
         param: str,
         limit_param: str = "max_tokens",
         discard: bool = False,
-    ) -> list[Choice]:
+    ) -> list[GrowingSequence]:
         """n choices per prompt, in order; RequestError for what does not fit."""
         state = self._state
         prepare.check_sampling_ids(sampling, state.num_ids)
-        choices: list[Choice] = []
+        choices: list[GrowingSequence] = []
         for token_ids in prompts:
             prepare.check_prompt(token_ids, state.num_ids, param)
             settled = prepare.settled(
@@ -269,7 +269,7 @@ class Routes:
             )
             for single in settled.choices():
                 choices.append(
-                    Choice(
+                    GrowingSequence(
                         index=len(choices),
                         request_id=f"{answer_id}-{len(choices)}",
                         token_ids=token_ids,
@@ -282,11 +282,11 @@ class Routes:
         return choices
 
     async def _answer(
-        self, request: Request, choices: list[Choice], form: Form, stream: bool, include_usage: bool
+        self, request: Request, choices: list[GrowingSequence], form: Form, stream: bool, include_usage: bool
     ) -> Response:
         engines = self._state.engines
         rank = prepare.pinned_rank(request.headers.get(RANK_HEADER), engines.data_parallel_size, RANK_HEADER)
-        answer = Answer(engines, choices, dp_rank=rank)
+        answer = GrowingAnswer(engines, choices, dp_rank=rank)
         await answer.start()
         headers = {"X-Request-Id": form.heading.id}
         if stream:
@@ -308,7 +308,7 @@ def package_version() -> str:
         return "0.0.0+source"
 
 
-def _rank_header(answer: Answer) -> dict[str, str]:
+def _rank_header(answer: GrowingAnswer) -> dict[str, str]:
     """Which DP ranks served, several with commas."""
     return {RANK_HEADER: ",".join(map(str, answer.ranks))} if answer.ranks else {}
 

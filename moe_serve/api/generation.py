@@ -14,7 +14,7 @@ from moe_serve.base.errors import EngineDead, EngineError
 from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.client import AsyncEngines
-from moe_serve.text.detokenizer import IncrementalDetokenizer
+from moe_serve.text.growing import GrowingText
 from moe_serve.text.tokenizer import Tokenizer
 
 YIELDS_UNTIL_PLACED = 4
@@ -32,7 +32,7 @@ class Delta:
     finish_reason: Literal["stop", "length"] | None = None
 
 
-class Choice:
+class GrowingSequence:
     """One sequence: what was asked and how far it is. `discard` drops what is generated (only the prompt counts)."""
 
     def __init__(
@@ -57,13 +57,7 @@ class Choice:
         self.finished = False
         self._discard = discard
         self._began = False
-        self._text = IncrementalDetokenizer(
-            tokenizer,
-            skip_special_tokens=sampling.skip_special_tokens,
-            stop=sampling.stop,
-            include_stop=sampling.include_stop_str_in_output,
-            min_tokens=sampling.min_tokens,
-        )
+        self._growing = GrowingText(tokenizer, sampling)
 
     def take(self, event: TokenEvent) -> Delta:
         """What an event means for the client; EngineError when it means failure."""
@@ -71,32 +65,28 @@ class Choice:
             raise EngineError(event.error or "the engine could not go on with this request")
         if event.finish_reason == "abort":
             raise EngineError("the server ended this request before it was finished")
-        before = self._text.num_tokens
-        text = self._text.push(event.token_ids)
-        taken = self._text.num_tokens - before
-        if event.finish_reason is not None:
-            text += self._text.finish()
-        stopped = self._text.stopped_by is not None
-        self.finished = stopped or event.finish_reason is not None
+        growth = self._growing.take(event)
+        ended = self._growing.finish_reason
+        self.finished = ended is not None
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
-        self.clock.tokens(taken, self.rank)
-        delta = Delta(self.index, text, not self._began, prompt_logprobs=event.prompt_logprobs)
+        self.clock.tokens(len(growth.token_ids), self.rank)
+        delta = Delta(self.index, growth.text, not self._began, prompt_logprobs=event.prompt_logprobs)
         self._began = True
-        if self.finished:
-            delta.finish_reason = "stop" if stopped or event.finish_reason == "stop" else "length"
+        if ended is not None:
+            delta.finish_reason = "stop" if ended == "stop" else "length"
         if self._discard:
             delta.text = ""
             return delta
-        self.num_tokens += taken
-        if self.sampling.logprobs is not None:
-            delta.logprobs = list(zip((event.logprobs or [])[:taken], self._text.offsets[before:], strict=False))
+        self.num_tokens += len(growth.token_ids)
+        if growth.logprobs is not None:
+            delta.logprobs = list(zip(growth.logprobs, growth.offsets, strict=False))
         return delta
 
 
-class Answer:
+class GrowingAnswer:
     """All choices of a request. Iterate once for their deltas; `aclose()` aborts what is unfinished."""
 
-    def __init__(self, engines: AsyncEngines, choices: Sequence[Choice], *, dp_rank: int | None) -> None:
+    def __init__(self, engines: AsyncEngines, choices: Sequence[GrowingSequence], *, dp_rank: int | None) -> None:
         self.choices = choices
         self._engines = engines
         self._dp_rank = dp_rank
@@ -134,7 +124,7 @@ class Answer:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
 
-    async def _pump(self, choice: Choice) -> None:
+    async def _pump(self, choice: GrowingSequence) -> None:
         try:
             await self._follow(choice)
         except Exception as error:  # noqa: BLE001 (the outermost loop of a task: whoever waits for it must hear)
@@ -144,7 +134,7 @@ class Answer:
         finally:
             choice.clock.end("abort")  # unless it ended some other way before
 
-    async def _follow(self, choice: Choice) -> None:
+    async def _follow(self, choice: GrowingSequence) -> None:
         events = self._engines.generate(choice.request_id, choice.token_ids, choice.sampling, dp_rank=self._dp_rank)
         async with aclosing(events):
             placing = asyncio.get_running_loop().call_soon(self._note_rank, choice)
@@ -161,6 +151,6 @@ class Answer:
                 placing.cancel()
         raise EngineDead("the engine ended an answer without a reason")
 
-    def _note_rank(self, choice: Choice) -> None:
+    def _note_rank(self, choice: GrowingSequence) -> None:
         if choice.rank is None:
             choice.rank = self._engines.rank_of(choice.request_id)

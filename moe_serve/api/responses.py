@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from moe_serve.api.errors import problem_of
-from moe_serve.api.generation import Answer, Choice, Delta
+from moe_serve.api.generation import Delta, GrowingAnswer, GrowingSequence
 from moe_serve.api.logprobs import CompletionLogprobs, Echo, chat_logprobs
 from moe_serve.base.errors import MoEServeError
 from moe_serve.text.tokenizer import Tokenizer
@@ -156,7 +156,7 @@ def _chat_fields(logprobs: dict[str, list[Any]] | None) -> Json | None:
     return None if logprobs is None else {**logprobs, "refusal": None}
 
 
-async def whole_body(answer: Answer, form: Form) -> bytes:
+async def whole_body(answer: GrowingAnswer, form: Form) -> bytes:
     """The JSON body of an answer that is not streamed."""
     wholes: dict[int, Part] = {}
     texts: dict[int, list[str]] = {}
@@ -180,7 +180,7 @@ def _join(whole: Part, part: Part) -> None:
             whole.logprobs[name] += values
 
 
-async def event_stream(answer: Answer, form: Form, *, include_usage: bool) -> AsyncIterator[bytes]:
+async def event_stream(answer: GrowingAnswer, form: Form, *, include_usage: bool) -> AsyncIterator[bytes]:
     """Server-sent events. A failure ends the stream with an event that holds the error, and without [DONE]."""
     heading = form.heading.fields(form.chunk_object)
     usage_field: Json = {"usage": None} if include_usage else {}
@@ -207,7 +207,7 @@ def event(value: Json) -> bytes:
     return b"data: " + encoded + b"\n\n"
 
 
-def usage(choices: Sequence[Choice]) -> Json:
+def usage(choices: Sequence[GrowingSequence]) -> Json:
     """Token counts; a prompt counts once however many choices it has."""
     prompts = {id(choice.token_ids): choice for choice in reversed(choices)}  # its first choice
     prompt_tokens = sum(len(choice.token_ids) for choice in prompts.values())

@@ -19,11 +19,11 @@ from moe_serve.base.errors import ConfigError, RequestError
 from moe_serve.base.messages import Generate, TokenEvent
 from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.alone import OneEngine
 from moe_serve.eplb.desk.loads import Trace
 from moe_serve.eplb.window import Counts
 from moe_serve.executor.uni import UniExecutor
 from moe_serve.launch.resolve import resolve
-from moe_serve.llm import OneEngine
 from moe_serve.text.tokenizer import Tokenizer
 
 console = Console(stderr=True)
