@@ -259,9 +259,8 @@ class EngineWorld:
 
     async def _stream(self, sequence: Generate, on_event: OnEvent) -> None:
         assert self._client is not None
-        async with contextlib.aclosing(
-            self._client.generate(sequence.request_id, sequence.token_ids, sequence.sampling)
-        ) as events:
+        stream = await self._client.submit(sequence.request_id, sequence.token_ids, sequence.sampling)
+        async with contextlib.aclosing(stream) as events:
             async for event in events:
                 if on_event(event):
                     return

@@ -13,11 +13,9 @@ from moe_serve.base.commands import TokenLogprob
 from moe_serve.base.errors import EngineDead, EngineError
 from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
-from moe_serve.engine.client import AsyncEngines
+from moe_serve.engine.client import AsyncEngines, EventStream
 from moe_serve.text.growing import GrowingText
 from moe_serve.text.tokenizer import Tokenizer
-
-YIELDS_UNTIL_PLACED = 4
 
 
 @dataclass(slots=True)
@@ -53,14 +51,13 @@ class GrowingSequence:
         self.clock = clock
         self.num_tokens = 0
         self.num_cached_tokens = 0
-        self.rank: int | None = None
         self.finished = False
         self._discard = discard
         self._began = False
         self._growing = GrowingText(tokenizer, sampling)
 
-    def take(self, event: TokenEvent) -> Delta:
-        """What an event means for the client; EngineError when it means failure."""
+    def take(self, event: TokenEvent, rank: int) -> Delta:
+        """What an event from DP rank `rank` means for the client; EngineError when it means failure."""
         if event.finish_reason == "error":
             raise EngineError(event.error or "the engine could not go on with this request")
         if event.finish_reason == "abort":
@@ -69,7 +66,7 @@ class GrowingSequence:
         ended = self._growing.finish_reason
         self.finished = ended is not None
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
-        self.clock.tokens(len(growth.token_ids), self.rank)
+        self.clock.tokens(len(growth.token_ids), rank)
         delta = Delta(self.index, growth.text, not self._began, prompt_logprobs=event.prompt_logprobs)
         self._began = True
         if ended is not None:
@@ -92,22 +89,28 @@ class GrowingAnswer:
         self._dp_rank = dp_rank
         # Bounded: a client that reads slowly slows its own choices' pumps, nothing else.
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue(maxsize=4 * len(choices) + 4)
-        self._failure: Exception | None = None
+        self._streams: list[EventStream] = []
         self._pumps: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Submit everything; raises at once what the engines refuse at once."""
-        self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
-        for _ in range(YIELDS_UNTIL_PLACED):
-            await asyncio.sleep(0)
-        if self._failure is not None:
-            await self.aclose()
-            raise self._failure
+        """Submit everything; raises at once what the engines refuse at once, and then leaves nothing behind."""
+        for choice in self.choices:
+            try:
+                stream = await self._engines.submit(
+                    choice.request_id, choice.token_ids, choice.sampling, dp_rank=self._dp_rank
+                )
+            except BaseException as error:
+                choice.clock.end("error" if isinstance(error, Exception) else "abort")
+                await self.aclose()
+                raise
+            self._streams.append(stream)
+        pairs = zip(self.choices, self._streams, strict=True)
+        self._pumps = [asyncio.create_task(self._pump(choice, stream)) for choice, stream in pairs]
 
     @property
     def ranks(self) -> list[int]:
-        """The DP ranks that serve this request, as far as known."""
-        return sorted({choice.rank for choice in self.choices if choice.rank is not None})
+        """The DP ranks that serve this request."""
+        return sorted({stream.rank for stream in self._streams})
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """News of all choices until each has finished; raises the first failure."""
@@ -123,34 +126,25 @@ class GrowingAnswer:
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
-
-    async def _pump(self, choice: GrowingSequence) -> None:
-        try:
-            await self._follow(choice)
-        except Exception as error:  # noqa: BLE001 (the outermost loop of a task: whoever waits for it must hear)
-            choice.clock.end("error")
-            self._failure = self._failure or error
-            await self._news.put(error)
-        finally:
+        # A pump that is cancelled before its first turn has closed nothing.
+        await asyncio.gather(*(stream.aclose() for stream in self._streams), return_exceptions=True)
+        for choice in self.choices:
             choice.clock.end("abort")  # unless it ended some other way before
 
-    async def _follow(self, choice: GrowingSequence) -> None:
-        events = self._engines.generate(choice.request_id, choice.token_ids, choice.sampling, dp_rank=self._dp_rank)
-        async with aclosing(events):
-            placing = asyncio.get_running_loop().call_soon(self._note_rank, choice)
-            try:
-                async for event in events:
-                    self._note_rank(choice)
-                    delta = choice.take(event)
-                    if delta.finish_reason is not None:
-                        choice.clock.end(delta.finish_reason)
-                    await self._news.put(delta)
-                    if choice.finished:
-                        return
-            finally:
-                placing.cancel()
-        raise EngineDead("the engine ended an answer without a reason")
+    async def _pump(self, choice: GrowingSequence, stream: EventStream) -> None:
+        try:
+            async with aclosing(stream):
+                await self._follow(choice, stream)
+        except Exception as error:  # noqa: BLE001 (the outermost loop of a task: whoever waits for it must hear)
+            choice.clock.end("error")
+            await self._news.put(error)
 
-    def _note_rank(self, choice: GrowingSequence) -> None:
-        if choice.rank is None:
-            choice.rank = self._engines.rank_of(choice.request_id)
+    async def _follow(self, choice: GrowingSequence, stream: EventStream) -> None:
+        async for event in stream:
+            delta = choice.take(event, stream.rank)
+            if delta.finish_reason is not None:
+                choice.clock.end(delta.finish_reason)
+            await self._news.put(delta)
+            if choice.finished:
+                return
+        raise EngineDead("the engine ended an answer without a reason")

@@ -9,8 +9,9 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
+from typing import Protocol, Self
 
 import msgspec
 import zmq
@@ -23,6 +24,24 @@ from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.router import Balancer
 
 log = logging.getLogger(__name__)
+
+
+class EventStream(Protocol):
+    """Events of one sequence, the last with a finish_reason. Closing it early aborts the request; close it always.
+
+    Iterating raises EngineDead when the world breaks and RequestError where the engine refuses.
+    """
+
+    @property
+    def rank(self) -> int:
+        """The DP rank that serves the sequence."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
+
+    async def __anext__(self) -> TokenEvent: ...
+
+    async def aclose(self) -> None: ...
 
 
 class AsyncEngines(Protocol):
@@ -46,18 +65,54 @@ class AsyncEngines(Protocol):
     @property
     def reports(self) -> Mapping[int, LoadReport]: ...
 
-    def rank_of(self, request_id: str) -> int | None:
-        """The DP rank that serves a request now."""
-        ...
-
-    def generate(
+    async def submit(
         self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
-    ) -> AsyncGenerator[TokenEvent, None]:
-        """Events of one sequence, the last with a finish_reason. Closing the iterator early aborts the request.
+    ) -> EventStream:
+        """Choose a DP rank (`dp_rank` if given), send one sequence there, and follow it.
 
-        Raises EngineDead when the world breaks and RequestError for what cannot be.
+        Raises EngineDead when the world is broken and RequestError for what cannot be.
         """
         ...
+
+
+class SubmittedStream:
+    """EventStream fed by a queue. `leave` is called once, at the end: True if the last event has come."""
+
+    def __init__(
+        self, rank: int, events: asyncio.Queue[TokenEvent | EngineDead], leave: Callable[[bool], Awaitable[None]]
+    ) -> None:
+        self._rank = rank
+        self._events = events
+        self._leave = leave
+        self._open = True
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if not self._open:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if isinstance(event, EngineDead):
+            await self._end(finished=False)
+            raise event
+        if event.finish_reason is not None:
+            await self._end(finished=True)
+        if event.finish_reason == "error":
+            raise RequestError(event.error or "the engine refused this request")
+        return event
+
+    async def aclose(self) -> None:
+        await self._end(finished=False)
+
+    async def _end(self, *, finished: bool) -> None:
+        if self._open:
+            self._open = False
+            await self._leave(finished)
 
 
 class EngineClient:
@@ -83,8 +138,7 @@ class EngineClient:
         self._hellos: dict[int, EngineHello] = {}
         self._identities: dict[int, bytes] = {}
         self._ranks: dict[bytes, int] = {}
-        self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
-        self._placed: dict[str, int] = {}
+        self._queues: dict[str, asyncio.Queue[TokenEvent | EngineDead]] = {}
         self._reports: dict[int, LoadReport] = {}
         self._all_here = asyncio.Event()
         self._dead_reason: str | None = None
@@ -118,9 +172,6 @@ class EngineClient:
     def reports(self) -> Mapping[int, LoadReport]:
         return self._reports
 
-    def rank_of(self, request_id: str) -> int | None:
-        return self._placed.get(request_id)
-
     @property
     def num_unfinished(self) -> int:
         return len(self._queues)
@@ -143,40 +194,35 @@ class EngineClient:
             elif self._ranks.get(identity) == message.dp:
                 self._deliver(message)
 
-    async def generate(
+    async def submit(
         self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
-    ) -> AsyncGenerator[TokenEvent, None]:
-        """See AsyncEngines.generate."""
+    ) -> SubmittedStream:
+        """See AsyncEngines.submit."""
         self._check_alive()
         rank = self._balancer.choose(len(token_ids), self._reports, pinned=dp_rank)
-        events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        events: asyncio.Queue[TokenEvent | EngineDead] = asyncio.Queue()
         self._queues[request_id] = events
-        self._placed[request_id] = rank
         self._balancer.sent(request_id, rank, len(token_ids))
-        finished = False
+        stream = SubmittedStream(rank, events, partial(self._leave, request_id, rank))
         try:
             await self._send(rank, Generate(request_id=request_id, token_ids=token_ids, sampling=sampling))
-            while not finished:
-                event = await events.get()
-                if event is None:
-                    self._check_alive()
-                    raise EngineDead("the engines are gone")
-                finished = event.finish_reason is not None
-                if event.finish_reason == "error":
-                    raise RequestError(event.error or "the engine refused this request")
-                yield event
-        finally:
-            del self._queues[request_id], self._placed[request_id]
-            self._balancer.finished(request_id)
-            if not finished and self.alive:
-                await self._send(rank, Abort([request_id]))
+        except BaseException:  # a caller that is cancelled here has no stream to close
+            await stream.aclose()
+            raise
+        return stream
+
+    async def _leave(self, request_id: str, rank: int, finished: bool) -> None:
+        del self._queues[request_id]
+        self._balancer.finished(request_id)
+        if not finished and self.alive:
+            await self._send(rank, Abort([request_id]))
 
     def fail(self, reason: str) -> None:
         """The world broke: end every stream with EngineDead(reason)."""
         if self._dead_reason is None:
             self._dead_reason = reason
             for events in self._queues.values():
-                events.put_nowait(None)
+                events.put_nowait(EngineDead(reason))
 
     def close(self) -> None:
         """Close the socket."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
 from moe_serve.base.commands import TokenLogprob
 from moe_serve.base.errors import EngineDead, RequestError
@@ -29,6 +31,40 @@ class Received:
     sampling: SamplingParams
     rank: int
     pinned: bool
+
+
+class FakeStream:
+    """EventStream of a FakeEngines. `leave` is called once, at the end: True if the last event has come."""
+
+    def __init__(self, rank: int, events: AsyncGenerator[TokenEvent, None], leave: Callable[[bool], None]) -> None:
+        self.rank = rank
+        self._events = events
+        self._leave = leave
+        self._open = True
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if not self._open:
+            raise StopAsyncIteration
+        try:
+            event = await anext(self._events)
+        except Exception:
+            await self.aclose()
+            raise
+        if event.finish_reason is not None:
+            self._end(finished=True)
+        return event
+
+    async def aclose(self) -> None:
+        self._end(finished=False)
+        await self._events.aclose()
+
+    def _end(self, *, finished: bool) -> None:
+        if self._open:
+            self._open = False
+            self._leave(finished)
 
 
 class FakeEngines:
@@ -93,13 +129,10 @@ class FakeEngines:
             for rank in range(self.data_parallel_size)
         }
 
-    def rank_of(self, request_id: str) -> int | None:
-        return self._running.get(request_id)
-
-    async def generate(
+    async def submit(
         self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
-    ) -> AsyncGenerator[TokenEvent, None]:
-        """See AsyncEngines.generate."""
+    ) -> FakeStream:
+        """See AsyncEngines.submit."""
         self._check_alive()
         if self.refusal is not None:
             raise self.refusal
@@ -110,18 +143,21 @@ class FakeEngines:
         rank = len(self.received) % self.data_parallel_size if dp_rank is None else dp_rank
         self.received.append(Received(request_id, token_ids, sampling, rank, dp_rank is not None))
         self._running[request_id] = rank
-        finished = False
-        try:
-            for number, event in enumerate(self._events(request_id, token_ids, sampling)):
-                await self._wait(number)
-                if number == 1 and self.failure is not None:
-                    raise self.failure
-                finished = event.finish_reason is not None
-                yield event
-        finally:
-            del self._running[request_id]
-            if not finished:
-                self.aborted.append(request_id)
+        return FakeStream(rank, self._paced(request_id, token_ids, sampling), partial(self._leave, request_id))
+
+    async def _paced(
+        self, request_id: str, token_ids: list[int], sampling: SamplingParams
+    ) -> AsyncGenerator[TokenEvent, None]:
+        for number, event in enumerate(self._events(request_id, token_ids, sampling)):
+            await self._wait(number)
+            if number == 1 and self.failure is not None:
+                raise self.failure
+            yield event
+
+    def _leave(self, request_id: str, finished: bool) -> None:
+        del self._running[request_id]
+        if not finished:
+            self.aborted.append(request_id)
 
     async def _wait(self, number: int) -> None:
         await asyncio.sleep(self.seconds_per_event)
