@@ -22,7 +22,7 @@ from rich.console import Console
 
 from bench.report import RESULTS, Report, markdown_table
 from bench.traces import GENERATORS, lognormal, sample, trace, zipf
-from moe_serve.base.config import EPLB_POLICIES
+from moe_serve.base.tables import EPLB_POLICIES
 from moe_serve.eplb.desk.loads import Trace, read_trace
 from moe_serve.eplb.desk.pictures import draw_heat, draw_replay, save
 from moe_serve.eplb.desk.plan import make_plan

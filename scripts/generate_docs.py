@@ -17,7 +17,9 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from bench.report import RESULTS, markdown_table, read_reports
-from moe_serve.base.config import ALL2ALL, EXECUTORS, SECTIONS, Config, Section
+from moe_serve.base.config import SECTIONS, Config
+from moe_serve.base.section import Section
+from moe_serve.base.tables import ALL2ALL, EXECUTORS
 from scripts.measurements import results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,11 +102,12 @@ def first_sentence(path: Path) -> str:
 
 
 def configuration() -> str:
-    """All options from the sections of base/config.py."""
+    """All options from the sections that base/config.py lists."""
     agreed = set(Config().agreement())
     parts = [
         "# Configuration",
-        "Written by `python -m scripts.generate_docs` from `moe_serve/base/config.py`; change it there.",
+        "Written by `python -m scripts.generate_docs` from the sections in `moe_serve/base/config.py` and "
+        "`moe_serve/base/parallel_config.py`; change it there.",
         "Every option of `moe-serve serve` is a flag, an environment variable (`MOE_SERVE_` and the name in capitals: "
         "`MOE_SERVE_BLOCK_SIZE=32`), a line of the file that `--config` names (`block_size: 32`) and an argument of "
         "`LLM` (`block_size=32`). The first that is given wins: command line, environment, file, default. Underscores "

@@ -13,7 +13,7 @@ from moe_serve.base.commands import TokenLogprob
 from moe_serve.base.errors import EngineDead, EngineError
 from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
-from moe_serve.engine.client import AsyncEngines, EventStream
+from moe_serve.engine.client import AsyncEngines, SequenceStream
 from moe_serve.text.growing import GrowingText
 from moe_serve.text.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ class GrowingAnswer:
         self._dp_rank = dp_rank
         # Bounded: a client that reads slowly slows its own choices' pumps, nothing else.
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue(maxsize=4 * len(choices) + 4)
-        self._streams: list[EventStream] = []
+        self._streams: list[SequenceStream] = []
         self._pumps: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -131,7 +131,7 @@ class GrowingAnswer:
         for choice in self.choices:
             choice.clock.end("abort")  # unless it ended some other way before
 
-    async def _pump(self, choice: GrowingSequence, stream: EventStream) -> None:
+    async def _pump(self, choice: GrowingSequence, stream: SequenceStream) -> None:
         try:
             async with aclosing(stream):
                 await self._follow(choice, stream)
@@ -139,7 +139,7 @@ class GrowingAnswer:
             choice.clock.end("error")
             await self._news.put(error)
 
-    async def _follow(self, choice: GrowingSequence, stream: EventStream) -> None:
+    async def _follow(self, choice: GrowingSequence, stream: SequenceStream) -> None:
         async for event in stream:
             delta = choice.take(event, stream.rank)
             if delta.finish_reason is not None:

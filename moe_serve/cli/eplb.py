@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from moe_serve.base.config import EPLB_POLICIES
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.registry import import_target
+from moe_serve.base.tables import EPLB_POLICIES
 from moe_serve.eplb.desk.loads import Trace, read_trace, write_trace
 from moe_serve.eplb.desk.pictures import draw_heat, draw_redundancy, draw_replay, new_figure, save
 from moe_serve.eplb.desk.plan import Plan, make_plan

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from moe_serve.base.config import ParallelConfig
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import DTYPES, ModelConfig, load_model_config
+from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.model.archs.base import find_spec
 from moe_serve.model.partition import make_partition
 from moe_serve.worker.loading.checkpoint import INDEX, SINGLE

@@ -26,7 +26,7 @@ from moe_serve.engine.router import Balancer
 log = logging.getLogger(__name__)
 
 
-class EventStream(Protocol):
+class SequenceStream(Protocol):
     """Events of one sequence, the last with a finish_reason. Closing it early aborts the request; close it always.
 
     Iterating raises EngineDead when the world breaks and RequestError where the engine refuses.
@@ -67,7 +67,7 @@ class AsyncEngines(Protocol):
 
     async def submit(
         self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
-    ) -> EventStream:
+    ) -> SequenceStream:
         """Choose a DP rank (`dp_rank` if given), send one sequence there, and follow it.
 
         Raises EngineDead when the world is broken and RequestError for what cannot be.
@@ -76,7 +76,7 @@ class AsyncEngines(Protocol):
 
 
 class SubmittedStream:
-    """EventStream fed by a queue. `leave` is called once, at the end: True if the last event has come."""
+    """SequenceStream fed by a queue. `leave` is called once, at the end: True if the last event has come."""
 
     def __init__(
         self, rank: int, events: asyncio.Queue[TokenEvent | EngineDead], leave: Callable[[bool], Awaitable[None]]

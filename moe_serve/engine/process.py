@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe_serve.base.commands import Meeting, SetShares, StageExperts, WorkerFacts
-from moe_serve.base.config import ALL2ALL
 from moe_serve.base.errors import (
     ConfigError,
     EngineDead,
@@ -47,6 +46,7 @@ from moe_serve.base.messages import (
 )
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
+from moe_serve.base.tables import ALL2ALL
 from moe_serve.engine.build import build_core
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank

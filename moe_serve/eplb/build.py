@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from moe_serve.base.config import EPLB_POLICIES, Config
+from moe_serve.base.config import Config
 from moe_serve.base.model_config import load_model_config
+from moe_serve.base.tables import EPLB_POLICIES
 from moe_serve.eplb.first_placement import first_placement
 from moe_serve.eplb.policies.base import Policy
 from moe_serve.eplb.rebalancer import Rebalancer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_serve.base.config import ParallelConfig
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.eplb.placement import Placement, initial_placement
 from moe_serve.eplb.placement_file import read_placement
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 
 from moe_serve.base.commands import SetShares, StageExperts
-from moe_serve.base.config import EPLBConfig
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
+from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.topology import Topology
 from moe_serve.eplb.forecast import Forecast, cumulative_shares
 from moe_serve.eplb.placement import Placement, moves

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_serve.base.config import EPLB_POLICIES
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.tables import EPLB_POLICIES
 from moe_serve.eplb.placement_file import placement_from_document, placement_to_document
 from moe_serve.eplb.policies.base import Policy
 from moe_serve.eplb.rearrangement import ForEngine, Proposal

@@ -1,4 +1,4 @@
-"""How a command reaches an engine's workers. Torch-free; implementations are reached through base.config.EXECUTORS."""
+"""How a command reaches an engine's workers. Torch-free; implementations are reached through base.tables.EXECUTORS."""
 
 from __future__ import annotations
 

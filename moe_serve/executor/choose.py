@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import cast
 
-from moe_serve.base.config import EXECUTORS, Config
+from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.registry import import_target
+from moe_serve.base.tables import EXECUTORS
 from moe_serve.executor.base import Executor
 
 METHODS = ("start", "submit", "close")

@@ -6,8 +6,9 @@ from typing import cast
 
 import torch
 
-from moe_serve.base.config import ALL2ALL, ParallelConfig
 from moe_serve.base.model_config import ModelConfig
+from moe_serve.base.parallel_config import ParallelConfig
+from moe_serve.base.tables import ALL2ALL
 from moe_serve.model.all2all.base import All2All, ExpertLayout
 from moe_serve.model.attention.base import ATTENTION, AttentionBackend
 from moe_serve.model.decoder import Decoder, DecoderLayer

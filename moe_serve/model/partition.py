@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_serve.base.config import ParallelConfig
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import ModelConfig
+from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.topology import split_range
 from moe_serve.eplb.first_placement import first_placement
 from moe_serve.eplb.placement import Placement

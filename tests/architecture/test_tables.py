@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_serve.base.config import ALL2ALL, EXECUTORS
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.registry import Registry
+from moe_serve.base.tables import ALL2ALL, EXECUTORS
 from moe_serve.model.attention.base import ATTENTION
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 from pydantic.fields import FieldInfo
 
-from moe_serve.base.config import ALL2ALL, EXECUTORS, SECTIONS, Config, EPLBConfig, ParallelConfig, differing_fields
+from moe_serve.base.config import SECTIONS, Config, differing_fields
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.parallel_config import EPLBConfig, ParallelConfig
+from moe_serve.base.tables import ALL2ALL, EXECUTORS
 
 PACKAGE = Path(__file__).parents[2] / "moe_serve"
 DEFAULTS = {
@@ -260,11 +262,11 @@ def all_fields() -> list[tuple[str, str]]:
 
 @cache
 def fields_read() -> set[tuple[str, str]]:
-    """(section, field) of every `config.section.field` or `section.field` in the package outside base/config.py; what
+    """(section, field) of every `config.section.field` or `section.field` in the package outside the sections; what
     a property of ParallelConfig is made of is read where the property is."""
     found: set[tuple[str, str]] = set()
     for path in PACKAGE.rglob("*.py"):
-        if path != PACKAGE / "base" / "config.py":
+        if path not in (PACKAGE / "base" / "config.py", PACKAGE / "base" / "parallel_config.py"):
             found |= attributes_in(ast.parse(path.read_text()))
     for made in properties_of_parallel_config():
         if ("parallel", made.name) in found:
@@ -283,7 +285,7 @@ def attributes_in(tree: ast.AST) -> set[tuple[str, str]]:
 
 
 def properties_of_parallel_config() -> Iterator[ast.FunctionDef]:
-    tree = ast.parse((PACKAGE / "base" / "config.py").read_text())
+    tree = ast.parse((PACKAGE / "base" / "parallel_config.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and node.name == "ParallelConfig":
             yield from (inner for inner in node.body if isinstance(inner, ast.FunctionDef))

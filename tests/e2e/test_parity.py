@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_serve.base.config import ALL2ALL
+from moe_serve.base.tables import ALL2ALL
 from tests.support.letters import ids_of, write_letters
 from tests.support.server import Server, serving
 from tests.support.tiny_model import ARCHS, tiny_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_serve.base.config import ALL2ALL
+from moe_serve.base.tables import ALL2ALL
 from moe_serve.base.topology import split_range
 from moe_serve.eplb.placement import Placement, initial_placement
 from moe_serve.model.all2all.base import ExpertLayout

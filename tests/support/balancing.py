@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_serve.base.commands import SetShares, StageExperts
-from moe_serve.base.config import EPLBConfig
 from moe_serve.base.messages import DropStage, StageReport, StageState, StepLoad
+from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.topology import Topology
 from moe_serve.eplb.placement import Placement, initial_placement
 from moe_serve.eplb.policies.base import Policy

@@ -34,7 +34,7 @@ class Received:
 
 
 class FakeStream:
-    """EventStream of a FakeEngines. `leave` is called once, at the end: True if the last event has come."""
+    """SequenceStream of a FakeEngines. `leave` is called once, at the end: True if the last event has come."""
 
     def __init__(self, rank: int, events: AsyncGenerator[TokenEvent, None], leave: Callable[[bool], None]) -> None:
         self.rank = rank

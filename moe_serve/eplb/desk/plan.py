@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from moe_serve.base.config import EPLB_POLICIES
+from moe_serve.base.tables import EPLB_POLICIES
 from moe_serve.eplb.placement import Ints, Moves, Placement, keep_slots, moves
 from moe_serve.eplb.policies.base import Floats, Policy, Problem, nodes_of_ranks
 from moe_serve.eplb.search.scores import layer_balancedness, peaks, rank_loads

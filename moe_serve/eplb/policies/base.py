@@ -1,7 +1,7 @@
 """What a load-balancing policy is given and gives: a pure function from loads and the present placement to a new one.
 
 L layers, E logical experts, P physical slots, R ranks, N nodes. Policies are listed in `EPLB_POLICIES`
-(base/config.py); each is one file in this folder. numpy only.
+(base/tables.py); each is one file in this folder. numpy only.
 """
 
 from __future__ import annotations

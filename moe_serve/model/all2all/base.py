@@ -1,4 +1,4 @@
-"""The all-to-all interface: rows travel to the ranks that hold their experts, and back. Table: base.config.ALL2ALL.
+"""The all-to-all interface: rows travel to the ranks that hold their experts, and back. Table: base.tables.ALL2ALL.
 
 Shape letters: T rows here, K top-k, P physical experts, e local physical experts, R received rows, D hidden.
 """

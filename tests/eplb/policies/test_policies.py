@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_serve.base.config import EPLB_POLICIES
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.tables import EPLB_POLICIES
 from moe_serve.eplb.placement import initial_placement
 from moe_serve.eplb.policies.base import Policy, Problem, check_load, problem_of
 from moe_serve.eplb.policies.shuffle import shuffle

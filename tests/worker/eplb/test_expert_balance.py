@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_serve.base.commands import SetShares, StageExperts, StepPlan
-from moe_serve.base.config import ALL2ALL
 from moe_serve.base.model_config import RouterConfig
+from moe_serve.base.tables import ALL2ALL
 from moe_serve.base.topology import Topology, split_range
 from moe_serve.eplb.placement import Placement
 from moe_serve.model.all2all.base import ExpertLayout, Routed

@@ -1,0 +1,202 @@
+"""The section of ranks: how many, where they meet, how experts lie on them, and how their load is balanced."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from moe_serve.base.errors import ConfigError
+from moe_serve.base.section import Port, Section, Size, short
+from moe_serve.base.tables import ALL2ALL, EPLB_POLICIES, EXECUTORS
+from moe_serve.base.topology import Topology
+
+PlacementStrategy = Literal["linear", "round_robin"]
+
+
+class EPLBConfig(Section):
+    """Load balancing of experts."""
+
+    window_size: Size = 1000
+    """Steps over which expert load is summed."""
+    step_interval: Size = 3000
+    """Steps between two rearrangements."""
+    num_redundant_experts: int = Field(0, ge=0)
+    """Physical expert slots beyond one per logical expert, in each layer."""
+    log_balancedness: bool = False
+    """Log mean / max rank load."""
+    policy: str = "sticky"
+    """Which placement to aim for."""
+    min_gain: float = Field(0.01, ge=0)
+    """Least predicted gain of a rearrangement, as a share of the expert time saved over the next interval after
+    paying for the move; 0 applies whatever the policy says."""
+    max_bytes_per_step: Size = 1 << 20
+    """Most bytes of expert weights that a rank sends or receives between two steps."""
+    prefer_local: bool = True
+    """Take the copy of an expert on the same rank, then the same node, first."""
+
+
+class ParallelConfig(Section):
+    pipeline_parallel_size: Size = Field(1, json_schema_extra=short("pp"))
+    """Stages the layers are cut into."""
+    tensor_parallel_size: Size = Field(1, json_schema_extra=short("tp"))
+    """Ranks that share one data-parallel rank's attention."""
+    data_parallel_size: Size = Field(1, json_schema_extra=short("dp"))
+    """Engines, each with its own scheduler and KV cache."""
+    data_parallel_size_local: int | None = Field(None, ge=0, json_schema_extra=short("dpl"))
+    """Data-parallel ranks started on this node; all of them if not given."""
+    data_parallel_rank: int | None = Field(None, ge=0, json_schema_extra=short("dpn"))
+    """This server's data-parallel rank, where each rank has a server of its own."""
+    data_parallel_rank_local: int | None = Field(None, ge=0)
+    """This rank's place among the ranks of its node (chooses the device)."""
+    data_parallel_master_ip: str = Field("127.0.0.1", json_schema_extra=short("dpa"))
+    """Address of data-parallel rank 0, where everybody meets."""
+    data_parallel_rpc_port: Port = Field(29550, json_schema_extra=short("dpp"))
+    """Port of the coordinator on rank 0; the default counts only when an address or a rank is given (else any free
+    port)."""
+    data_parallel_master_port: Port = 29500
+    """Port of the store on rank 0; the default counts only when an address or a rank is given (else any free port)."""
+    data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb"))
+    """How data-parallel ranks are started."""
+    data_parallel_external_lb: bool = Field(False, json_schema_extra=short("dpe"))
+    """One server per rank behind somebody else's load balancer."""
+    data_parallel_hybrid_lb: bool = Field(False, json_schema_extra=short("dph"))
+    """One server per node behind somebody else's load balancer."""
+    enable_expert_parallel: bool = Field(False, json_schema_extra=short("ep"))
+    """Spread whole experts over all dp x tp ranks; without it every expert is cut over the same ranks."""
+    expert_placement_strategy: PlacementStrategy = "linear"
+    """Which rank first holds which experts."""
+    expert_placement_file: str | None = None
+    """JSON file with the first placement (what `moe-serve eplb plan` writes), readable on every node; it goes before
+    expert_placement_strategy, and its redundant slots must be eplb_config.num_redundant_experts."""
+    all2all_backend: str = Field("allgather_reducescatter", json_schema_extra={"names": list(ALL2ALL)})
+    """How tokens travel to their experts and back."""
+    enable_eplb: bool = False
+    """Watch expert load and move redundant experts."""
+    eplb_config: EPLBConfig = EPLBConfig()
+    """The load balancer's own options, as JSON or dotted."""
+    max_parallel_loading_workers: Size | None = None
+    """Ranks of one engine that read weights at the same time."""
+    enable_dbo: bool = False
+    """Overlap two half batches, one computing while the other travels."""
+    dbo_decode_token_threshold: Size = 32
+    """Fewest tokens of a decode-only step that is cut in two."""
+    dbo_prefill_token_threshold: Size = 512
+    """Fewest tokens of a step with prefill that is cut in two."""
+    distributed_executor_backend: str | None = None
+    """uni, mp, ray, external_launcher or package.module:Class; uni for one rank per engine, else mp."""
+    decode_context_parallel_size: Size = 1
+    """Ranks that share one sequence's KV cache while decoding; divides tensor_parallel_size."""
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(dp=self.data_parallel_size, pp=self.pipeline_parallel_size, tp=self.tensor_parallel_size)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of one engine: pipeline x tensor."""
+        return self.pipeline_parallel_size * self.tensor_parallel_size
+
+    @property
+    def world_size_across_dp(self) -> int:
+        """Ranks of all engines."""
+        return self.world_size * self.data_parallel_size
+
+    @property
+    def meets_at_given_address(self) -> bool:
+        """Whether the default ports count: an address or a rank was given."""
+        return bool({"data_parallel_master_ip", "data_parallel_rank"} & self.model_fields_set)
+
+    @property
+    def coordinator_port(self) -> int:
+        """Where the coordinator listens; 0, any free port, where neither it nor an address or a rank was given."""
+        counts = self.meets_at_given_address or "data_parallel_rpc_port" in self.model_fields_set
+        return self.data_parallel_rpc_port if counts else 0
+
+    @property
+    def store_port(self) -> int:
+        """Where rank 0's store listens; 0 as for `coordinator_port`."""
+        counts = self.meets_at_given_address or "data_parallel_master_port" in self.model_fields_set
+        return self.data_parallel_master_port if counts else 0
+
+    @field_validator("distributed_executor_backend")
+    @classmethod
+    def _class_path(cls, value: str | None) -> str | None:
+        """`package.module.Class` is as good as `package.module:Class`."""
+        return ":".join(value.rsplit(".", 1)) if value and "." in value and ":" not in value else value
+
+    @field_validator("data_parallel_master_ip")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("data_parallel_master_ip must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        dp, local, rank = self.data_parallel_size, self.data_parallel_size_local, self.data_parallel_rank
+        if local is not None and local > dp:
+            raise ValueError(f"data_parallel_size_local ({local}) must be at most data_parallel_size ({dp})")
+        if rank is not None and rank >= dp:
+            raise ValueError(f"data_parallel_rank ({rank}) must lie in [0, {dp}), below data_parallel_size")
+        if self.data_parallel_rank_local is not None and self.data_parallel_rank_local >= (local or dp):
+            raise ValueError(
+                f"data_parallel_rank_local ({self.data_parallel_rank_local}) must lie in [0, {local or dp})"
+            )
+        if (self.data_parallel_external_lb or self.data_parallel_hybrid_lb) and dp == 1:
+            raise ValueError("data_parallel_external_lb and data_parallel_hybrid_lb need data_parallel_size > 1")
+        if self.expert_placement_strategy != "linear" and not self.enable_expert_parallel:
+            raise ValueError(
+                f"expert_placement_strategy {self.expert_placement_strategy} needs enable_expert_parallel: without it "
+                "every rank holds a part of every expert"
+            )
+        if self.tensor_parallel_size % self.decode_context_parallel_size:
+            raise ValueError(
+                f"decode_context_parallel_size ({self.decode_context_parallel_size}) must divide "
+                f"tensor_parallel_size ({self.tensor_parallel_size})"
+            )
+        if self.enable_eplb:
+            if not self.enable_expert_parallel:
+                raise ValueError("enable_eplb needs enable_expert_parallel")
+            if self.topology.ep == 1:
+                raise ValueError("enable_eplb needs data_parallel_size x tensor_parallel_size > 1")
+        elif self.eplb_config.num_redundant_experts:
+            raise ValueError(
+                f"eplb_config.num_redundant_experts ({self.eplb_config.num_redundant_experts}) needs enable_eplb"
+            )
+        if self.expert_placement_file is not None and not self.enable_expert_parallel:
+            raise ValueError("expert_placement_file needs enable_expert_parallel")
+        return self
+
+    def check_built(self) -> None:
+        """Raise ConfigError for an option that is known but whose feature is not built yet."""
+        ALL2ALL.check(self.all2all_backend)
+        if self.distributed_executor_backend is not None and ":" not in self.distributed_executor_backend:
+            EXECUTORS.check(self.distributed_executor_backend)
+        if self.distributed_executor_backend == "uni" and self.world_size > 1:
+            raise ConfigError(
+                f"distributed_executor_backend uni holds one rank, but pipeline x tensor is {self.world_size}; use mp"
+            )
+        waiting = {
+            "pipeline_parallel_size": self.pipeline_parallel_size > 1,
+            "decode_context_parallel_size": self.decode_context_parallel_size > 1,
+            "enable_dbo": self.enable_dbo,
+            "data_parallel_backend": self.data_parallel_backend != "mp",
+            "data_parallel_external_lb": self.data_parallel_external_lb,
+            "data_parallel_hybrid_lb": self.data_parallel_hybrid_lb,
+            "data_parallel_rank": self.data_parallel_rank is not None,
+            "data_parallel_rank_local": self.data_parallel_rank_local is not None,
+            "data_parallel_size_local": self.data_parallel_size_local not in (None, self.data_parallel_size),
+            "max_parallel_loading_workers": self.max_parallel_loading_workers is not None,
+        }
+        for name, asked in waiting.items():
+            if asked:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is known but not built yet; leave {flag} at its default"
+                )
+        EPLB_POLICIES.check(self.eplb_config.policy)
+        if self.eplb_config != EPLBConfig() and not self.enable_eplb:
+            raise ConfigError("eplb_config has no effect without load balancing; add --enable-eplb")
+        if {"dbo_decode_token_threshold", "dbo_prefill_token_threshold"} & self.model_fields_set:
+            raise ConfigError("dbo thresholds are known but --enable-dbo is not built yet; leave them out")

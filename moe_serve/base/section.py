@@ -1,0 +1,21 @@
+"""What all sections of the configuration are made of: a frozen group of options, and the types they share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Size = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Section(BaseModel):
+    """A frozen group of options; unknown names are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+def short(*names: str) -> dict[str, Any]:
+    """Short spellings of a flag, kept beside the field."""
+    return {"short": list(names)}

@@ -1,0 +1,38 @@
+"""Tables of pluggable parts that an option names: name -> where the class or function is. A new part adds a line.
+
+Nothing is imported until a name is chosen, so that a part's own packages are needed only by whoever chooses it.
+"""
+
+from __future__ import annotations
+
+from moe_serve.base.registry import Registry
+
+ALL2ALL = Registry(
+    "all2all backend",
+    "--all2all-backend",
+    {
+        "naive": "moe_serve.model.all2all.naive:Naive",
+        "allgather_reducescatter": "moe_serve.model.all2all.allgather_reducescatter:AllGatherReduceScatter",
+        "torch_a2a": "moe_serve.model.all2all.torch_a2a:TorchAllToAll",
+    },
+    planned=("shm", "deepep_high_throughput", "deepep_low_latency", "pplx", "flashinfer_all2allv"),
+)
+EXECUTORS = Registry(
+    "executor",
+    "--distributed-executor-backend",
+    {
+        "uni": "moe_serve.executor.uni:UniExecutor",
+        "mp": "moe_serve.executor.mp:MultiprocessExecutor",
+    },
+    planned=("ray", "external_launcher"),
+)
+EPLB_POLICIES = Registry(
+    "EPLB policy",
+    "--eplb-config.policy",
+    {
+        "sticky": "moe_serve.eplb.policies.sticky:sticky",
+        "deepseek": "moe_serve.eplb.policies.deepseek:deepseek",
+        "static": "moe_serve.eplb.policies.static:static",
+        "shuffle": "moe_serve.eplb.policies.shuffle:shuffle",
+    },
+)

@@ -1,0 +1,117 @@
+"""A front-end's client of the engines, with an engine made of a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+
+from moe_serve.base.config import Config
+from moe_serve.base.errors import EngineDead, RequestError
+from moe_serve.base.messages import Abort, EngineHello, Events, Generate, LoadReport, ToEngine, TokenEvent
+from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.client import EngineClient
+
+TOKEN = "secret"
+WAIT_SECONDS = 10.0
+
+
+class SocketEngine:
+    """The other end of a client: what it was sent, and what it answers."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str, dp: int) -> None:
+        self._dp = dp
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.connect(address)
+
+    async def say(self, message: EngineHello | Events) -> None:
+        await self.socket.send(msgspec.msgpack.encode(message))
+
+    async def hello(self) -> None:
+        await self.say(EngineHello(token=TOKEN, dp=self._dp, num_blocks=8, block_size=4, max_model_len=32))
+
+    async def answer(self, event: TokenEvent) -> None:
+        await self.say(Events(self._dp, [event], LoadReport()))
+
+    async def heard(self) -> ToEngine:
+        body = await asyncio.wait_for(self.socket.recv(), WAIT_SECONDS)
+        return msgspec.msgpack.decode(body, type=ToEngine)
+
+
+@asynccontextmanager
+async def world() -> AsyncIterator[tuple[EngineClient, list[SocketEngine]]]:
+    """A client of two engines that are connected."""
+    client = EngineClient(Config.from_flat({"data_parallel_size": 2}), token=TOKEN)
+    address = client.bind("127.0.0.1")
+    context = zmq.asyncio.Context()
+    engines = [SocketEngine(context, address, dp) for dp in range(2)]
+    receiving = asyncio.create_task(client.run())
+    try:
+        for engine in engines:
+            await engine.hello()
+        await asyncio.wait_for(client.wait_ready(), WAIT_SECONDS)
+        yield client, engines
+    finally:
+        receiving.cancel()
+        await asyncio.gather(receiving, return_exceptions=True)
+        context.destroy(linger=0)
+        client.close()
+
+
+def test_a_submitted_stream_knows_its_rank_before_any_event_and_ends_with_the_last() -> None:
+    async def scenario() -> None:
+        async with world() as (client, engines):
+            streams = [await client.submit(name, [1, 2], SamplingParams()) for name in ("a", "b")]
+            assert sorted(stream.rank for stream in streams) == [0, 1]
+            first = streams[0]
+            request = await engines[first.rank].heard()
+            assert isinstance(request, Generate)
+            assert request.request_id == "a"
+            await engines[first.rank].answer(TokenEvent(request_id="a", token_ids=[5]))
+            await engines[first.rank].answer(TokenEvent(request_id="a", token_ids=[6], finish_reason="length"))
+            assert [event.token_ids async for event in first] == [[5], [6]]
+            assert client.num_unfinished == 1
+            await first.aclose()
+            await streams[1].aclose()
+            assert client.num_unfinished == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_closed_before_its_first_event_aborts_its_request_once() -> None:
+    async def scenario() -> None:
+        async with world() as (client, engines):
+            stream = await client.submit("a", [1], SamplingParams(), dp_rank=1)
+            assert stream.rank == 1
+            await stream.aclose()
+            await stream.aclose()
+            assert client.num_unfinished == 0
+            assert [event async for event in stream] == []
+            await client.submit("b", [1], SamplingParams(), dp_rank=1)
+            heard = [await engines[1].heard() for _ in range(3)]
+            assert [type(message) for message in heard] == [Generate, Abort, Generate]
+
+    asyncio.run(scenario())
+
+
+def test_what_an_engine_refuses_and_a_broken_world_end_a_stream_with_their_errors() -> None:
+    async def scenario() -> None:
+        async with world() as (client, engines):
+            refused = await client.submit("a", [1], SamplingParams(), dp_rank=0)
+            await engines[0].answer(TokenEvent(request_id="a", token_ids=[], finish_reason="error", error="too long"))
+            with pytest.raises(RequestError, match="too long"):
+                await anext(refused)
+            waiting = await client.submit("b", [1], SamplingParams())
+            client.fail("engine dp 1 was killed")
+            with pytest.raises(EngineDead, match="was killed"):
+                await anext(waiting)
+            with pytest.raises(EngineDead, match="was killed"):
+                await client.submit("c", [1], SamplingParams())
+            assert client.num_unfinished == 0
+
+    asyncio.run(scenario())
