@@ -6,25 +6,26 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
-from rich.table import Table
-
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.registry import import_target
 from moe_serve.base.tables import EPLB_POLICIES
+from moe_serve.cli.eplb_output import (
+    console,
+    print_facts,
+    redundancy_table,
+    replay_table,
+    report_pictures,
+    write_or_print,
+)
 from moe_serve.eplb.desk.loads import Trace, read_trace, write_trace
 from moe_serve.eplb.desk.pictures import draw_heat, draw_redundancy, draw_replay, new_figure, save
-from moe_serve.eplb.desk.plan import Plan, make_plan
+from moe_serve.eplb.desk.plan import make_plan
 from moe_serve.eplb.desk.replay import (
-    Gain,
-    Outcome,
     ReplayWorld,
     balancedness_of_start,
     cut,
@@ -36,7 +37,6 @@ from moe_serve.eplb.placement import Placement
 from moe_serve.eplb.placement_file import read_placement, write_placement
 from moe_serve.eplb.policies.base import check_load, problem_of
 
-console = Console(stderr=True)
 ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "dtype": (str, "auto, float32, bfloat16 or float16"),
     "device": (str, "auto, cpu or cuda"),
@@ -90,8 +90,8 @@ def run_plan(options: argparse.Namespace) -> int:
         console.print(f"wrote {options.out}", soft_wrap=True)
     if options.pictures is not None:
         heaviest = int(load_LE.max(axis=1).argmax())
-        _report_pictures(save(draw_heat(load_LE, plan.before, plan.after, heaviest), options.pictures, "heat"))
-    _print_plan(plan, as_json=options.json)
+        report_pictures(save(draw_heat(load_LE, plan.before, plan.after, heaviest), options.pictures, "heat"))
+    print_facts(plan.report(), as_json=options.json)
     return 0
 
 
@@ -105,15 +105,6 @@ def _read_current(options: argparse.Namespace, shape: tuple[int, ...]) -> Placem
         num_ranks=options.ranks,
         num_redundant=options.redundant,
     )
-
-
-def _print_plan(plan: Plan, *, as_json: bool) -> None:
-    report = plan.report()
-    if as_json:
-        print(json.dumps(report))
-        return
-    for name, value in report.items():
-        print(f"{name:24}{value:.6g}" if isinstance(value, float) else f"{name:24}{value}")
 
 
 def run_replay(options: argparse.Namespace) -> int:
@@ -133,12 +124,9 @@ def run_replay(options: argparse.Namespace) -> int:
     start = balancedness_of_start(windows, world)
     if options.pictures is not None:
         figure = draw_replay(outcomes, f"{options.trace.name}: plan on one window, score on the next")
-        _report_pictures(save(figure, options.pictures, "replay"))
-    _write_or_print(
-        options,
-        {"balancedness_of_start": start, "outcomes": [outcome.document() for outcome in outcomes]},
-        _replay_table(outcomes, start),
-    )
+        report_pictures(save(figure, options.pictures, "replay"))
+    document = {"balancedness_of_start": start, "outcomes": [outcome.document() for outcome in outcomes]}
+    write_or_print(document, replay_table(outcomes, start), out=options.out, as_json=options.json)
     return 0
 
 
@@ -160,14 +148,14 @@ def run_redundancy(options: argparse.Namespace) -> int:
     gains = redundancy_curve(outcomes, world, trace.count_SLE.shape[1])
     chosen = worthwhile(gains, options.least_gain / 100)
     if options.pictures is not None:
-        _report_pictures(save(draw_redundancy(gains, chosen), options.pictures, "redundancy"))
+        report_pictures(save(draw_redundancy(gains, chosen), options.pictures, "redundancy"))
     document: dict[str, object] = {
         "policy": options.policy,
         "least_gain_percent": options.least_gain,
         "worthwhile": chosen,
         "curve": [asdict(gain) for gain in gains],
     }
-    _write_or_print(options, document, _redundancy_table(gains, chosen))
+    write_or_print(document, redundancy_table(gains, chosen), out=options.out, as_json=options.json)
     return 0
 
 
@@ -185,10 +173,7 @@ def run_record(options: argparse.Namespace) -> int:
     write_trace(options.out, trace)
     console.print(f"wrote {options.out}", soft_wrap=True)
     document = {name: value if name in WORDS else int(value) for name, value in trace.metadata.items()}
-    if options.json:
-        print(json.dumps(document))
-    else:
-        print("\n".join(f"{name:24}{value}" for name, value in document.items()))
+    print_facts(document, as_json=options.json)
     return 0
 
 
@@ -237,71 +222,6 @@ def _counts(text: str, option: str) -> list[int]:
 def _check_folder(path: Path | None) -> None:
     if path is not None and not path.parent.is_dir():
         raise ConfigError(f"--out {path} cannot be written: there is no folder {path.parent}")
-
-
-def _report_pictures(paths: Sequence[Path]) -> None:
-    for path in paths:
-        console.print(f"wrote {path}", soft_wrap=True)
-
-
-def _write_or_print(options: argparse.Namespace, document: dict[str, object], table: Table) -> None:
-    if options.out is not None:
-        try:
-            options.out.write_text(json.dumps(document, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(f"--out {options.out} cannot be written: {error.strerror}") from error
-        console.print(f"wrote {options.out}", soft_wrap=True)
-    if options.json:
-        print(json.dumps(document))
-    else:
-        Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _replay_table(outcomes: Sequence[Outcome], start: float) -> Table:
-    table = Table(title=f"Linear placement without redundancy: balancedness {start:.3f}")
-    for heading in (
-        "redundant",
-        "policy",
-        "balanced",
-        "uneven",
-        "step ms",
-        "moved %",
-        "MiB",
-        "crossing",
-        "solve ms",
-    ):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
-    for outcome in outcomes:
-        means = {name: value for name, value in outcome.summary().items() if isinstance(value, float | int)}
-        table.add_row(
-            str(outcome.num_redundant),
-            outcome.policy,
-            f"{means['balancedness']:.4f}",
-            f"{means['balancedness_uneven']:.4f}",
-            f"{means['step_seconds'] * 1e3:.3f}",
-            f"{means['moved_share'] * 100:.1f}",
-            f"{means['moved_bytes'] / 2**20:.0f}",
-            f"{means['cross_node_moves']:.0f}",
-            f"{means['solve_seconds'] * 1e3:.1f}",
-        )
-    return table
-
-
-def _redundancy_table(gains: Sequence[Gain], chosen: int) -> Table:
-    table = Table(title=f"Redundant experts that pay: {chosen}")
-    for heading in ("redundant", "balanced", "uneven", "step ms", "saved %", "% per expert", "MiB per rank"):
-        table.add_column(heading, justify="right")
-    for gain in gains:
-        table.add_row(
-            str(gain.num_redundant),
-            f"{gain.balancedness:.4f}",
-            f"{gain.balancedness_uneven:.4f}",
-            f"{gain.step_seconds * 1e3:.3f}",
-            f"{gain.saved_share * 100:.2f}",
-            f"{gain.marginal_share * 100:.3f}",
-            f"{gain.bytes_per_rank / 2**20:.1f}",
-        )
-    return table
 
 
 def _parser() -> Parser:

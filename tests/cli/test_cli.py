@@ -14,7 +14,8 @@ import pytest
 from moe_serve.base.config import SECTIONS
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.parallel_config import EPLBConfig
-from moe_serve.cli.main import main, parse_serve
+from moe_serve.cli.main import main
+from moe_serve.cli.serve import parse_serve
 
 FIELDS = [name for section in SECTIONS.values() for name in section.model_fields]
 
