@@ -5,7 +5,6 @@ Shape letters: L layers, E logical experts, P physical slots, C most copies of o
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,20 +67,6 @@ class Rearrangement:
     stage_seconds: float = 0.0
     commit_seconds: float = 0.0
     bytes_received: int = 0
-
-
-@dataclass(slots=True)
-class Totals:
-    """For the metrics; they only grow."""
-
-    rebalances: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    moved_experts: int = 0
-    moved_bytes: int = 0
-    stage_seconds: list[float] = field(default_factory=list)
-    commit_seconds: list[float] = field(default_factory=list)
-    last_success: float = 0.0
-    """Unix time."""
 
 
 def chunks_of(old: Placement, new: Placement, load_LE: Floats, expert_bytes: int) -> list[list[int]]:

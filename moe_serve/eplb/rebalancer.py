@@ -7,8 +7,6 @@ for too long, is given up, and with it the rest; what was committed before stays
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,6 +17,7 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.topology import Topology
+from moe_serve.eplb.books import MAX_HISTORY, Books, Totals
 from moe_serve.eplb.forecast import Forecast, cumulative_shares
 from moe_serve.eplb.placement import Placement, moves
 from moe_serve.eplb.policies.base import Floats, Policy, Problem
@@ -28,7 +27,6 @@ from moe_serve.eplb.rearrangement import (
     Order,
     Proposal,
     Rearrangement,
-    Totals,
     chunks_of,
 )
 from moe_serve.eplb.search.weights import Split
@@ -38,12 +36,8 @@ STAGE_SECONDS = 60.0
 """A chunk that is neither committed nor dropped after this long without news is given up."""
 ROLLBACK = "rollback"
 FAILED, SILENT = "stage_failed", "stage_silent"
-RECENT_BUCKETS = 9
-COPY_BYTES_PER_SECOND = 1e9
-"""How fast a commit copies, until one has been measured."""
 FIRST_INTERVAL_SHARE = 4
 SHARE_REFRESH_STEPS = 50
-MAX_HISTORY = 200
 
 
 class Conflict(ConfigError):
@@ -74,8 +68,7 @@ class Rebalancer:
         self.placement = placement
         self.num_nodes = num_nodes
         self.epoch = 0
-        self.history: list[dict[str, object]] = []
-        self.totals = Totals()
+        self.books = Books(unix_time)
         self.recording = Recording()
         self.window = LoadWindow(placement.num_layers, placement.num_logical, eplb_config.window_size)
         self.last_prediction: float | None = None
@@ -88,8 +81,6 @@ class Rebalancer:
         self._step = 0
         self._now: Rearrangement | None = None
         self._previous: list[Placement] = []
-        self._unix_time = unix_time
-        self._step_seconds: deque[float] = deque(maxlen=RECENT_BUCKETS)
         self._last_load_at: float | None = None
         self._next_epoch = 1
 
@@ -109,7 +100,7 @@ class Rebalancer:
                 self._log.append(f"the recording of expert load is full after {len(self.recording.steps)} steps")
                 sends += self._all(Record(on=False))
         if self._last_load_at is not None and load.steps:
-            self._step_seconds.append((now - self._last_load_at) / load.steps)
+            self.books.hear_step_seconds((now - self._last_load_at) / load.steps)
         self._last_load_at, self._step = now, load.step
         self._until_next -= load.steps
         self._since_refresh += load.steps
@@ -159,6 +150,15 @@ class Rebalancer:
         """Lines for people, each given once."""
         lines, self._log = self._log, []
         return lines
+
+    @property
+    def history(self) -> list[dict[str, object]]:
+        """What was done and what was not, oldest first."""
+        return self.books.history
+
+    @property
+    def totals(self) -> Totals:
+        return self.books.totals
 
     @property
     def in_flight(self) -> bool:
@@ -238,7 +238,7 @@ class Rebalancer:
             )
         if not self._chunks(plan):
             return self._skip("no_moves", "the policy keeps everything where it is")
-        paid = plan.gain - self._cost_share(plan)
+        paid = plan.gain - self.books.cost_share(plan, self.eplb_config.step_interval)
         if self.eplb_config.min_gain and paid < self.eplb_config.min_gain:
             return self._skip(
                 "small_gain",
@@ -247,17 +247,8 @@ class Rebalancer:
             )
         return self.apply(plan, now, why="interval")
 
-    def _cost_share(self, plan: Proposal) -> float:
-        """Seconds the move would stall serving, as a share of the next interval."""
-        # The median: a bucket that ends a long sleep says nothing about steps.
-        horizon = statistics.median(self._step_seconds or [0.0]) * self.eplb_config.step_interval
-        moved, seconds = self.totals.moved_bytes, sum(self.totals.commit_seconds)
-        speed = moved / seconds if moved and seconds else COPY_BYTES_PER_SECOND
-        return plan.num_bytes / speed / horizon if horizon else 0.0
-
     def _skip(self, reason: str, text: str) -> list[ForEngine]:
-        self.totals.skipped[reason] += 1
-        self._remember({"step": self._step, "skipped": reason, "text": text})
+        self.books.skipped(self._step, reason, text)
         return []
 
     def _refresh_shares(self) -> list[ForEngine]:
@@ -293,13 +284,7 @@ class Rebalancer:
         table[chunk.layers] = work.plan.placement.physical_to_logical_LP[chunk.layers]
         self.placement = Placement(table, self.placement.offsets, self.placement.num_logical)
         self.epoch = chunk.epoch
-        reports = chunk.done.values()
-        self.totals.stage_seconds.append(max(report.stage_seconds for report in reports))
-        self.totals.commit_seconds.append(max(report.commit_seconds for report in reports))
-        work.num_chunks += 1
-        work.stage_seconds += self.totals.stage_seconds[-1]
-        work.commit_seconds += self.totals.commit_seconds[-1]
-        work.bytes_received += sum(report.bytes_received for report in reports)
+        self.books.committed(work, chunk.done.values())
         if work.chunks and not chunk.dropping:
             return self._next_chunk(work, now)
         return self._finish(work, now, failure=chunk.dropping if work.chunks else "")
@@ -320,39 +305,8 @@ class Rebalancer:
             self._previous = self._previous[:-1] if not failure else self._previous
         elif work.num_chunks:
             self._previous = [*self._previous, work.before][-MAX_HISTORY:]
-        self.totals.moved_experts += moved
-        self.totals.moved_bytes += work.bytes_received
-        if failure:
-            assert work.chunk is not None
-            self.totals.skipped[work.chunk.reason] += 1
-        else:
-            self.totals.rebalances += 1
-            self.totals.last_success = self._unix_time()
-        self._remember(
-            {
-                "step": work.step,
-                "why": work.why,
-                "failure": failure,
-                "epoch": self.epoch,
-                "moved_experts": moved,
-                "moved_bytes": work.bytes_received,
-                "seconds": now - work.started,
-                "stage_seconds": work.stage_seconds,
-                "commit_seconds": work.commit_seconds,
-                "balancedness_before": work.plan.balancedness_before,
-                "balancedness_predicted": work.plan.balancedness_after,
-                "gain": work.plan.gain,
-            }
-        )
-        self._log.append(
-            f"rearrangement ({work.why}) {'given up' if failure else 'done'}: {moved} experts, "
-            f"{work.bytes_received / 2**20:.1f} MiB in {now - work.started:.2f} s, "
-            f"balancedness {work.plan.balancedness_before:.3f} -> {work.plan.balancedness_after:.3f} predicted"
-        )
+        self._log.append(self.books.ended(work, moved, self.epoch, now, failure))
         return []
-
-    def _remember(self, entry: dict[str, object]) -> None:
-        self.history = [*self.history, entry][-MAX_HISTORY:]
 
     # -- small things --
 

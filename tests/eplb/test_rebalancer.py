@@ -7,13 +7,14 @@ import pytest
 
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import Record, StageReport
+from moe_serve.eplb.books import MAX_HISTORY
 from moe_serve.eplb.placement import Placement, initial_placement, moves
 from moe_serve.eplb.policies.base import Problem
 from moe_serve.eplb.policies.shuffle import shuffle
 from moe_serve.eplb.policies.static import static
 from moe_serve.eplb.policies.sticky import sticky
 from moe_serve.eplb.rearrangement import MAX_CHUNK_BYTES, chunks_of
-from moe_serve.eplb.rebalancer import MAX_HISTORY, SHARE_REFRESH_STEPS, STAGE_SECONDS, Conflict
+from moe_serve.eplb.rebalancer import SHARE_REFRESH_STEPS, STAGE_SECONDS, Conflict
 from tests.support.balancing import (
     EXPERTS,
     LAYERS,
@@ -128,12 +129,12 @@ def test_what_a_commit_took_prices_the_next_move() -> None:
     made = Balanced(policy=shuffle, step_interval=1000)
     made.load()
     plan = made.rebalancer.propose()
-    cheap = made.rebalancer._cost_share(plan)
+    cheap = made.rebalancer.books.cost_share(plan, 1000)
     made.load()
     made.finish(made.begin())
     made.load()
     assert made.rebalancer.totals.moved_bytes / sum(made.rebalancer.totals.commit_seconds) < 1e9
-    assert made.rebalancer._cost_share(made.rebalancer.propose()) > 1000 * cheap
+    assert made.rebalancer.books.cost_share(made.rebalancer.propose(), 1000) > 1000 * cheap
 
 
 # --- how it goes on --------------------------------------------------------------------------------------------------

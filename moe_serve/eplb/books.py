@@ -1,0 +1,106 @@
+"""What rearrangements brought and cost: totals for the metrics, a history for people, and what the next would cost.
+
+It decides nothing; a Rebalancer tells it what happened and asks it for prices.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from moe_serve.base.messages import StageReport
+from moe_serve.eplb.rearrangement import Proposal, Rearrangement
+
+COPY_BYTES_PER_SECOND = 1e9
+"""How fast a commit copies, until one has been measured."""
+RECENT_BUCKETS = 9
+MAX_HISTORY = 200
+
+
+@dataclass(slots=True)
+class Totals:
+    """For the metrics; they only grow."""
+
+    rebalances: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    moved_experts: int = 0
+    moved_bytes: int = 0
+    stage_seconds: list[float] = field(default_factory=list)
+    commit_seconds: list[float] = field(default_factory=list)
+    last_success: float = 0.0
+    """Unix time."""
+
+
+class Books:
+    """`history` the last entries, oldest first; `unix_time` is what the metrics tell of the last success."""
+
+    def __init__(self, unix_time: Callable[[], float]) -> None:
+        self.history: list[dict[str, object]] = []
+        self.totals = Totals()
+        self._unix_time = unix_time
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_BUCKETS)
+
+    def hear_step_seconds(self, seconds: float) -> None:
+        """How long a step took lately."""
+        self._step_seconds.append(seconds)
+
+    def cost_share(self, plan: Proposal, step_interval: int) -> float:
+        """Seconds the move would stall serving, as a share of the next interval."""
+        # The median: a bucket that ends a long sleep says nothing about steps.
+        horizon = statistics.median(self._step_seconds or [0.0]) * step_interval
+        moved, seconds = self.totals.moved_bytes, sum(self.totals.commit_seconds)
+        speed = moved / seconds if moved and seconds else COPY_BYTES_PER_SECOND
+        return plan.num_bytes / speed / horizon if horizon else 0.0
+
+    def skipped(self, step: int, reason: str, text: str) -> None:
+        """An interval was over and nothing was moved; `reason` in one word, for the metrics."""
+        self.totals.skipped[reason] += 1
+        self._remember({"step": step, "skipped": reason, "text": text})
+
+    def committed(self, work: Rearrangement, reports: Collection[StageReport]) -> None:
+        """A chunk is in use everywhere: serving waited for the slowest engine."""
+        self.totals.stage_seconds.append(max(report.stage_seconds for report in reports))
+        self.totals.commit_seconds.append(max(report.commit_seconds for report in reports))
+        work.num_chunks += 1
+        work.stage_seconds += self.totals.stage_seconds[-1]
+        work.commit_seconds += self.totals.commit_seconds[-1]
+        work.bytes_received += sum(report.bytes_received for report in reports)
+
+    def ended(self, work: Rearrangement, moved: int, epoch: int, now: float, failure: str) -> str:
+        """A rearrangement is over, with a `failure` perhaps after some of its chunks; the line that says so."""
+        self.totals.moved_experts += moved
+        self.totals.moved_bytes += work.bytes_received
+        if failure:
+            assert work.chunk is not None
+            self.totals.skipped[work.chunk.reason] += 1
+        else:
+            self.totals.rebalances += 1
+            self.totals.last_success = self._unix_time()
+        self._remember(_entry(work, moved, epoch, now, failure))
+        return (
+            f"rearrangement ({work.why}) {'given up' if failure else 'done'}: {moved} experts, "
+            f"{work.bytes_received / 2**20:.1f} MiB in {now - work.started:.2f} s, "
+            f"balancedness {work.plan.balancedness_before:.3f} -> {work.plan.balancedness_after:.3f} predicted"
+        )
+
+    def _remember(self, entry: dict[str, object]) -> None:
+        self.history = [*self.history, entry][-MAX_HISTORY:]
+
+
+def _entry(work: Rearrangement, moved: int, epoch: int, now: float, failure: str) -> dict[str, object]:
+    return {
+        "step": work.step,
+        "why": work.why,
+        "failure": failure,
+        "epoch": epoch,
+        "moved_experts": moved,
+        "moved_bytes": work.bytes_received,
+        "seconds": now - work.started,
+        "stage_seconds": work.stage_seconds,
+        "commit_seconds": work.commit_seconds,
+        "balancedness_before": work.plan.balancedness_before,
+        "balancedness_predicted": work.plan.balancedness_after,
+        "gain": work.plan.gain,
+    }
