@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from rich.console import Console
 
+from bench.command import keep, parser_for
 from bench.report import RESULTS, Report, markdown_table
 from bench.traces import GENERATORS, lognormal, sample, trace, zipf
 from moe_serve.base.tables import EPLB_POLICIES
@@ -91,11 +92,11 @@ def main() -> None:
     names = ("ranks", "nodes", "experts", "layers", "windows", "steps", "tokens", "redundant", "seed")
     report = Report("eplb_balancedness", options.label, {name: getattr(options, name) for name in names}, numbers)
     print(tables(replays, fresh, cast(dict[str, dict[str, float]], numbers["solve_ms"])))
-    console.print(f"written to {report.write(folder)}")
+    keep(report, folder)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, label="made-up")
     parser.add_argument("--kinds", nargs="*", default=list(GENERATORS), choices=list(GENERATORS))
     parser.add_argument("--traces", nargs="*", type=Path, default=[], help="recorded loads to replay as well")
     parser.add_argument("--experts", type=int, default=256)
@@ -108,8 +109,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="of each step, with 8 experts each")
     parser.add_argument("--repetitions", type=int, default=15, help="of each solve; the least time counts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--label", default="made-up")
-    parser.add_argument("--out", type=Path, help="folder of the results; bench/results/MACHINE if not given")
     return parser.parse_args(arguments)
 
 

@@ -21,6 +21,7 @@ import msgspec
 import torch
 from rich.console import Console
 
+from bench.command import keep
 from bench.report import Report
 from moe_serve.base.commands import AllocateKV, Meeting
 from moe_serve.base.config import Config
@@ -126,7 +127,7 @@ def main() -> None:
         report = measure(options, make_model(Path(folder) / "model", preset=options.preset))
     for name, value in report.numbers.items():
         console.print(f"{name:32}{value}")
-    console.print(f"written to {report.write(options.out)}", soft_wrap=True)
+    keep(report, options.out)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import keep, parser_for, save_figure
 from bench.domains import domains, prompts_of
 from bench.http_stream import Address, get_json, post_json
 from bench.report import Report, percentiles
@@ -39,13 +40,11 @@ def main() -> None:
     with started(options.model, server) as running:
         report = asyncio.run(measure(options, running.address))
     show(report)
-    path = report.write(options.out)
-    draw(report, path)
-    console.print(f"written to {path}, .png and .svg")
+    keep(report, options.out, draw)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, label="default-model")
     parser.add_argument("--model", help="checkpoint folder; a random tiny one if not given")
     parser.add_argument("--dp", type=int, default=2, help="data-parallel ranks")
     parser.add_argument("--redundant", type=int, default=4, help="redundant experts")
@@ -54,8 +53,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, default=96)
     parser.add_argument("--stretch", type=float, default=8.0, help="seconds at rest, then as many with rearrangements")
     parser.add_argument("--stretches", type=int, default=4, help="pairs of them")
-    parser.add_argument("--label", default="default-model")
-    parser.add_argument("--out", type=Path, help="folder of the result; bench/results/MACHINE if not given")
     return parser.parse_args(arguments)
 
 
@@ -171,8 +168,7 @@ def draw(report: Report, path: Path) -> None:
     for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
         axis("{x:g}")
     panel.grid(visible=True, alpha=0.25)
-    for ending in (".png", ".svg"):
-        figure.savefig(path.with_suffix(ending), dpi=120, metadata={"Date": None} if ending == ".svg" else None)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 

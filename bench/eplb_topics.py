@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import keep, parser_for, save_figure
 from bench.domains import domains, prompts_of
 from bench.http_stream import Address, get_json
 from bench.report import Report, percentiles
@@ -49,13 +50,11 @@ def main() -> None:
         console.print(f"{policy}: {runs[policy].tokens_per_second:.0f} tokens/s")
     report = report_of(options, runs)
     show(report)
-    path = report.write(options.out)
-    draw(report, path)
-    console.print(f"written to {path}, .png and .svg")
+    keep(report, options.out, draw)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, label="default-model")
     parser.add_argument("--model", help="checkpoint folder; a random tiny one if not given")
     parser.add_argument("--dp", type=int, default=4, help="data-parallel ranks")
     parser.add_argument("--redundant", type=int, default=4, help="redundant experts")
@@ -66,8 +65,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--stretch", type=float, default=20.0, help="seconds of one topic")
     parser.add_argument("--rounds", type=int, default=2, help="times through all topics")
-    parser.add_argument("--label", default="default-model")
-    parser.add_argument("--out", type=Path, help="folder of the result; bench/results/MACHINE if not given")
     return parser.parse_args(arguments)
 
 
@@ -189,8 +186,7 @@ def draw(report: Report, path: Path) -> None:
     panel.set(xlabel="seconds (vertical lines: a rearrangement)", ylabel="balancedness of the window", ylim=(None, 1.0))
     panel.grid(visible=True, alpha=0.25)
     panel.legend(loc="lower right")
-    for ending in (".png", ".svg"):
-        figure.savefig(path.with_suffix(ending), dpi=120, metadata={"Date": None} if ending == ".svg" else None)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import keep, parser_for
 from bench.report import Report, spread
 from moe_serve.world.member import spin_environment
 
@@ -44,11 +45,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = measure(options, Path(options.model) if options.model else make_checkpoint(options, Path(folder)))
     show(report)
-    console.print(f"written to {report.write(options.out)}")
+    keep(report, options.out)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--model", help="checkpoint folder; a random one of --preset and --arch if not given")
     parser.add_argument("--preset", default="tiny", choices=["tiny", "small"])
     parser.add_argument("--arch", default="qwen3_moe")
@@ -67,8 +68,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--wait-policy", choices=["PASSIVE", "ACTIVE"], help="of idle OMP threads; moe_serve's own if not given"
     )
     parser.add_argument("--alone", action="store_true", help="without transformers")
-    parser.add_argument("--label", help="name of the result; made of preset, sizes and type if not given")
-    parser.add_argument("--out", type=Path, help="folder of the result; bench/results/MACHINE if not given")
     return parser.parse_args(arguments)
 
 

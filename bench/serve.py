@@ -20,6 +20,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import keep, parser_for, save_figure
 from bench.http_stream import Address, StreamFailed, get_json, post_events
 from bench.report import PERCENTILES, Report, percentiles
 from bench.started_server import started
@@ -48,15 +49,13 @@ def main() -> None:
         with started(options.model, options.server_options, preset=options.preset) as server:
             report = asyncio.run(measure(options, server.address))
     show(report)
-    path = report.write(options.out)
-    draw(report, path)
-    console.print(f"written to {path}, .png and .svg")
+    keep(report, options.out, draw)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = parser_for(
+        __doc__,
+        label="tiny",
         epilog="What follows `--` goes to `moe-serve serve`: python -m bench.serve --rates 1 2 -- -dp 2 -ep",
     )
     parser.add_argument("--url", help="a running server, as http://host:port; one is started if not given")
@@ -69,8 +68,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--vocab-size", type=int, default=2048, help="prompt tokens lie in [0, vocab-size)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--label", default="tiny", help="name of the result")
-    parser.add_argument("--out", type=Path, help="folder of the result; bench/results/MACHINE if not given")
     parser.add_argument("server_options", nargs="*", metavar="-- SERVER OPTIONS")
     return parser.parse_args(arguments)
 
@@ -227,8 +224,7 @@ def draw(report: Report, path: Path) -> None:
         f"{report.label}: {report.config['input_len']} tokens in, {report.config['output_len']} out, "
         f"on {report.machine['processor']}, {report.machine['cores']} cores"
     )
-    for ending in (".png", ".svg"):
-        figure.savefig(path.with_suffix(ending), dpi=120, metadata={"Date": None} if ending == ".svg" else None)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 

@@ -6,11 +6,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import keep, parser_for
 from bench.report import Report
 from bench.started_server import started
 
@@ -23,16 +23,14 @@ def main() -> None:
         numbers[f"dp{dp}"] = {"median_s": round(statistics.median(seconds), 2), "all_s": seconds}
     report = Report("startup", options.label, {"repetitions": options.repetitions, "model": options.label}, numbers)
     show(report)
-    Console(stderr=True).print(f"written to {report.write(options.out)}")
+    keep(report, options.out)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_for(__doc__, label="tiny")
     parser.add_argument("--model", help="checkpoint folder; a random tiny one, made before the clock starts")
     parser.add_argument("--dp", type=int, nargs="+", default=[1, 2, 4], help="data-parallel sizes, one by one")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--label", default="tiny")
-    parser.add_argument("--out", type=Path, help="folder of the result; bench/results/MACHINE if not given")
     return parser.parse_args(arguments)
 
 
