@@ -271,6 +271,8 @@ class EngineWorld:
         self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
+        if not self._loop.is_running():
+            self._loop.close()
 
     async def _end(self) -> None:
         if self._link is not None:

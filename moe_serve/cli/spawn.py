@@ -74,8 +74,9 @@ def _wait_ready(process: subprocess.Popen[str], seconds: float) -> str:
 
 def _read(stream: IO[str], lines: queue.SimpleQueue[str]) -> None:
     """To the end, so that the server never waits for a reader."""
-    for line in stream:
-        lines.put(line)
+    with stream:
+        for line in stream:
+            lines.put(line)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

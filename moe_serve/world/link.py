@@ -90,6 +90,7 @@ class Link:
             self._socket.close()
             raise RankTimeout(f"{self._where} did not welcome this process: {error or 'no answer'}") from error
         if not isinstance(answer, Welcome | Refused):
+            self._socket.close()
             raise RankTimeout(f"{self._where} answered a hello with {type(answer).__name__}")
         return answer
 
@@ -118,6 +119,8 @@ class Link:
     def _lost(self, why: str) -> None:
         if not self._closed.is_set():
             self._closed.set()
+            with self._lock:  # a beat may be on its way out
+                self._socket.close()
             self._on_lost(why)
 
 

@@ -83,9 +83,9 @@ def test_a_spawned_server_does_not_outlive_its_user(tmp_path: Path, number: sign
         f"with spawned_server({child(note, READY + 'import time; time.sleep(600)')!r}):\n"
         "    print('ready', flush=True); time.sleep(600)"
     )
-    process = subprocess.Popen([sys.executable, "-c", user], stdout=subprocess.PIPE, text=True, cwd=os.getcwd())
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    assert process.wait(WAIT_SECONDS) == (-number if number == signal.SIGKILL else 128 + number)
+    with subprocess.Popen([sys.executable, "-c", user], stdout=subprocess.PIPE, text=True, cwd=os.getcwd()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.wait(WAIT_SECONDS) == (-number if number == signal.SIGKILL else 128 + number)
     until(lambda: gone(note))

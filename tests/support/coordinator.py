@@ -27,7 +27,8 @@ class RunningCoordinator:
         self.token = token
         self._agreement = dict(agreement)
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         fleet = Fleet(token=token, topology=topology, agreement=agreement, has_workers=False, step_timeout_seconds=60)
         self.coordinator = Coordinator(fleet)
         self.port: int = asyncio.run_coroutine_threadsafe(self.coordinator.start(HOST, 0), self._loop).result(
@@ -68,4 +69,10 @@ class RunningCoordinator:
         self._loop.call_soon_threadsafe(self.coordinator.end, stop)
 
     def close(self) -> None:
+        """End it; safe to call twice."""
+        if self._loop.is_closed():
+            return
         asyncio.run_coroutine_threadsafe(self.coordinator.close(), self._loop).result(CALL_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CALL_SECONDS)
+        self._loop.close()

@@ -50,3 +50,5 @@ class World:
         asyncio.run_coroutine_threadsafe(self._coordinator.close(), self._loop).result(START_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(START_SECONDS)
+        self._loop.close()
+        self._thread.join(START_SECONDS)
