@@ -367,16 +367,13 @@ sys.stdin.read()
 def test_workers_end_when_their_engine_is_killed(model):
     config = config_for(model, tensor_parallel_size=2)
     with World(Topology(tp=2)) as world:
-        engine = subprocess.Popen(
-            [sys.executable, "-c", ENGINE, msgspec.json.encode(world.meeting).decode(), config.to_json()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert engine.stdout.readline() == b"ready\n"
-        workers = psutil.Process(engine.pid).children()
-        assert len(workers) == 2
-        os.kill(engine.pid, signal.SIGKILL)
-        engine.wait(WAIT)
+        command = [sys.executable, "-c", ENGINE, msgspec.json.encode(world.meeting).decode(), config.to_json()]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as engine:
+            assert engine.stdout.readline() == b"ready\n"
+            workers = psutil.Process(engine.pid).children()
+            assert len(workers) == 2
+            os.kill(engine.pid, signal.SIGKILL)
+            engine.wait(WAIT)
         _, alive = psutil.wait_procs(workers, timeout=5)
         for worker in alive:
             worker.kill()
