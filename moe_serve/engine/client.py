@@ -76,7 +76,11 @@ class AsyncEngines(Protocol):
 
 
 class SubmittedStream:
-    """SequenceStream fed by a queue. `leave` is called once, at the end: True if the last event has come."""
+    """SequenceStream fed by a queue. `leave` is called once, at the end: True if the last event has come.
+
+    A stream whose last event was taken stays open until it is closed or asked for more: who drains the server waits
+    for open streams, and that event may still be on its way to a client that reads slowly.
+    """
 
     def __init__(
         self, rank: int, events: asyncio.Queue[TokenEvent | EngineDead], leave: Callable[[bool], Awaitable[None]]
@@ -84,6 +88,7 @@ class SubmittedStream:
         self._rank = rank
         self._events = events
         self._leave = leave
+        self._finished = False
         self._open = True
 
     @property
@@ -94,25 +99,23 @@ class SubmittedStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
-        if not self._open:
+        if self._finished or not self._open:
+            await self.aclose()
             raise StopAsyncIteration
         event = await self._events.get()
         if isinstance(event, EngineDead):
-            await self._end(finished=False)
+            await self.aclose()
             raise event
-        if event.finish_reason is not None:
-            await self._end(finished=True)
+        self._finished = event.finish_reason is not None
         if event.finish_reason == "error":
+            await self.aclose()
             raise RequestError(event.error or "the engine refused this request")
         return event
 
     async def aclose(self) -> None:
-        await self._end(finished=False)
-
-    async def _end(self, *, finished: bool) -> None:
         if self._open:
             self._open = False
-            await self._leave(finished)
+            await self._leave(self._finished)
 
 
 class EngineClient:

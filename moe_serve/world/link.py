@@ -119,9 +119,9 @@ class Link:
     def _lost(self, why: str) -> None:
         if not self._closed.is_set():
             self._closed.set()
-            with self._lock:  # a beat may be on its way out
+            self._on_lost(why)  # first: a beat that cannot get out may hold the lock for as long as our patience
+            with self._lock:
                 self._socket.close()
-            self._on_lost(why)
 
 
 def _connect(host: str, port: int, seconds: float, where: str) -> socket.socket:
