@@ -29,7 +29,7 @@ from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.alone import OneEngine, OnEvent
 from moe_serve.engine.client import EngineClient
-from moe_serve.launch.node import Node
+from moe_serve.launch.node import Node, NodePart
 from moe_serve.launch.resolve import resolve
 from moe_serve.text.growing import GrowingText, Growth
 from moe_serve.text.tokenizer import Tokenizer
@@ -212,8 +212,7 @@ class EngineWorld:
             raise
 
     async def _start(self, config: Config) -> None:
-        parallel = config.parallel
-        node = self._node = Node(config, serve_http=False)
+        node = self._node = Node(config, NodePart(serve_http=False))
         await node.start()
         client = self._client = EngineClient(config, token=node.token)
         self._receiving = asyncio.create_task(client.run())
@@ -222,7 +221,7 @@ class EngineWorld:
             role="api",
             pid=os.getpid(),
             host=socket.gethostname(),
-            address=client.bind(parallel.data_parallel_master_ip),
+            address=client.bind(node.address),
         )
         link = self._link = await asyncio.to_thread(
             Link,
@@ -278,7 +277,7 @@ class EngineWorld:
         if self._link is not None:
             self._link.close("LLM closed")
         if self._node is not None:
-            self._node.coordinator.end(Stop("LLM closed", 0))
+            self._node.end(Stop("LLM closed", 0))
             await self._node.close()
         if self._client is not None:
             self._client.close()

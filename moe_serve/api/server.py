@@ -59,7 +59,7 @@ class ApiServer:
             loop.call_soon_threadsafe(self._orders.put_nowait, Stop(why, 1))
 
         spec = self._spec
-        address = self._engines.bind(self._config.parallel.data_parallel_master_ip)
+        address = self._engines.bind(spec.site.address)
         hello = Hello(
             token=spec.token,
             role="api",

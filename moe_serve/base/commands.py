@@ -21,11 +21,16 @@ from moe_serve.base.errors import (
     WorkerDied,
 )
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.base.site import Site
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Where an engine's workers find everybody: the store and coordinator of the world, and its token."""
+    """Where an engine's workers find everybody: the store and coordinator of the world, and its token.
+
+    `site` is the engine's; its workers are the ranks of the node from `site.local_rank` on. `generation` of the world
+    that the engine belongs to (WorldView).
+    """
 
     dp_rank: int
     store_host: str
@@ -33,10 +38,11 @@ class Meeting:
     coordinator_host: str
     coordinator_port: int
     token: str
-    threads_per_rank: int
+    site: Site
+    generation: int = 1
 
     @classmethod
-    def of_nobody(cls, threads_per_rank: int) -> Meeting:
+    def of_nobody(cls, threads: int) -> Meeting:
         """For a world of one rank, which meets nobody."""
         return cls(
             dp_rank=0,
@@ -45,7 +51,7 @@ class Meeting:
             coordinator_host="",
             coordinator_port=0,
             token="",
-            threads_per_rank=threads_per_rank,
+            site=Site(threads=threads),
         )
 
 

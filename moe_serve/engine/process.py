@@ -146,7 +146,7 @@ class EngineProcess:
             coordinator_host=spec.host,
             coordinator_port=spec.port,
             token=spec.token,
-            threads_per_rank=spec.threads,
+            site=spec.site,
         )
         model_config = load_model_config(Path(config.model.model or ""))
         self._executor = choose_executor(config)(config, meeting, self._progress)
@@ -174,12 +174,13 @@ class EngineProcess:
 
     def _meet(self) -> StoreAt:
         """Engine 0 opens the store and tells; the others are told."""
-        parallel = self._config.parallel
         assert self._link is not None
         if self._spec.dp == 0:
-            host, port = parallel.data_parallel_master_ip, parallel.store_port
-            self._store, bound = open_store(host, port, is_master=True, token=self._spec.token)
-            found = StoreAt(parallel.data_parallel_master_ip, bound)
+            host = self._spec.site.address
+            self._store, bound = open_store(
+                host, self._config.parallel.store_port, is_master=True, token=self._spec.token
+            )
+            found = StoreAt(host, bound)
             self._link.send(found)
             return found
         self._progress.enter("wait for rank 0's store")

@@ -32,7 +32,6 @@ from moe_serve.executor.replies import combine_facts, combine_replies
 from moe_serve.executor.seats import Seat, name_missing
 from moe_serve.executor.starting import Starter
 from moe_serve.executor.watching import Watch
-from moe_serve.parallel.store import local_address
 from moe_serve.worker import wire
 
 JOIN_SECONDS = 120.0
@@ -126,15 +125,15 @@ class RemoteExecutor:
     # -- coming together --
 
     def _come_together(self) -> None:
-        """Listen on this machine's address on the way to the store, have workers started, seat all of them."""
+        """Listen on this machine's own address, have workers started, seat all of them."""
         meeting = self._meeting
-        address, replies = self._lines.listen(local_address(meeting.store_host, meeting.store_port))
+        address, replies = self._lines.listen(meeting.site.address)
         for worker in range(self._topology.num_workers):
             invitation = wire.Invitation(
                 address=address,
                 token=meeting.token,
                 worker=worker,
-                threads=meeting.threads_per_rank,
+                threads=meeting.site.threads,
                 connect_seconds=CONNECT_SECONDS,
             )
             name = self._topology.describe(self._topology.worker_rank(meeting.dp_rank, worker))

@@ -14,7 +14,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.log import setup_logging
 from moe_serve.base.model_config import ModelConfig
-from moe_serve.launch.node import Node
+from moe_serve.launch.node import Node, NodePart
 from moe_serve.launch.resolve import resolve
 
 log = logging.getLogger(__name__)
@@ -35,14 +35,14 @@ def serve(config: Config) -> int:
 
 
 async def _serve(config: Config, model: ModelConfig) -> int:
-    node = Node(config, serve_http=True)
+    node = Node(config, NodePart())
     _on_signals(node)
     log.info("%s", describe(config, model))
     await node.start()
     try:
         await node.until_ready()
         if node.ended is None:
-            print(ready_line(config, node.coordinator.fleet.front_door()), flush=True)
+            print(ready_line(config, node.front_door()), flush=True)
         stop = await node.until_ended()
         if stop.code == 1:
             fates = await node.fates()
@@ -73,7 +73,7 @@ def _on_signals(node: Node) -> None:
                 number.name,
                 timeout,
             )
-            node.coordinator.drain(timeout)
+            node.drain(timeout)
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -10,11 +10,11 @@ import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 
 from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from moe_serve.base.errors import ConfigError, EngineError, RankTimeout
+from moe_serve.base.site import local_address, resolve_host
 
 __all__ = ["PrefixStore", "Store", "first_line", "local_address", "open_store", "wait_for_ranks"]
 
@@ -56,24 +56,9 @@ def open_store(
     return world, port
 
 
-def local_address(host: str, port: int) -> str:
-    """This machine's own address on the way to `host`: where groups that meet there should listen."""
-    family, _, _, _, address = _resolve(host, port or 1)
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing; only chooses the route
-        return str(probe.getsockname()[0])
-
-
-def _resolve(host: str, port: int) -> tuple[Any, Any, int, str, Any]:
-    try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"host {host!r} cannot be resolved: {error.strerror}") from error
-
-
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket on this host and port only; a taken port is tried a few times, then refused."""
-    family, _, _, _, address = _resolve(host, port)
+    family, _, _, _, address = resolve_host(host, port)
     for attempt in range(BIND_ATTEMPTS):
         if attempt:
             time.sleep(0.2 * attempt)

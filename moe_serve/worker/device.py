@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def rank_on_machine(config: Config, rank: int) -> int:
-    """A global rank's place among the ranks of its machine. All ranks are on one machine so far."""
-    return rank % ranks_on_machine(config)
-
-
-def ranks_on_machine(config: Config) -> int:
-    """Ranks that share this machine's memory."""
-    return config.parallel.world_size_across_dp
-
-
 def choose_device(asked: str, local_rank: int) -> torch.device:
-    """auto, cpu or cuda; ranks go round the CUDA devices there are. ConfigError if cuda is asked for and absent."""
+    """auto, cpu or cuda; ranks of a node go round its CUDA devices. ConfigError if cuda is asked for and absent."""
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

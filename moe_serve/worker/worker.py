@@ -31,7 +31,7 @@ from moe_serve.model.build import build_model
 from moe_serve.model.context import LayerKV
 from moe_serve.model.decoder import Decoder
 from moe_serve.parallel.groups import Groups, build_groups
-from moe_serve.worker.device import choose_device, choose_dtype, rank_on_machine, ranks_on_machine
+from moe_serve.worker.device import choose_device, choose_dtype
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
 from moe_serve.worker.kv_cache import KVShape, blocks_for, cpu_room, cuda_room, fitting_blocks
 from moe_serve.worker.loading.loader import load_weights
@@ -57,6 +57,7 @@ class Worker:
         self._watches_load = watches_load or config.parallel.enable_eplb
         self._meeting = meeting
         self._topology = config.parallel.topology
+        self._worker = worker
         self._samples = worker == self._topology.sampling_worker
         self._rank = self._topology.worker_rank(meeting.dp_rank, worker)
         self._progress = progress
@@ -110,10 +111,10 @@ class Worker:
 
     def _load(self) -> WorkerFacts:
         config, parallel = self._config, self._config.parallel
-        torch.set_num_threads(self._meeting.threads_per_rank)
+        torch.set_num_threads(self._meeting.site.threads)
         folder = Path(config.model.model or "")
         model_config = load_model_config(folder)
-        device = choose_device(config.model.device, rank_on_machine(config, self._rank))
+        device = choose_device(config.model.device, self._meeting.site.local_rank + self._worker)
         dtype = choose_dtype(config.model.dtype, model_config.dtype, device)
         with self._phase("meet the other ranks"):
             self._groups = build_groups(
@@ -170,7 +171,7 @@ class Worker:
 
     def _fitting_blocks(self, decoder: Decoder, shape: KVShape, model_config: ModelConfig) -> int:
         max_model_len = self._config.model.max_model_len or model_config.max_position_embeddings
-        ranks = ranks_on_machine(self._config)
+        ranks = self._meeting.site.ranks_here
         if decoder.device.type == "cpu":
             room = cpu_room(self._config, ranks)
         else:

@@ -15,24 +15,30 @@ from pathlib import Path
 import msgspec
 
 from moe_serve.base.config import Config
+from moe_serve.base.site import Site
 
 ENVIRONMENT = "MOE_SERVE_MEMBER"
 
 
 class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """`host` and `port` of the coordinator; `connect_seconds` to keep trying it; `config` is Config.to_json()."""
+    """`host` and `port` of the coordinator; `connect_seconds` to keep trying it; `config` is Config.to_json().
+
+    `essential` and, for a front-end, `serves` as in Hello.
+    """
 
     host: str
     port: int
     token: str
     config: str
     dp: int = -1
-    threads: int = 1
+    site: Site = Site()
+    essential: bool = True
+    serves: list[int] | None = None
     connect_seconds: float = 5.0
 
     def to_environment(self) -> dict[str, str]:
         """Environment for the child: this one's, the spec and the share of the cores."""
-        return {**os.environ, ENVIRONMENT: msgspec.json.encode(self).decode(), **thread_environment(self.threads)}
+        return {**os.environ, ENVIRONMENT: msgspec.json.encode(self).decode(), **thread_environment(self.site.threads)}
 
     @classmethod
     def from_environment(cls) -> MemberSpec:
@@ -42,15 +48,15 @@ class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
         return Config.model_validate_json(self.config)
 
 
-def started_with(part: str) -> list[int]:
-    """Process ids of this machine, but for this one, whose MemberSpec contains `part`: a world's token, or all of it.
+def started_with(*parts: str) -> list[int]:
+    """Process ids of this machine, but for this one, whose MemberSpec contains all `parts`: a world's token, a node.
 
     Told by the environment, which children of a member inherit: whatever a number was reused for is left alone.
     """
     return [
         int(folder.name)
         for folder in Path("/proc").glob("[0-9]*")
-        if int(folder.name) != os.getpid() and part in _member_spec(folder)
+        if int(folder.name) != os.getpid() and _has(_member_spec(folder), parts)
     ]
 
 
@@ -59,6 +65,10 @@ def end_all(pids: Iterable[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _has(spec: str, parts: Iterable[str]) -> bool:
+    return all(part in spec for part in parts)
 
 
 def _member_spec(folder: Path) -> str:

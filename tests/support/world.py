@@ -7,6 +7,7 @@ import threading
 from typing import Self
 
 from moe_serve.base.commands import Meeting
+from moe_serve.base.site import Site
 from moe_serve.base.topology import Topology
 from moe_serve.parallel.store import open_store
 from moe_serve.world.coordinator import Coordinator
@@ -36,7 +37,7 @@ class World:
             coordinator_host=HOST,
             coordinator_port=self._port,
             token=TOKEN,
-            threads_per_rank=1,
+            site=Site(address=HOST),
         )
 
     def __enter__(self) -> Self:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from moe_serve.base.config import Config
+from moe_serve.base.site import Site
 from moe_serve.world.member import ENVIRONMENT, MemberSpec, end_all, started_with, threads_per_rank
 
 Start = Callable[[dict[str, str]], subprocess.Popen[bytes]]
@@ -33,7 +34,7 @@ def start() -> Iterator[Start]:
 
 def spec(token: str, dp: int = 0) -> MemberSpec:
     config = Config.from_flat({"api_key": "sesame", "data_parallel_size": 2})
-    return MemberSpec(host="127.0.0.1", port=7, token=token, config=config.to_json(), dp=dp, threads=3)
+    return MemberSpec(host="127.0.0.1", port=7, token=token, config=config.to_json(), dp=dp, site=Site(threads=3))
 
 
 def test_a_spec_arrives_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

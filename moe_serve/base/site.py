@@ -1,0 +1,47 @@
+"""Where a process runs: what it may bind to, and whom it shares its machine with. Knows no torch."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import msgspec
+
+from moe_serve.base.errors import ConfigError
+
+
+class Site(msgspec.Struct, frozen=True, kw_only=True):
+    """One per process, told by whoever started it.
+
+    `address` is this machine's own, on the way to the others: whatever listens for members binds there. `node` names
+    the launcher whose machine this is. `ranks_here` of the node share its memory and devices; those of this process
+    begin at `local_rank` among them. `threads` is one rank's share of the cores.
+    """
+
+    address: str = "127.0.0.1"
+    node: str = ""
+    ranks_here: int = 1
+    local_rank: int = 0
+    threads: int = 1
+
+
+def resolve_host(host: str, port: int) -> tuple[Any, Any, int, str, Any]:
+    """The first address of a host; ConfigError if it has none."""
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"host {host!r} cannot be resolved: {error.strerror}") from error
+
+
+def local_address(host: str, port: int) -> str:
+    """This machine's own address on the way to `host`: where what meets there should listen."""
+    family, _, _, _, address = resolve_host(host, port or 1)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(address)  # sends nothing; only chooses the route
+        except OSError as error:
+            raise ConfigError(
+                f"this machine has no route to {host} ({error.strerror}); give an address that it can reach "
+                "(--data-parallel-master-ip)"
+            ) from error
+        return str(probe.getsockname()[0])

@@ -1,0 +1,93 @@
+"""The processes that one launcher started, and what is left of its world on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from moe_serve.world.member import MemberSpec, end_all, started_with
+
+STOP_SECONDS = 3.0
+FATE_SECONDS = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """`code` is None while it runs, minus the signal where one killed it."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    @property
+    def fate(self) -> str:
+        """How it ended, for people."""
+        code = self.process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        return f"{self.name} (pid {self.process.pid}) {how}"
+
+
+class Children:
+    """Of one node of one world. Its descendants are found by what they were told, whoever their parent is."""
+
+    def __init__(self, *, token: str, node: str) -> None:
+        self._told = (f'"token":"{token}"', f'"node":"{node}"')
+        self._children: list[Child] = []
+
+    def start(self, name: str, module: str, spec: MemberSpec) -> None:
+        # A session of its own: Ctrl-C in the terminal reaches the launcher only, which then drains.
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            env=spec.to_environment(),
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+        )
+        self._children.append(Child(name, process))
+
+    def ended(self) -> Iterator[Child]:
+        """Those that run no more."""
+        return (child for child in self._children if child.code is not None)
+
+    async def fates(self) -> str:
+        """Which children were killed, and by which signal; a death is known a moment before its signal."""
+        deadline = time.monotonic() + FATE_SECONDS
+        while time.monotonic() < deadline and not any(self.ended()):
+            await asyncio.sleep(0.02)
+        return "; ".join(child.fate for child in self.ended() if child.process.returncode < 0)
+
+    async def close(self, welcomed: Collection[tuple[str, int]] | None) -> None:
+        """Give them a few seconds to end, then end them.
+
+        `welcomed` (host, pid) have been told to stop, the others hear nothing; None: told by whoever holds the
+        coordinator, or by nobody, so each is asked once more.
+        """
+        if welcomed is None:
+            for child in self._children:
+                child.process.terminate()
+        else:
+            here = socket.gethostname()
+            end_all(pid for pid in started_with(*self._told) if (here, pid) not in welcomed)
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline and self._is_somebody_left():
+            await asyncio.sleep(0.05)
+        self.kill()
+
+    def kill(self) -> None:
+        """End what is left at once, workers that have not joined yet included."""
+        for child in self._children:
+            if child.code is None:
+                child.process.kill()
+                child.process.wait()
+        end_all(started_with(*self._told))
+
+    def _is_somebody_left(self) -> bool:
+        return any(child.code is None for child in self._children) or bool(started_with(*self._told))
