@@ -24,7 +24,7 @@ from moe_serve.base.commands import TokenLogprob
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineDead, RequestError
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import FinishReason, Generate, Hello, Ready, Stop, TokenEvent, ToMember
+from moe_serve.base.messages import FinishReason, Generate, Hello, Ready, Stop, TokenEvent, ToMember, WorldView
 from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.alone import OneEngine, OnEvent
@@ -232,6 +232,8 @@ class EngineWorld:
             on_lost=self._lost,
             progress=RankProgress(),
         )
+        if client.data_parallel_size == 0:  # else it has heard of a newer view already
+            client.meet(link.view)
         connected = asyncio.create_task(client.wait_ready())
         connected.add_done_callback(lambda _: link.send(Ready()))
         await node.until_ready()
@@ -243,6 +245,8 @@ class EngineWorld:
     def _hear(self, message: ToMember) -> None:
         if isinstance(message, Stop):
             self._lost(message.reason)
+        elif isinstance(message, WorldView) and self._client is not None:
+            self._loop.call_soon_threadsafe(self._client.meet, message)
 
     def _lost(self, why: str) -> None:
         if self._client is not None:

@@ -19,7 +19,7 @@ from moe_serve.api.app import ApiState, create_app
 from moe_serve.api.balance import CoordinatorBalance
 from moe_serve.base.errors import ConfigError, RankTimeout
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import BalanceAnswer, Drain, Failure, Hello, Ready, Stop, ToMember
+from moe_serve.base.messages import BalanceAnswer, Drain, Failure, Hello, Ready, Stop, ToMember, WorldView
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
 from moe_serve.engine.client import EngineClient
@@ -40,7 +40,7 @@ class ApiServer:
     def __init__(self, spec: MemberSpec) -> None:
         self._spec = spec
         self._config = spec.load_config()
-        self._engines = EngineClient(self._config, token=spec.token)
+        self._engines = EngineClient(self._config, token=spec.token, serves=spec.serves)
         self._orders: asyncio.Queue[Drain | Stop] = asyncio.Queue()
         self._balance = CoordinatorBalance()
 
@@ -53,6 +53,8 @@ class ApiServer:
                 loop.call_soon_threadsafe(self._orders.put_nowait, message)
             elif isinstance(message, BalanceAnswer):
                 loop.call_soon_threadsafe(self._balance.hear, message)
+            elif isinstance(message, WorldView):
+                loop.call_soon_threadsafe(self._engines.meet, message)
 
         def orphaned(why: str) -> None:
             log.error("%s; this API server ends", why)
@@ -67,6 +69,8 @@ class ApiServer:
             host=socket.gethostname(),
             address=address,
             agreement=self._config.agreement(),
+            essential=spec.essential,
+            serves=spec.serves,
         )
         link = Link(
             spec.host,
@@ -77,6 +81,7 @@ class ApiServer:
             progress=Progress(),
             connect_seconds=spec.connect_seconds,
         )
+        self._engines.meet(link.view)
         self._balance.send = link.send
         try:
             listening = listen(self._config.server.host, self._config.server.port)

@@ -169,6 +169,7 @@ class StageExperts(msgspec.Struct, frozen=True, kw_only=True, tag="stage_experts
     epoch: int
     rows: dict[int, list[int]]
     shares: dict[int, bytes]
+    generation: int = 1
 
 
 class SetShares(msgspec.Struct, frozen=True, kw_only=True, tag="set_shares"):

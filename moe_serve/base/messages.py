@@ -26,6 +26,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
     `address` is where a front-end listens for engines ("" otherwise). `worker` is the index within the engine
     (Topology.worker_index); it and `dp` are -1 where they mean nothing.
+
+    The world ends with an `essential` member; only front-ends can be others, which come and go. A front-end `serves`
+    these DP ranks only (None: all).
     """
 
     token: str
@@ -36,10 +39,35 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     host: str
     address: str = ""
     agreement: dict[str, str] = {}
+    essential: bool = True
+    serves: list[int] | None = None
+
+
+class FrontendAt(msgspec.Struct, frozen=True):
+    """Where a front-end listens for engines, and the DP ranks that it serves (None: all)."""
+
+    address: str
+    serves: list[int] | None = None
+
+
+class WorldView(msgspec.Struct, frozen=True, kw_only=True, tag="world_view"):
+    """The world as its coordinator sees it; told with the welcome, and to engines and front-ends whenever it changes.
+
+    Whoever runs reads the number of `engines` (DP ranks) here, not in its options. What carries another `generation`
+    was meant for a world of other members, and is not for this one. `placement` is the digest of the first placement
+    of experts that the coordinator counts on ("" where it counts on none).
+    """
+
+    generation: int = 1
+    engines: int
+    frontends: list[FrontendAt] = []
+    placement: str = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """You belong here."""
+    """You belong here, and this is how it looks."""
+
+    view: WorldView
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -67,12 +95,6 @@ class StoreAt(msgspec.Struct, frozen=True, tag="store_at"):
     port: int
 
 
-class Frontends(msgspec.Struct, frozen=True, tag="frontends"):
-    """Where the front-ends listen; sent to engines, again whenever it grows."""
-
-    addresses: list[str]
-
-
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """This member can serve (an engine: loaded and its KV cache made; a front-end: listening, at host:port `note`).
 
@@ -88,9 +110,10 @@ class WorldReady(msgspec.Struct, frozen=True, tag="world_ready"):
 
 
 class Wake(msgspec.Struct, frozen=True, tag="wake"):
-    """End nap number `nap`; ignored by whoever is not in (or about to take) exactly that nap."""
+    """End nap number `nap` of a generation; ignored by whoever is not in (or about to take) exactly that nap."""
 
     nap: int
+    generation: int = 1
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -135,6 +158,7 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True, tag="stage_report")
     stage_seconds: float = 0.0
     commit_seconds: float = 0.0
     bytes_received: int = 0
+    generation: int = 1
 
 
 class StepLoad(msgspec.Struct, frozen=True, kw_only=True, tag="step_load"):
@@ -179,7 +203,7 @@ ToMember = (
     | Refused
     | Ack
     | StoreAt
-    | Frontends
+    | WorldView
     | WorldReady
     | Wake
     | Drain

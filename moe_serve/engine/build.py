@@ -28,3 +28,13 @@ def build_core(
         eos_token_ids=model.eos_token_ids,
         load_seconds=facts.load_seconds,
     )
+
+
+def describe_loaded(facts: WorkerFacts, *, num_blocks: int, block_size: int) -> str:
+    """One line about what an engine has loaded, for the operator."""
+    phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in facts.load_seconds.items())
+    return (
+        f"loaded {facts.weight_bytes / 2**20:.1f} MiB of weights as {facts.dtype} on {facts.device} (read "
+        f"{facts.checkpoint_bytes_read / 2**20:.1f} of {facts.checkpoint_bytes_total / 2**20:.1f} MiB on disk); "
+        f"KV cache: {num_blocks * block_size} tokens, {num_blocks * facts.kv_block_bytes / 2**20:.1f} MiB; {phases}"
+    )

@@ -9,7 +9,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, Self
 
@@ -19,7 +19,7 @@ import zmq.asyncio
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, RequestError
-from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent
+from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent, WorldView
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.router import Balancer
 
@@ -119,11 +119,16 @@ class SubmittedStream:
 
 
 class EngineClient:
-    """AsyncEngines over ZMQ. `bind()`, `run()` as a task, then `wait_ready()`."""
+    """AsyncEngines over ZMQ. `bind()`, `meet()` the world, `run()` as a task, then `wait_ready()`.
 
-    def __init__(self, config: Config, *, token: str) -> None:
+    Requests go to the DP ranks in `serves` only (None: all); the engines of others do not connect.
+    """
+
+    def __init__(self, config: Config, *, token: str, serves: Sequence[int] | None = None) -> None:
         self._token = token
-        self._size = config.parallel.data_parallel_size
+        self._serves = serves
+        self._view: WorldView | None = None
+        self._scheduler, self._block_size = config.scheduler, config.cache.block_size
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -131,13 +136,7 @@ class EngineClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-        self._balancer = Balancer(
-            self._size,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            block_size=config.cache.block_size,
-            clock=time.monotonic,
-        )
+        self._balancer = self._make_balancer(0)
         self._hellos: dict[int, EngineHello] = {}
         self._identities: dict[int, bytes] = {}
         self._ranks: dict[bytes, int] = {}
@@ -150,6 +149,16 @@ class EngineClient:
         """Listen on a free port of `host`; the address engines must connect to."""
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         return f"tcp://{host}:{port}"
+
+    def meet(self, view: WorldView) -> None:
+        """How the world looks: at first, before requests, and whenever it has changed."""
+        if self._view is None:
+            self._balancer = self._make_balancer(view.engines)
+        self._view = view
+        served = self._served()
+        sharing = [each for each in view.frontends if each.serves is None or served & set(each.serves)]
+        self._balancer.shared = len(sharing) > 1  # one of them is this
+        self._count_engines()
 
     @property
     def ready(self) -> bool:
@@ -165,7 +174,7 @@ class EngineClient:
 
     @property
     def data_parallel_size(self) -> int:
-        return self._size
+        return 0 if self._view is None else self._view.engines
 
     @property
     def max_model_len(self) -> int:
@@ -180,7 +189,7 @@ class EngineClient:
         return len(self._queues)
 
     async def wait_ready(self) -> None:
-        """Until every engine has connected."""
+        """Until every engine that this front-end serves has connected."""
         await self._all_here.wait()
 
     async def run(self) -> None:
@@ -242,8 +251,24 @@ class EngineClient:
         self._hellos[hello.dp] = hello
         self._identities[hello.dp] = identity
         self._ranks[identity] = hello.dp
-        if len(self._hellos) == self._size:
+        self._count_engines()
+
+    def _count_engines(self) -> None:
+        if self._view is not None and self._hellos.keys() >= self._served():
             self._all_here.set()
+
+    def _served(self) -> set[int]:
+        return set(range(self.data_parallel_size) if self._serves is None else self._serves)
+
+    def _make_balancer(self, num_ranks: int) -> Balancer:
+        return Balancer(
+            num_ranks,
+            max_num_seqs=self._scheduler.max_num_seqs,
+            max_num_batched_tokens=self._scheduler.max_num_batched_tokens,
+            block_size=self._block_size,
+            serves=self._serves,
+            clock=time.monotonic,
+        )
 
     def _deliver(self, message: Events) -> None:
         self._reports[message.dp] = message.report

@@ -21,7 +21,7 @@ from moe_serve.parallel.groups import ControlGroup
 class DPRank:
     """`pads`: the all2all backend pads ragged shares, so that wasted rows can be counted.
 
-    `rearranging` where experts may move.
+    `rearranging` where experts may move. `generation` of the world, for the votes.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class DPRank:
         progress: Progress,
         pads: bool,
         rearranging: Rearranging | None = None,
+        generation: int = 1,
     ) -> None:
         self.core = core
         self.rearranging = rearranging
@@ -39,6 +40,7 @@ class DPRank:
         self._group = votes
         self._progress = progress
         self._pads = pads
+        self._generation = generation
         self._step = 0
         self._undelivered: list[str] = []
         self._num_votes = 0
@@ -54,7 +56,7 @@ class DPRank:
         """Vote, then do what all ranks do; events of the step if there was one."""
         plan = self.core.schedule()
         self._step += 1
-        vote = Vote(self._step, self.naps.taken, self.core.has_work, plan.num_tokens)
+        vote = Vote(self._step, self.naps.taken, self.core.has_work, plan.num_tokens, generation=self._generation)
         verdict = decide(self._exchange(vote if self.rearranging is None else self.rearranging.vote(vote)))
         dropped = self._undelivered + plan.dropped
         if not verdict.run:

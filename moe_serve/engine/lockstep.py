@@ -18,6 +18,7 @@ class Vote:
 
     Of a rearrangement of experts: `staged_epoch` all weights are here, `dropped_epoch` told to give it up (0: neither),
     `pieces_posted` exchanges begun. `recording`: told to collect the load of every step.
+    `generation` of the world that this rank belongs to.
     """
 
     step: int
@@ -28,14 +29,15 @@ class Vote:
     dropped_epoch: int = 0
     pieces_posted: int = 0
     recording: bool = False
+    generation: int = 1
 
     def to_ints(self) -> list[int]:
         return [int(getattr(self, each.name)) for each in fields(self)]
 
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> Vote:
-        step, nap, has_work, num_tokens, staged, dropped, pieces, recording = values
-        return cls(step, nap, bool(has_work), num_tokens, staged, dropped, pieces, bool(recording))
+        step, nap, has_work, num_tokens, staged, dropped, pieces, recording, generation = values
+        return cls(step, nap, bool(has_work), num_tokens, staged, dropped, pieces, bool(recording), generation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Verdict:
 
 def decide(votes: Sequence[Vote]) -> Verdict:
     """All ranks' votes, in order of DP rank, to what all of them do. Raises EngineError naming ranks out of step."""
-    for field in ("step", "nap"):
+    for field in ("generation", "step", "nap"):
         values = [getattr(vote, field) for vote in votes]
         if len(set(values)) > 1:
             listing = ", ".join(f"dp {rank}: {value}" for rank, value in enumerate(values))

@@ -32,7 +32,6 @@ from moe_serve.base.messages import (
     EngineHello,
     Events,
     Failure,
-    Frontends,
     Generate,
     Hello,
     Ready,
@@ -43,13 +42,15 @@ from moe_serve.base.messages import (
     TokenEvent,
     ToMember,
     Wake,
+    WorldView,
 )
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
 from moe_serve.base.tables import ALL2ALL
-from moe_serve.engine.build import build_core
+from moe_serve.engine.build import build_core, describe_loaded
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank
+from moe_serve.engine.owners import Owners
 from moe_serve.engine.rearranging import Rearranging
 from moe_serve.engine.sockets import FrontendSockets
 from moe_serve.executor.base import Executor
@@ -74,8 +75,8 @@ class EngineProcess:
         self._config = spec.load_config()
         self._progress = Progress()
         self._inbox: queue.SimpleQueue[ToMember | tuple[str, ToEngine]] = queue.SimpleQueue()
-        self._frontends: list[str] = []
-        self._owners: dict[str, str] = {}
+        self._owners = Owners()
+        self._view = WorldView(engines=0)
         self._executor: Executor | None = None
         self._expert_bytes = 0
         self._link: Link | None = None
@@ -84,6 +85,7 @@ class EngineProcess:
         """Join, load, serve. The exit code of a failure, after the coordinator has been told what went wrong."""
         try:
             self._link = self._join()
+            self._view = self._link.view
         except (ConfigError, RankTimeout) as error:
             log.error("%s", error)
             return 2 if isinstance(error, ConfigError) else 1
@@ -147,6 +149,7 @@ class EngineProcess:
             coordinator_port=spec.port,
             token=spec.token,
             site=spec.site,
+            generation=self._view.generation,
         )
         model_config = load_model_config(Path(config.model.model or ""))
         self._executor = choose_executor(config)(config, meeting, self._progress)
@@ -155,11 +158,12 @@ class EngineProcess:
         self._progress.enter("meet the other engines")
         votes = control_group(
             spec.dp,
-            parallel.data_parallel_size,
+            self._view.engines,
             store_host=store.host,
             store_port=store.port,
             token=spec.token,
             timeout_seconds=config.scheduler.step_timeout_seconds * 1.5,
+            generation=self._view.generation,
         )
         num_blocks = votes.sync_kv_cache_blocks(facts.kv_blocks)
         core = build_core(self._executor, config, model_config, facts, num_blocks=num_blocks)
@@ -168,8 +172,10 @@ class EngineProcess:
         rearranging = None
         if parallel.enable_eplb:
             interval = max(1, parallel.eplb_config.window_size // COLLECTIONS_PER_WINDOW)
-            rearranging = Rearranging(self._executor, collect_interval=interval)
-        rank = DPRank(core, votes, progress=self._progress, pads=pads, rearranging=rearranging)
+            rearranging = Rearranging(self._executor, collect_interval=interval, generation=self._view.generation)
+        rank = DPRank(
+            core, votes, progress=self._progress, pads=pads, rearranging=rearranging, generation=self._view.generation
+        )
         return rank, self._describe(facts, num_blocks, core)
 
     def _meet(self) -> StoreAt:
@@ -195,18 +201,7 @@ class EngineProcess:
             self._take(message)
 
     def _describe(self, facts: WorkerFacts, num_blocks: int, core: EngineCore) -> EngineHello:
-        tokens = num_blocks * self._config.cache.block_size
-        log.info(
-            "loaded %.1f MiB of weights as %s on %s (read %.1f of %.1f MiB on disk); KV cache: %d tokens, %.1f MiB; %s",
-            facts.weight_bytes / 2**20,
-            facts.dtype,
-            facts.device,
-            facts.checkpoint_bytes_read / 2**20,
-            facts.checkpoint_bytes_total / 2**20,
-            tokens,
-            num_blocks * facts.kv_block_bytes / 2**20,
-            ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in facts.load_seconds.items()),
-        )
+        log.info("%s", describe_loaded(facts, num_blocks=num_blocks, block_size=self._config.cache.block_size))
         return EngineHello(
             token=self._spec.token,
             dp=self._spec.dp,
@@ -237,18 +232,15 @@ class EngineProcess:
                 self._progress.enter("asleep")  # again: workers may have been asked for something meanwhile
             message = self._next_message(rank)
             match message:
-                case (str() as address, Generate() as request):
+                case (str() as address, Generate() as request) if address in self._frontends:
                     self._accept(address, request, rank, sockets)
                 case (str(), Abort() as abort):
                     rank.core.abort(abort.request_ids)
-                    for request_id in abort.request_ids:
-                        self._owners.pop(request_id, None)
-                case Wake():
+                    self._owners.forget(abort.request_ids)
+                case Wake() if message.generation == self._view.generation:
                     rank.naps.hear(message.nap)
-                case Frontends():
-                    self._frontends = message.addresses
-                    for address in message.addresses:
-                        sockets.connect(address)
+                case WorldView():
+                    self._look(message, rank, sockets)
                 case StageExperts() | SetShares() | DropStage() | Record():
                     if rank.rearranging is not None:
                         rank.rearranging.hear(message)
@@ -258,7 +250,7 @@ class EngineProcess:
                     self._take(message)
             if rank.naps.asleep and rank.wants_turn:
                 assert self._link is not None
-                self._link.send(Wake(rank.naps.wake_up()))
+                self._link.send(Wake(rank.naps.wake_up(), self._view.generation))
 
     def _next_message(self, rank: DPRank) -> ToMember | tuple[str, ToEngine] | None:
         """The next one; None after some progress with a rearrangement that goes on while the world sleeps."""
@@ -277,26 +269,35 @@ class EngineProcess:
 
     def _take(self, message: ToMember | tuple[str, ToEngine]) -> None:
         """What may arrive before this engine serves."""
-        if isinstance(message, Frontends):
-            self._frontends = message.addresses
+        if isinstance(message, WorldView):
+            self._view = message
+
+    @property
+    def _frontends(self) -> list[str]:
+        """Where those front-ends listen that serve this rank."""
+        frontends = self._view.frontends
+        return [each.address for each in frontends if each.serves is None or self._spec.dp in each.serves]
+
+    def _look(self, view: WorldView, rank: DPRank, sockets: FrontendSockets) -> None:
+        """Front-ends come and go; nobody waits for answers to one that is gone."""
+        before, self._view = self._frontends, view
+        for address in set(self._frontends).difference(before):
+            sockets.connect(address)
+        for gone in set(before).difference(self._frontends):
+            sockets.disconnect(gone)
+            rank.core.abort(self._owners.leave(gone))
 
     def _accept(self, address: str, request: Generate, rank: DPRank, sockets: FrontendSockets) -> None:
         try:
             rank.core.add(request.request_id, request.token_ids, request.sampling)
-            self._owners[request.request_id] = address
+            self._owners.add(request.request_id, address)
         except RequestError as error:
             refusal = TokenEvent(request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error))
             sockets.send(address, Events(self._spec.dp, [refusal], rank.report()))
 
     def _tell(self, events: list[TokenEvent], rank: DPRank, sockets: FrontendSockets) -> None:
         """Each front-end gets its own requests' events; all get the report when this rank falls asleep."""
-        by_owner: dict[str, list[TokenEvent]] = {}
-        for event in events:
-            owner = self._owners.get(event.request_id)
-            if event.finish_reason is not None:
-                self._owners.pop(event.request_id, None)
-            if owner is not None:
-                by_owner.setdefault(owner, []).append(event)
+        by_owner = self._owners.sort(events)
         if rank.naps.asleep:
             by_owner |= {address: by_owner.get(address, []) for address in self._frontends}
         if by_owner:

@@ -24,13 +24,22 @@ BEAT_SECONDS = 1.0
 
 
 class Rearranging:
-    """`collect_interval` steps between two collections of load. One thread uses it."""
+    """`collect_interval` steps between two collections of load. One thread uses it.
+
+    Orders to stage for another `generation` of the world are ignored.
+    """
 
     def __init__(
-        self, executor: Executor, *, collect_interval: int, clock: Callable[[], float] = time.monotonic
+        self,
+        executor: Executor,
+        *,
+        collect_interval: int,
+        generation: int = 1,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
         self._interval = collect_interval
+        self._generation = generation
         self._clock = clock
         self._status: StageStatus | None = None
         self._beaten = 0.0
@@ -50,6 +59,8 @@ class Rearranging:
     def hear(self, order: Order) -> None:
         """An order of the coordinator, between two steps."""
         match order:
+            case StageExperts(generation=generation) if generation != self._generation:
+                return
             case StageExperts():
                 self._executor.submit(order).result(timeout=ORDER_SECONDS)
                 self._status, self._beaten = StageStatus(epoch=order.epoch), self._clock()
@@ -130,5 +141,6 @@ class Rearranging:
                 stage_seconds=status.seconds,
                 commit_seconds=commit_seconds,
                 bytes_received=status.bytes_received,
+                generation=self._generation,
             )
         )

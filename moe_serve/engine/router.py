@@ -56,8 +56,17 @@ class RankChoice:
         return f"DP rank {self.rank} ({self.reason}) of {{{', '.join(ranks)}}}"
 
 
-def choose_rank(loads: Sequence[RankLoad], num_tokens: int, capacity: Capacity, start: int = 0) -> RankChoice:
+def choose_rank(
+    loads: Sequence[RankLoad],
+    num_tokens: int,
+    capacity: Capacity,
+    start: int = 0,
+    *,
+    among: Sequence[int] | None = None,
+) -> RankChoice:
     """The cheapest rank with room for a prompt of `num_tokens`; among equals the first from `start` on.
+
+    Of all ranks, or of those in `among`.
 
     The cost adds three shares: queued prompt tokens of a step's budget, sequences of a step's slots, KV blocks in
     use of all blocks. So a prompt weighs by its length until it is computed, then as a slot and its KV.
@@ -65,15 +74,16 @@ def choose_rank(loads: Sequence[RankLoad], num_tokens: int, capacity: Capacity, 
     need = _blocks(num_tokens + 1, capacity.block_size)
     costs = tuple(_cost(load, capacity) for load in loads)
     short = tuple(capacity.num_blocks is not None and load.used_blocks + need > capacity.num_blocks for load in loads)
-    order = [(start + offset) % len(loads) for offset in range(len(loads))]
+    turns = [(start + offset) % len(loads) for offset in range(len(loads))]
+    order = [rank for rank in turns if among is None or rank in among]
     best = min(order, key=lambda rank: (short[rank], costs[rank]))
     equals = [rank for rank in order if (short[rank], costs[rank]) == (short[best], costs[best])]
-    if all(short):
+    if all(short[rank] for rank in order):
         reason = "no rank has free KV blocks, this has least to do"
     elif len(equals) > 1:
         reason = f"next of {len(equals)} equals"
     else:
-        reason = "least to do" + (" among those with free KV blocks" if any(short) else "")
+        reason = "least to do" + (" among those with free KV blocks" if any(short[rank] for rank in order) else "")
     return RankChoice(best, reason, costs, short)
 
 
@@ -110,8 +120,8 @@ class _Sighting:
 class Balancer:
     """One front-end's books. For each request: `choose`, `sent`, `progressed` with its events, `finished`.
 
-    `shared` says that other front-ends send to the same engines. Alone, a rank cannot be fuller than this front-end
-    has made it, whatever a report says.
+    `shared` says that other front-ends send to the same engines; it may change. Alone, a rank cannot be fuller than
+    this front-end has made it, whatever a report says. This front-end `serves` these ranks only (None: all).
     """
 
     def __init__(
@@ -123,10 +133,12 @@ class Balancer:
         max_num_batched_tokens: int = 2048,
         block_size: int = 16,
         shared: bool = False,
+        serves: Sequence[int] | None = None,
     ) -> None:
         self._limits = (max_num_seqs, max_num_batched_tokens)
         self._block_size = block_size
-        self._shared = shared
+        self.shared = shared
+        self._serves = serves
         self._clock = clock
         self._own = [_Own() for _ in range(num_ranks)]
         self._sent: dict[str, _Sent] = {}
@@ -140,12 +152,18 @@ class Balancer:
         return choice.rank
 
     def decide(self, num_tokens: int, reports: Mapping[int, LoadReport], *, pinned: int | None = None) -> RankChoice:
-        """As choose(), with the reason. Raises RequestError for a rank that does not exist."""
+        """As choose(), with the reason. Raises RequestError for a rank that is not served."""
         self._look_at(reports)
         if pinned is not None:
             if not 0 <= pinned < len(self._own):
                 raise RequestError(
                     f"X-data-parallel-rank must lie in [0, {len(self._own)}), below data_parallel_size, not {pinned}",
+                    param="X-data-parallel-rank",
+                )
+            if self._serves is not None and pinned not in self._serves:
+                raise RequestError(
+                    f"X-data-parallel-rank must be one of {', '.join(map(str, self._serves))}, the data-parallel ranks "
+                    f"that this front-end serves, not {pinned}",
                     param="X-data-parallel-rank",
                 )
             return RankChoice(pinned, "pinned")
@@ -157,7 +175,7 @@ class Balancer:
             num_blocks=max(blocks, default=0) or None,
         )
         loads = [self._load(rank) for rank in range(len(self._own))]
-        choice = choose_rank(loads, num_tokens, capacity, self._start)
+        choice = choose_rank(loads, num_tokens, capacity, self._start, among=self._serves)
         self._start = (choice.rank + 1) % len(self._own)
         return choice
 
@@ -202,7 +220,7 @@ class Balancer:
         # Queued prompts may not hold their blocks yet, or not all.
         held = report.num_blocks - report.free_blocks + _blocks(own.queued_tokens, self._block_size)
         blocks = held - own.blocks
-        if not self._shared:
+        if not self.shared:
             tokens, seqs, blocks = 0, 0, min(0, blocks)
         return _Sighting(report, self._clock(), tokens, seqs, blocks)
 

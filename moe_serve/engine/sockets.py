@@ -7,6 +7,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
+from enum import Enum
 
 import msgspec
 import zmq
@@ -16,8 +17,13 @@ from moe_serve.base.messages import EngineHello, FromEngine, ToEngine
 log = logging.getLogger(__name__)
 
 
+class _Deed(Enum):
+    CONNECT = 1
+    DISCONNECT = 2
+
+
 class FrontendSockets:
-    """`connect()` and `send()` may be called from any thread; `on_message(frontend address, record)` from the owner.
+    """Other methods may be called from any thread; `on_message(frontend address, record)` is, from the owner.
 
     Each connection opens with `hello`, which carries the world's token; a front-end that was never told to us cannot
     talk to us, since it is the engine that connects.
@@ -26,7 +32,7 @@ class FrontendSockets:
     def __init__(self, hello: EngineHello, on_message: Callable[[str, ToEngine], None]) -> None:
         self._hello = hello
         self._on_message = on_message
-        self._orders: queue.SimpleQueue[tuple[str, FromEngine | None]] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[tuple[str, FromEngine | _Deed]] = queue.SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -34,13 +40,17 @@ class FrontendSockets:
 
     def connect(self, address: str) -> None:
         """Connect to a front-end; connecting twice is fine."""
-        self._order(address, None)
+        self._order(address, _Deed.CONNECT)
+
+    def disconnect(self, address: str) -> None:
+        """Give up a front-end that is gone; what was not delivered is lost."""
+        self._order(address, _Deed.DISCONNECT)
 
     def send(self, address: str, message: FromEngine) -> None:
         """Queue a record for a front-end."""
         self._order(address, message)
 
-    def _order(self, address: str, message: FromEngine | None) -> None:
+    def _order(self, address: str, message: FromEngine | _Deed) -> None:
         self._orders.put((address, message))
         try:
             self._wake_write.send(b"\0")
@@ -60,10 +70,15 @@ class FrontendSockets:
                 self._wake_read.recv(4096)
             while not self._orders.empty():
                 address, message = self._orders.get()
+                if message is _Deed.DISCONNECT:
+                    if address in sockets:
+                        poller.unregister(sockets[address])
+                        sockets.pop(address).close(linger=0)
+                    continue
                 if address not in sockets:
                     sockets[address] = self._open(context, address, encoder)
                     poller.register(sockets[address], zmq.POLLIN)
-                if message is not None:
+                if not isinstance(message, _Deed):
                     sockets[address].send(encoder.encode(message))
             for address, socket_ in sockets.items():
                 if socket_ in events:

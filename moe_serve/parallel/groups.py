@@ -47,14 +47,18 @@ def build_groups(
     device: torch.device,
     timeout_seconds: float = 300.0,
     migrates: bool = False,
+    generation: int = 1,
 ) -> Groups:
-    """Join the groups of a global rank through the world's store, which rank 0's engine keeps open elsewhere."""
+    """Join the groups of a global rank through the world's store, which rank 0's engine keeps open elsewhere.
+
+    Ranks of another `generation` of the world do not meet these: their groups have other names.
+    """
     if topology.world_size == 1:
         one = alone("world", rank, device)
         control = one if device.type == "cpu" else alone("control", rank, CPU)
         return Groups(one, one, one, one, control, [], one if migrates else None)
     store, _ = open_store(store_host, store_port, is_master=False, token=token, timeout_seconds=timeout_seconds)
-    meeting = _Meeting(store, rank, local_address(store_host, store_port), timeout_seconds)
+    meeting = _Meeting(store, rank, local_address(store_host, store_port), timeout_seconds, generation)
     axes = {
         "world": range(topology.world_size),
         "dp": topology.dp_group(rank),
@@ -78,6 +82,7 @@ class _Meeting:
     rank: int
     listen_host: str
     timeout_seconds: float
+    generation: int
 
     def join(self, name: str, ranks: Sequence[int], device: torch.device) -> Group:
         """Form one group of these global ranks, all of which do the same."""
@@ -87,7 +92,7 @@ class _Meeting:
         position = tuple(ranks).index(self.rank)
         process_group = join_process_group(
             self.store,
-            name=f"{name} {backend} of ranks {' '.join(map(str, ranks))}",
+            name=f"g{self.generation} {name} {backend} of ranks {' '.join(map(str, ranks))}",
             rank=position,
             size=len(ranks),
             backend=backend,
@@ -135,11 +140,18 @@ class ControlGroup:
 
 
 def control_group(
-    dp_rank: int, dp_size: int, *, store_host: str, store_port: int, token: str, timeout_seconds: float = 300.0
+    dp_rank: int,
+    dp_size: int,
+    *,
+    store_host: str,
+    store_port: int,
+    token: str,
+    timeout_seconds: float = 300.0,
+    generation: int = 1,
 ) -> ControlGroup:
     """The gloo group over the DP ranks' engines, one member per engine, met at the world's store."""
     if dp_size == 1:
         return ControlGroup(alone("engines", dp_rank, CPU))
     store, _ = open_store(store_host, store_port, is_master=False, token=token, timeout_seconds=timeout_seconds)
-    meeting = _Meeting(store, dp_rank, local_address(store_host, store_port), timeout_seconds)
+    meeting = _Meeting(store, dp_rank, local_address(store_host, store_port), timeout_seconds, generation)
     return ControlGroup(meeting.join("engines", range(dp_size), CPU))

@@ -126,6 +126,7 @@ class Worker:
                 device=device,
                 timeout_seconds=max(COLLECTIVE_SECONDS, 1.5 * config.scheduler.step_timeout_seconds),
                 migrates=self._watches_load,
+                generation=self._meeting.generation,
             )
         with self._phase("build model"):
             decoder = build_model(model_config, parallel, self._rank, self._groups, dtype=dtype, device=device)

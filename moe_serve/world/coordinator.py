@@ -101,6 +101,8 @@ class Coordinator:
                     writer.write(frame(send.message))
                     if send.close:
                         writer.close()
+        for line in self.fleet.take_log():
+            log.warning("%s", line)
         if self.fleet.rebalancer is not None:
             for line in self.fleet.rebalancer.take_log():
                 log.info("%s", line)

@@ -10,6 +10,9 @@ import hmac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
+from moe_serve.base.commands import StageExperts
 from moe_serve.base.config import differing_fields
 from moe_serve.base.messages import (
     Ack,
@@ -18,7 +21,7 @@ from moe_serve.base.messages import (
     Drain,
     Failure,
     FromMember,
-    Frontends,
+    FrontendAt,
     Heartbeat,
     Hello,
     Leaving,
@@ -32,61 +35,18 @@ from moe_serve.base.messages import (
     Wake,
     Welcome,
     WorldReady,
+    WorldView,
 )
 from moe_serve.base.topology import Topology
-from moe_serve.eplb.rearrangement import ForEngine
+from moe_serve.eplb.rearrangement import ForEngine, Order
 from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.eplb.surface import BalanceSurface
+from moe_serve.world.members import QUIET_SECONDS, Member, slow_step
 
 SILENCE_SECONDS = 7.0
 OWN_GAP_SECONDS = 8.0
 """A coordinator that was stopped for so long itself has been given up by all members."""
-QUIET_SECONDS = 1.8
-"""Beats come every second: when a step is slow, whoever has been quiet for so long is the first to suspect."""
 PEER_GRACE_SECONDS = 2.0
-RESTING = ("asleep",)
-WAITING = ("vote", "dispatch", "combine", "all-reduce", "gather", "reply")
-
-
-@dataclass(slots=True)
-class Member:
-    """One process of the world, as last heard."""
-
-    hello: Hello
-    topology: Topology
-    heard: float
-    ready: bool = False
-    note: str = ""
-    leaving: bool = False
-    step: int = 0
-    phase: str = "starting"
-    since: float = 0.0
-
-    @property
-    def name(self) -> str:
-        hello = self.hello
-        if hello.role == "api":
-            who = "API server"
-        elif hello.role == "engine":
-            who = f"engine dp {hello.dp}"
-        else:
-            who = self.topology.describe_worker(hello.dp, hello.worker)
-        return f"{who} (pid {hello.pid} on {hello.host})"
-
-    @property
-    def key(self) -> tuple[str, int, int]:
-        return self.hello.role, self.hello.dp, self.hello.worker
-
-    @property
-    def last_seen(self) -> str:
-        return "" if self.hello.role == "api" else f"; last seen in step {self.step}, phase {self.phase!r}"
-
-    def is_quiet(self, now: float) -> bool:
-        return now - self.heard > QUIET_SECONDS
-
-    def in_phase(self, now: float, begin: float) -> float:
-        """Seconds in its phase since `begin` as it last said itself; while it is quiet they go on."""
-        return (now if self.is_quiet(now) else self.heard) - max(self.since, begin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +60,9 @@ class Send:
 
 @dataclass(slots=True)
 class Fleet:
-    """`has_workers`: engines have worker processes of their own. `num_frontends` API servers are expected.
+    """`has_workers`: engines have worker processes of their own. `num_frontends` essential API servers are expected.
 
+    `generation` and `placement` as in WorldView.
     `welcomed` are all that ever joined, by host and process id.
     """
 
@@ -111,6 +72,8 @@ class Fleet:
     has_workers: bool
     step_timeout_seconds: float
     num_frontends: int = 1
+    generation: int = 1
+    placement: str = ""
     rebalancer: Rebalancer | None = None
     members: dict[int, Member] = field(default_factory=dict)
     welcomed: set[tuple[str, int]] = field(default_factory=set)
@@ -121,6 +84,8 @@ class Fleet:
     _suspicion: tuple[float, str] | None = None
     _now: float | None = None
     _own_gap: str = ""
+    _draining: bool = False
+    _log: list[str] = field(default_factory=list)
 
     def hear(self, member: int, message: FromMember, now: float) -> list[Send]:
         """A record from a connection; the first one of each must be a Hello with the world's token."""
@@ -147,9 +112,11 @@ class Fleet:
                 return [Send(other, message) for other in self._role("engine") if other != member]
             case Leaving():
                 known.leaving = True
-                return self.end(Stop(message.reason or f"{known.name} left", 0)) if known.hello.role == "api" else []
+                return self._left(known, message.reason) if known.hello.role == "api" else []
             case Failure():
                 return self._failure(known, message, now)
+            case StageReport() if message.generation != self.generation:
+                return []
             case StageReport():
                 return self._balance(lambda rebalancer: rebalancer.hear_stage(known.hello.dp, message, now))
             case StepLoad():
@@ -166,13 +133,21 @@ class Fleet:
 
     def _to_engines(self, orders: list[ForEngine]) -> list[Send]:
         engines = {known.hello.dp: member for member, known in self.members.items() if known.hello.role == "engine"}
-        return [Send(engines[each.dp], each.order) for each in orders if each.dp in engines]
+        return [Send(engines[each.dp], self._dated(each.order)) for each in orders if each.dp in engines]
+
+    def _dated(self, order: Order) -> Order:
+        dated = isinstance(order, StageExperts)
+        return msgspec.structs.replace(order, generation=self.generation) if dated else order
 
     def lost(self, member: int, now: float) -> list[Send]:
         """A connection closed."""
         self._pass_time(now)
         known = self.members.pop(member, None)
-        if known is None or known.leaving or self.ended is not None:
+        if known is None or self.ended is not None:
+            return []
+        if not known.hello.essential:
+            return self._do_without(known, "left" if known.leaving else f"died{known.last_seen}")
+        if known.leaving:
             return []
         return self.end(Stop(self._own_gap or f"{known.name} died{known.last_seen}", 1))
 
@@ -181,16 +156,16 @@ class Fleet:
         self._pass_time(now)
         if self._suspicion is not None and now >= self._suspicion[0]:
             return self.end(Stop(self._suspicion[1], 1))
-        for known in self.members.values():
+        for member, known in list(self.members.items()):
             if not known.leaving and now - known.heard > SILENCE_SECONDS:
-                return self.end(
-                    Stop(
-                        f"{known.name} has not been heard for {now - known.heard:.0f} s (is it stopped?)"
-                        f"{known.last_seen}",
-                        1,
-                    )
-                )
-        return self._slow_step(now) or self._balance(lambda rebalancer: rebalancer.tick(now))
+                silence = f"has not been heard for {now - known.heard:.0f} s (is it stopped?){known.last_seen}"
+                if known.hello.essential:
+                    return self.end(Stop(f"{known.name} {silence}", 1))
+                del self.members[member]
+                gone = Send(member, Stop(f"{known.name} {silence}", 1), close=True)
+                return [gone, *self._do_without(known, silence)]
+        slow = slow_step(self.members.values(), now, self._ready_since, self.step_timeout_seconds) if self.ready else ""
+        return self.end(Stop(slow, 1)) if slow else self._balance(lambda rebalancer: rebalancer.tick(now))
 
     def end(self, stop: Stop) -> list[Send]:
         """Tell everybody to stop; the first reason stays."""
@@ -203,6 +178,7 @@ class Fleet:
         frontends = self._role("api")
         if not frontends or not self.ready:
             return self.end(Stop("asked to stop before the world was ready", 0))
+        self._draining = True
         return [Send(member, Drain(timeout)) for member in frontends]
 
     def missing(self) -> list[str]:
@@ -218,13 +194,30 @@ class Fleet:
                 names.append(f"engine dp {dp}" if role == "engine" else self.topology.describe_worker(dp, worker))
             elif not known.ready and role != "worker":
                 names.append(f"{known.name} (phase {known.phase!r})")
-        servers = [known for known in self.members.values() if known.hello.role == "api"]
+        servers = [each for each in self.members.values() if each.hello.role == "api" and each.hello.essential]
         names += [f"{known.name} (not listening yet)" for known in servers if not known.ready]
         return names + ["API server"] * (self.num_frontends - len(servers))
 
     def front_door(self) -> str:
-        """Where the first API server says it listens, as host:port."""
-        return next((known.note for known in self.members.values() if known.hello.role == "api"), "")
+        """Where the first API server of those that the world is for says it listens, as host:port."""
+        servers = (each for each in self.members.values() if each.hello.role == "api" and each.hello.essential)
+        return next((known.note for known in servers), "")
+
+    @property
+    def view(self) -> WorldView:
+        """What members are told of the world."""
+        hellos = [known.hello for known in self.members.values() if known.hello.role == "api"]
+        return WorldView(
+            generation=self.generation,
+            engines=self.topology.dp,
+            frontends=[FrontendAt(hello.address, hello.serves) for hello in hellos],
+            placement=self.placement,
+        )
+
+    def take_log(self) -> list[str]:
+        """What an operator should read; each line is given once."""
+        log, self._log = self._log, []
+        return log
 
     def _pass_time(self, now: float) -> None:
         """Nobody else is to blame for seconds in which this process was stopped itself."""
@@ -256,26 +249,47 @@ class Fleet:
                 return [Send(member, Refused(f"{newcomer.name} has no place in {self.topology}"), close=True)]
             if any(known.key == newcomer.key for known in self.members.values()):
                 return [Send(member, Refused(f"{newcomer.name} is here already"), close=True)]
+            if not hello.essential:
+                reason = f"{newcomer.name} must be essential: every step needs every rank"
+                return [Send(member, Refused(reason), close=True)]
+        outside = [dp for dp in hello.serves or () if not 0 <= dp < self.topology.dp]
+        if outside or hello.serves == []:
+            reason = f"{newcomer.name} must serve DP ranks in [0, {self.topology.dp}), not {hello.serves}"
+            return [Send(member, Refused(reason), close=True)]
         differences = differing_fields(self.agreement, hello.agreement) if hello.agreement else []
         if differences:
             reason = f"{newcomer.name} was started with other options than rank 0: {'; '.join(differences)}"
             refused = [Send(member, Refused(reason), close=True)]
-            return refused if self.ready else refused + self.end(Stop(reason, 2))
+            return refused if self.ready or not hello.essential else refused + self.end(Stop(reason, 2))
         self.members[member] = newcomer
         self.welcomed.add((hello.host, hello.pid))
-        return [Send(member, Welcome()), *self._introductions(member, hello)]
+        return [Send(member, Welcome(self.view)), *self._introductions(member, hello)]
 
     def _introductions(self, member: int, hello: Hello) -> list[Send]:
-        addresses = [known.hello.address for known in self.members.values() if known.hello.role == "api"]
-        if hello.role == "engine":
-            sends: list[Send] = [Send(member, self._store)] if self._store is not None else []
-            return [*sends, Send(member, Frontends(addresses))] if addresses else sends
-        if hello.role == "api":
-            return [Send(engine, Frontends(addresses)) for engine in self._role("engine")]
+        if hello.role == "engine" and self._store is not None:
+            return [Send(member, self._store)]
+        return self._tell_view(but=member) if hello.role == "api" else []
+
+    def _tell_view(self, *, but: int = -1) -> list[Send]:
+        told = [member for member in (*self._role("engine"), *self._role("api")) if member != but]
+        return [Send(member, self.view) for member in told]
+
+    def _left(self, known: Member, reason: str) -> list[Send]:
+        """A front-end left on purpose. Drained, the world ends with the last of them."""
+        others = [each for each in self.members.values() if each.hello.role == "api" and not each.leaving]
+        if (self._draining and not others) or (known.hello.essential and not self._draining):
+            return self.end(Stop(reason or f"{known.name} left", 0))
         return []
 
+    def _do_without(self, known: Member, how: str) -> list[Send]:
+        """A member that is not essential is gone, and the others go on."""
+        self._log.append(f"{known.name} {how}; the others go on")
+        return self._left(known, "") or self._tell_view()
+
     def _ready(self, now: float) -> list[Send]:
-        if self.ready or self.missing():
+        if self.ready:  # a front-end that came later
+            return [Send(member, WorldReady()) for member in self._role("api")]
+        if self.missing():
             return []
         self.ready, self._ready_since = True, now
         return [Send(member, WorldReady()) for member in self.members]
@@ -283,34 +297,12 @@ class Fleet:
     def _failure(self, known: Member, failure: Failure, now: float) -> list[Send]:
         known.leaving = True
         reason = f"{known.name}: {failure.message}"
+        if not known.hello.essential:
+            member = next(member for member, each in self.members.items() if each is known)
+            self._log.append(f"{reason}; the others go on")
+            return [Send(member, Stop(reason, 2 if failure.config else 1))]
         if failure.suspects_peer:
             if self._suspicion is None:
                 self._suspicion = (now + PEER_GRACE_SECONDS, reason)
             return []
         return self.end(Stop(failure.message if failure.config else reason, 2 if failure.config else 1))
-
-    def _slow_step(self, now: float) -> list[Send]:
-        if not self.ready:
-            return []
-        limit = self.step_timeout_seconds
-        ranks = [known for known in self.members.values() if known.hello.role != "api" and not known.leaving]
-        awake = [known for known in ranks if known.phase not in RESTING]
-        slow = [known for known in awake if known.in_phase(now, self._ready_since) > limit]
-        if not slow:
-            return []
-        last = max(known.step for known in slow)
-        behind = [known for known in ranks if known.step < last and known.hello.role == "engine"]
-        busy = [known for known in slow if not any(word in known.phase for word in WAITING)]
-        quiet = [known for known in ranks if known.is_quiet(now)]
-        culprits = quiet or behind or busy or slow
-        named = "; ".join(
-            f"{known.name} is in step {known.step}, phase {known.phase!r}, since "
-            f"{known.in_phase(now, self._ready_since):.0f} s"
-            for known in culprits
-        )
-        return self.end(
-            Stop(
-                f"step {last} has taken longer than step_timeout_seconds ({limit:g} s); it waits for: {named}",
-                1,
-            )
-        )

@@ -37,7 +37,8 @@ def frame(message: FromMember | ToMember) -> bytes:
 class Link:
     """Connects in the constructor (retrying for `connect_seconds`) and waits for the coordinator's welcome.
 
-    `on_message` and `on_lost` are called from the reading thread; `on_lost` at most once, and not after close().
+    `view` is what the welcome said. `on_message` and `on_lost` are called from the reading thread; `on_lost` at most
+    once, and not after close().
     Raises RankTimeout if nobody answers, ConfigError if the coordinator refuses this member.
     """
 
@@ -65,6 +66,7 @@ class Link:
         if isinstance(first, Refused):
             self._socket.close()
             raise ConfigError(first.reason)
+        self.view = first.view
         threading.Thread(target=self._read, name="link-read", daemon=True).start()
         threading.Thread(target=self._beat, name="link-beat", daemon=True).start()
 

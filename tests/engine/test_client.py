@@ -13,7 +13,7 @@ import zmq.asyncio
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, RequestError
-from moe_serve.base.messages import Abort, EngineHello, Events, Generate, LoadReport, ToEngine, TokenEvent
+from moe_serve.base.messages import Abort, EngineHello, Events, Generate, LoadReport, ToEngine, TokenEvent, WorldView
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.client import EngineClient
 
@@ -47,6 +47,7 @@ class SocketEngine:
 async def world() -> AsyncIterator[tuple[EngineClient, list[SocketEngine]]]:
     """A client of two engines that are connected."""
     client = EngineClient(Config.from_flat({"data_parallel_size": 2}), token=TOKEN)
+    client.meet(WorldView(engines=2))
     address = client.bind("127.0.0.1")
     context = zmq.asyncio.Context()
     engines = [SocketEngine(context, address, dp) for dp in range(2)]

@@ -27,6 +27,11 @@ def test_ranks_out_of_step_are_named() -> None:
         decide([Vote(3, 0, True, 1), Vote(4, 0, True, 1)])
 
 
+def test_a_vote_of_another_generation_of_the_world_is_refused_by_name() -> None:
+    with pytest.raises(EngineError, match="generation of dp 0: 1, dp 1: 2"):
+        decide([Vote(3, 0, True, 1), Vote(3, 0, True, 1, generation=2)])
+
+
 numbers = st.integers(0, 2**40)
 any_vote = st.builds(
     Vote,
@@ -38,6 +43,7 @@ any_vote = st.builds(
     dropped_epoch=numbers,
     pieces_posted=numbers,
     recording=st.booleans(),
+    generation=numbers,
 )
 
 

@@ -10,7 +10,7 @@ from moe_serve.base.messages import (
     Drain,
     Failure,
     FromMember,
-    Frontends,
+    FrontendAt,
     Heartbeat,
     Hello,
     Leaving,
@@ -22,6 +22,7 @@ from moe_serve.base.messages import (
     Wake,
     Welcome,
     WorldReady,
+    WorldView,
 )
 from moe_serve.base.topology import Topology
 from moe_serve.world.fleet import Fleet, Send
@@ -73,7 +74,7 @@ def answers(sends: list[Send], member: int) -> list[object]:
 
 def test_a_member_with_the_token_is_welcome_and_its_beats_are_acknowledged() -> None:
     fleet = make_fleet()
-    assert answers(fleet.hear(0, engine(0), 0), 0) == [Welcome()]
+    assert answers(fleet.hear(0, engine(0), 0), 0) == [Welcome(WorldView(engines=2))]
     assert answers(fleet.hear(0, Heartbeat(step=0, phase="x", seconds=0), 1), 0) == [Ack()]
 
 
@@ -120,7 +121,7 @@ def test_engines_hear_of_the_store_and_of_front_ends_whenever_they_come() -> Non
     assert StoreAt("host", 5) in answers(fleet.hear(1, engine(1), 0), 1)
     sends = fleet.hear(9, API, 0)
     for member in (0, 1):
-        assert Frontends(["tcp://here:1"]) in answers(sends, member)
+        assert answers(sends, member) == [WorldView(engines=2, frontends=[FrontendAt("tcp://here:1")])]
 
 
 def test_the_world_is_ready_when_the_last_member_is() -> None:

@@ -1,0 +1,74 @@
+"""Members of a world as their coordinator last heard them, and whom of them a slow step waits for. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moe_serve.base.messages import Hello
+from moe_serve.base.topology import Topology
+
+QUIET_SECONDS = 1.8
+"""Beats come every second: when a step is slow, whoever has been quiet for so long is the first to suspect."""
+RESTING = ("asleep",)
+WAITING = ("vote", "dispatch", "combine", "all-reduce", "gather", "reply")
+
+
+@dataclass(slots=True)
+class Member:
+    """One process of the world, as last heard."""
+
+    hello: Hello
+    topology: Topology
+    heard: float
+    ready: bool = False
+    note: str = ""
+    leaving: bool = False
+    step: int = 0
+    phase: str = "starting"
+    since: float = 0.0
+
+    @property
+    def name(self) -> str:
+        hello = self.hello
+        if hello.role == "api":
+            who = "API server"
+        elif hello.role == "engine":
+            who = f"engine dp {hello.dp}"
+        else:
+            who = self.topology.describe_worker(hello.dp, hello.worker)
+        return f"{who} (pid {hello.pid} on {hello.host})"
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.hello.role, self.hello.dp, self.hello.worker
+
+    @property
+    def last_seen(self) -> str:
+        return "" if self.hello.role == "api" else f"; last seen in step {self.step}, phase {self.phase!r}"
+
+    def is_quiet(self, now: float) -> bool:
+        return now - self.heard > QUIET_SECONDS
+
+    def in_phase(self, now: float, begin: float) -> float:
+        """Seconds in its phase since `begin` as it last said itself; while it is quiet they go on."""
+        return (now if self.is_quiet(now) else self.heard) - max(self.since, begin)
+
+
+def slow_step(members: Iterable[Member], now: float, since: float, limit: float) -> str:
+    """Who is to blame for a step of more than `limit` seconds since the world was ready (`since`), or ""."""
+    ranks = [known for known in members if known.hello.role != "api" and not known.leaving]
+    awake = [known for known in ranks if known.phase not in RESTING]
+    slow = [known for known in awake if known.in_phase(now, since) > limit]
+    if not slow:
+        return ""
+    last = max(known.step for known in slow)
+    behind = [known for known in ranks if known.step < last and known.hello.role == "engine"]
+    busy = [known for known in slow if not any(word in known.phase for word in WAITING)]
+    quiet = [known for known in ranks if known.is_quiet(now)]
+    culprits = quiet or behind or busy or slow
+    named = "; ".join(
+        f"{known.name} is in step {known.step}, phase {known.phase!r}, since {known.in_phase(now, since):.0f} s"
+        for known in culprits
+    )
+    return f"step {last} has taken longer than step_timeout_seconds ({limit:g} s); it waits for: {named}"
