@@ -15,6 +15,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.fingerprint import model_fingerprint
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.section import Port, Section, Size
 
@@ -126,7 +127,10 @@ class Config(Section):
             raise ConfigError(explain(error)) from error
 
     def agreement(self) -> dict[str, str]:
-        """Option -> value as text, for all options that must be equal on every rank."""
+        """Option -> value as text, for all options that must be equal on every rank.
+
+        `model` by what the folder holds: every node may have its copy at a path of its own.
+        """
         shared = {
             "model": ("model", "revision", "dtype", "load_format", "max_model_len"),
             "parallel": (
@@ -148,6 +152,7 @@ class Config(Section):
             "scheduler": ("max_num_seqs", "max_num_batched_tokens", "step_timeout_seconds"),
         }
         values = self.model_dump(mode="json")
+        values["model"]["model"] = model_fingerprint(self.model.model)
         return {
             field: json.dumps(values[section][field], sort_keys=True)
             for section, fields in shared.items()

@@ -53,6 +53,7 @@ from moe_serve.engine.dp import DPRank
 from moe_serve.engine.owners import Owners
 from moe_serve.engine.rearranging import Rearranging
 from moe_serve.engine.sockets import FrontendSockets
+from moe_serve.eplb.first_placement import check_placement
 from moe_serve.executor.base import Executor
 from moe_serve.executor.choose import choose_executor
 from moe_serve.parallel.groups import control_group
@@ -152,6 +153,7 @@ class EngineProcess:
             generation=self._view.generation,
         )
         model_config = load_model_config(Path(config.model.model or ""))
+        check_placement(self._view.placement, parallel, model_config)
         self._executor = choose_executor(config)(config, meeting, self._progress)
         facts = self._executor.start()
         self._expert_bytes = facts.expert_bytes

@@ -15,11 +15,14 @@ import os
 import secrets
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_serve.base.config import Config
 from moe_serve.base.messages import Stop
+from moe_serve.base.model_config import load_model_config
 from moe_serve.base.site import local_address
 from moe_serve.eplb.build import make_rebalancer
+from moe_serve.eplb.first_placement import placement_digest
 from moe_serve.launch.children import Children
 from moe_serve.launch.site import make_site, name_of_this_node
 from moe_serve.world.coordinator import Coordinator
@@ -178,11 +181,13 @@ class Node:
 
 
 def _make_fleet(config: Config, token: str) -> Fleet:
+    model = load_model_config(Path(config.model.model or ""))
     return Fleet(
         token=token,
         topology=config.parallel.topology,
         agreement=config.agreement(),
         has_workers=config.parallel.distributed_executor_backend != "uni",
         step_timeout_seconds=config.scheduler.step_timeout_seconds,
+        placement=placement_digest(config.parallel, model),
         rebalancer=make_rebalancer(config, unix_time=time.time),
     )

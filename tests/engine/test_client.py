@@ -44,13 +44,13 @@ class SocketEngine:
 
 
 @asynccontextmanager
-async def world() -> AsyncIterator[tuple[EngineClient, list[SocketEngine]]]:
-    """A client of two engines that are connected."""
-    client = EngineClient(Config.from_flat({"data_parallel_size": 2}), token=TOKEN)
+async def world(serves: list[int] | None = None) -> AsyncIterator[tuple[EngineClient, list[SocketEngine]]]:
+    """A client in a world of two engines (whatever its options say); those it serves are connected."""
+    client = EngineClient(Config(), token=TOKEN, serves=serves)
     client.meet(WorldView(engines=2))
     address = client.bind("127.0.0.1")
     context = zmq.asyncio.Context()
-    engines = [SocketEngine(context, address, dp) for dp in range(2)]
+    engines = [SocketEngine(context, address, dp) for dp in serves or range(2)]
     receiving = asyncio.create_task(client.run())
     try:
         for engine in engines:
@@ -114,5 +114,43 @@ def test_what_an_engine_refuses_and_a_broken_world_end_a_stream_with_their_error
             with pytest.raises(EngineDead, match="was killed"):
                 await client.submit("c", [1], SamplingParams())
             assert client.num_unfinished == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_serves_some_ranks_is_ready_when_they_have_come_and_asks_no_others() -> None:
+    async def scenario() -> None:
+        async with world([1]) as (client, _):
+            assert client.data_parallel_size == 2
+            streams = [await client.submit(name, [1, 2], SamplingParams()) for name in ("a", "b")]
+            assert [stream.rank for stream in streams] == [1, 1]
+            with pytest.raises(RequestError, match="must be one of 1, the data-parallel ranks that this front-end"):
+                await client.submit("c", [1], SamplingParams(), dp_rank=0)
+            for stream in streams:
+                await stream.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_a_client_is_not_ready_before_it_has_met_the_world_and_all_that_it_serves_have_come() -> None:
+    async def scenario() -> None:
+        client = EngineClient(Config(), token=TOKEN)
+        context = zmq.asyncio.Context()
+        address = client.bind("127.0.0.1")
+        receiving = asyncio.create_task(client.run())
+        try:
+            engines = [SocketEngine(context, address, dp) for dp in range(2)]
+            await engines[0].hello()
+            await asyncio.sleep(0.2)
+            assert not client.ready
+            client.meet(WorldView(engines=2))
+            assert not client.ready
+            await engines[1].hello()
+            await asyncio.wait_for(client.wait_ready(), WAIT_SECONDS)
+        finally:
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
+            context.destroy(linger=0)
+            client.close()
 
     asyncio.run(scenario())

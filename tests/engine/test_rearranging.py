@@ -96,6 +96,13 @@ def test_a_stage_goes_to_the_workers_and_its_progress_into_votes_and_news() -> N
     assert (committed.state, committed.commit_seconds, committed.bytes_received) == ("committed", 0.25, 80)
 
 
+def test_an_order_of_another_generation_of_the_world_is_not_carried_out() -> None:
+    sim = Sim()
+    sim.engine.hear(StageExperts(epoch=3, rows={}, shares={}, generation=2))
+    assert sim.script.commands == []
+    assert not sim.engine.active
+
+
 def test_while_the_world_sleeps_a_stage_goes_on_by_polling_and_asks_for_a_turn_once() -> None:
     sim = Sim()
     sim.engine.hear(STAGE)

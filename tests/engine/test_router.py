@@ -251,3 +251,17 @@ def test_the_choice_explains_itself() -> None:
     balancer = Balancer(2, max_num_batched_tokens=1000, max_num_seqs=10, clock=Clock())
     balancer.sent("a", 0, 500)
     assert str(balancer.decide(10, {})) == "DP rank 1 (least to do) of {0: 0.600, 1: 0.000}"
+
+
+def test_only_ranks_that_are_served_are_chosen_and_others_cannot_be_pinned() -> None:
+    balancer = Balancer(4, clock=Clock(), serves=[1, 3])
+    assert [send(balancer, str(number), 100) for number in range(6)] == [1, 3, 1, 3, 1, 3]
+    assert balancer.decide(10, {}, pinned=3).rank == 3
+    with pytest.raises(RequestError, match=r"must be one of 1, 3, the data-parallel ranks .* not 2"):
+        balancer.decide(10, {}, pinned=2)
+
+
+def test_free_kv_of_ranks_that_are_not_served_does_not_count() -> None:
+    choice = choose_rank([RankLoad(0, 0, 0), RankLoad(0, 1, 1000)], 100, CAPACITY, among=[1])
+    assert choice.rank == 1
+    assert choice.reason.startswith("no rank has free KV")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+
+from moe_serve.base.commands import StageExperts
 from moe_serve.base.config import Config
 from moe_serve.base.messages import (
     Ack,
@@ -16,6 +19,7 @@ from moe_serve.base.messages import (
     Leaving,
     Ready,
     Refused,
+    StageReport,
     StepLoad,
     Stop,
     StoreAt,
@@ -349,3 +353,125 @@ def test_an_engine_that_is_ready_says_how_large_an_expert_is_to_whoever_balances
     plan = fleet.rebalancer.propose()
     assert plan.num_moves > 0
     assert plan.num_bytes == 77 * plan.num_moves
+
+
+# --- members that may go, and generations ----------------------------------------------------------------------------
+
+GUEST = Hello(
+    token="secret",
+    role="api",
+    pid=98,
+    host="there",
+    address="tcp://there:2",
+    agreement=AGREEMENT,
+    essential=False,
+    serves=[1],
+)
+BOTH = WorldView(engines=2, frontends=[FrontendAt("tcp://here:1"), FrontendAt("tcp://there:2", [1])])
+ALONE = WorldView(engines=2, frontends=[FrontendAt("tcp://here:1")])
+
+
+def with_guest() -> Fleet:
+    """The guest is member 8."""
+    fleet = formed(make_fleet())
+    fleet.hear(8, GUEST, 0)
+    return fleet
+
+
+def test_the_others_hear_of_a_front_end_that_comes_late_and_it_hears_that_the_world_is_ready() -> None:
+    fleet = formed(make_fleet())
+    sends = fleet.hear(8, GUEST, 0)
+    assert answers(sends, 8) == [Welcome(BOTH)]
+    assert [send for send in sends if send.member != 8] == [Send(member, BOTH) for member in (0, 1, 9)]
+    assert WorldReady() in answers(fleet.hear(8, Ready("there:80"), 0), 8)
+    assert fleet.front_door() != "there:80"
+
+
+def test_a_member_that_is_not_essential_dies_without_the_world_and_the_others_hear_that_it_is_gone() -> None:
+    fleet = with_guest()
+    assert fleet.lost(8, 1) == [Send(member, ALONE) for member in (0, 1, 9)]
+    assert fleet.ended is None
+    (line,) = fleet.take_log()
+    assert line.startswith("API server (pid 98 on there) died")
+    assert fleet.take_log() == []
+
+
+def test_a_member_that_is_not_essential_may_leave_or_fail() -> None:
+    for word in (Leaving("done"), Failure("port 8000 is taken", config=True), Failure("a peer?", suspects_peer=True)):
+        fleet = with_guest()
+        assert [send for send in fleet.hear(8, word, 1) if send.member != 8] == []
+        assert fleet.lost(8, 1) == [Send(member, ALONE) for member in (0, 1, 9)]
+        for now in (2.0, 4.0, 6.0):
+            fleet.tick(now)
+        assert fleet.ended is None
+
+
+def test_a_silent_member_that_is_not_essential_is_given_up_alone() -> None:
+    fleet = with_guest()
+    told = []
+    for now in range(1, 10):
+        for member in (0, 1, 9):
+            beat(fleet, member, float(now))
+        told += fleet.tick(float(now))
+    assert fleet.ended is None
+    assert told[0].member == 8
+    assert told[0].close
+    assert told[1:] == [Send(member, ALONE) for member in (0, 1, 9)]
+    assert fleet.lost(8, 10.0) == []
+
+
+def test_an_essential_member_ends_the_world_beside_others_that_are_not() -> None:
+    fleet = with_guest()
+    assert {send.member for send in fleet.lost(9, 1)} == {0, 1, 8}
+    assert fleet.ended is not None
+    assert fleet.ended.code == 1
+
+
+def test_a_drained_world_ends_with_the_last_of_its_front_ends() -> None:
+    for gone in ("leaves", "dies"):
+        fleet = with_guest()
+        assert fleet.drain(7) == [Send(9, Drain(7)), Send(8, Drain(7))]
+        fleet.hear(9, Leaving("drained"), 2)
+        assert fleet.ended is None
+        if gone == "leaves":
+            fleet.hear(8, Leaving("drained"), 3)
+        fleet.lost(8, 3)
+        assert fleet.ended is not None
+        assert fleet.ended.code == 0
+
+
+def test_front_ends_that_serve_no_rank_of_the_world_and_engines_that_may_go_are_refused() -> None:
+    for hello, reason in (
+        (msgspec.structs.replace(GUEST, serves=[0, 2]), r"must serve DP ranks in \[0, 2\), not \[0, 2\]"),
+        (msgspec.structs.replace(GUEST, serves=[]), r"must serve DP ranks in \[0, 2\), not \[\]"),
+        (engine(0, essential=False), "engine dp 0 .* must be essential: every step needs every rank"),
+    ):
+        fleet = make_fleet()
+        (refused,) = fleet.hear(1, hello, 0)
+        assert isinstance(refused.message, Refused)
+        assert re.search(reason, refused.message.reason)
+        assert fleet.ended is None
+
+
+def test_a_world_does_not_wait_for_members_that_are_not_essential() -> None:
+    fleet = make_fleet(dp=1)
+    fleet.hear(8, msgspec.structs.replace(GUEST, serves=[0]), 0)
+    fleet.hear(0, engine(0), 0)
+    fleet.hear(0, Ready(), 0)
+    assert fleet.missing() == ["API server"]
+    fleet.hear(9, API, 0)
+    fleet.hear(9, Ready(), 0)
+    assert fleet.ready
+
+
+def test_rearrangements_are_of_the_generation_of_the_world_and_news_of_another_is_ignored() -> None:
+    fleet = formed(make_fleet())
+    fleet.generation = 3
+    fleet.rebalancer = Balanced().rebalancer
+    fleet.rebalancer.hear_load(StepLoad(step=1, steps=1, load=skewed().tobytes()), 0.0)
+    sends = fleet._to_engines(fleet.rebalancer.apply(fleet.rebalancer.propose(), 0.0, why="asked for"))
+    staged = [send.message for send in sends if isinstance(send.message, StageExperts)]
+    assert [order.generation for order in staged] == [3, 3]
+    failed = StageReport(epoch=staged[0].epoch, state="failed", reason="no room")
+    assert fleet.hear(0, failed, 1.0) == []
+    assert fleet.hear(0, msgspec.structs.replace(failed, generation=3), 1.0) != []

@@ -1,0 +1,167 @@
+"""Several launchers and several front-ends of one world, on one machine: they know an address and a token."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+import pytest
+
+from moe_serve.base.config import Config
+from moe_serve.base.messages import Stop
+from moe_serve.cli.random_model import make_model
+from moe_serve.launch.node import Node, NodePart
+from moe_serve.launch.resolve import resolve
+from moe_serve.world.member import ENVIRONMENT, MemberSpec, started_with
+from tests.support import second_launcher
+
+pytestmark = [pytest.mark.ranks]
+
+READY_SECONDS = 60.0
+END_SECONDS = 15.0
+BODY = {"prompt": "together", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+class FirstLauncher:
+    """A Node in a thread of its own: it holds the coordinator and starts engine 0 and an API server."""
+
+    def __init__(self, config: Config) -> None:
+        self.token = secrets.token_hex(16)
+        self.node = Node(config, NodePart(dp_ranks=(0,)), token=self.token)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.call(self.node.start())
+
+    def call(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(READY_SECONDS)
+
+    def end(self, stop: Stop) -> None:
+        self._loop.call_soon_threadsafe(self.node.end, stop)
+
+    def close(self) -> None:
+        self.call(self.node.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(END_SECONDS)
+        self._loop.close()
+
+
+def config_for(folder: Path) -> Config:
+    options = {"model": str(folder), "data_parallel_size": 2, "enable_expert_parallel": True, "max_model_len": 256}
+    small = {"kv_cache_memory_bytes": 2**24, "port": 0, "served_model_name": "tiny"}
+    return resolve(Config.from_flat({**options, **small}))[0]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two copies of one model, as on two machines."""
+    first = make_model(tmp_path_factory.mktemp("first") / "tiny")
+    return [first, Path(shutil.copytree(first, tmp_path_factory.mktemp("second") / "elsewhere"))]
+
+
+def complete(address: str, rank: int) -> httpx.Response:
+    headers = {"X-data-parallel-rank": str(rank)}
+    return httpx.post(f"http://{address}/v1/completions", json=BODY, headers=headers, timeout=30)
+
+
+def find_member(token: str, module: str, told: str) -> psutil.Process:
+    """The process of this world that runs `module` and was told so, once there is one."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        for pid in started_with(token, told):
+            process = psutil.Process(pid)
+            if f"moe_serve.{module}" in process.cmdline():
+                return process
+        time.sleep(0.05)
+    raise AssertionError(f"no {module} was told {told}")
+
+
+def node_of(member: psutil.Process) -> str:
+    return msgspec.json.decode(member.environ()[ENVIRONMENT], type=MemberSpec).site.node
+
+
+def wait_for_address(process: psutil.Process) -> str:
+    """Where the process listens for HTTP, once it says it can serve."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        for connection in process.net_connections("tcp4"):
+            address = f"{connection.laddr[0]}:{connection.laddr[1]}"
+            if connection.status == psutil.CONN_LISTEN and says_ready(address):
+                return address
+        time.sleep(0.05)
+    raise AssertionError("it does not serve")
+
+
+def says_ready(address: str) -> bool:
+    try:
+        return httpx.get(f"http://{address}/readyz", timeout=1).status_code == 200
+    except httpx.HTTPError:  # the port for engines
+        return False
+
+
+@pytest.fixture(scope="module")
+def world(folders: list[Path]) -> Iterator[tuple[FirstLauncher, str]]:
+    """Of two launchers, each with its own copy of the model; and where the first one's API server listens."""
+    first = FirstLauncher(config_for(folders[0]))
+    part = NodePart(serve_http=False, dp_ranks=(1,), joins=(first.node.host, first.node.port))
+    second = second_launcher.start(config_for(folders[1]), first.token, part)
+    try:
+        first.call(first.node.until_ready())
+        assert first.node.ended is None, first.node.ended
+        yield first, first.node.front_door()
+    finally:
+        first.end(Stop("that was all", 0))
+        code = end(second)
+        first.close()
+    assert code == 0
+    assert started_with(first.token) == []
+
+
+def end(launcher: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return launcher.wait(END_SECONDS)
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+def test_two_launchers_form_one_world_that_answers_on_every_rank(world: tuple[FirstLauncher, str]) -> None:
+    first, address = world
+    engines = [find_member(first.token, "engine.process", f'"dp":{dp},') for dp in (0, 1)]
+    server = find_member(first.token, "api.server", '"dp":-1,')
+    assert node_of(engines[0]) == node_of(server) != node_of(engines[1])
+    answers = [complete(address, rank) for rank in (0, 1)]
+    assert [answer.status_code for answer in answers] == [200, 200], [answer.text for answer in answers]
+    assert answers[0].json()["choices"][0]["text"] == answers[1].json()["choices"][0]["text"]
+
+
+def test_a_front_end_of_one_rank_serves_it_and_may_be_killed(
+    world: tuple[FirstLauncher, str], folders: list[Path]
+) -> None:
+    first, address = world
+    part = NodePart(dp_ranks=(), joins=(first.node.host, first.node.port), serves=[1])
+    launcher = second_launcher.start(config_for(folders[1]), first.token, part)
+    try:
+        front_end = find_member(first.token, "api.server", '"serves":[1]')
+        own = wait_for_address(front_end)
+        assert complete(own, 1).status_code == 200
+        refused = complete(own, 0)
+        assert refused.status_code == 400
+        assert "must be one of 1, the data-parallel ranks that this front-end serves, not 0" in refused.text
+        front_end.kill()
+        assert launcher.wait(END_SECONDS) == 1
+        assert [complete(address, rank).status_code for rank in (0, 1)] == [200, 200]
+        assert first.node.ended is None
+    finally:
+        launcher.kill()
+        launcher.wait()

@@ -1,0 +1,33 @@
+"""Sites: each process of a node has its place, and the node's ranks share the machine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from moe_serve.base.errors import ConfigError
+from moe_serve.base.parallel_config import ParallelConfig
+from moe_serve.base.site import local_address
+from moe_serve.launch.site import make_site, name_of_this_node
+from moe_serve.world.member import threads_per_rank
+
+
+def test_ranks_of_a_node_are_counted_there_and_begin_at_zero_whatever_their_dp_rank() -> None:
+    parallel = ParallelConfig(data_parallel_size=6, tensor_parallel_size=2)
+    sites = [make_site(parallel, (4, 5), address="10.0.0.2", dp=dp) for dp in (4, 5)]
+    assert [site.local_rank for site in sites] == [0, 2]
+    assert {(site.ranks_here, site.threads, site.address) for site in sites} == {(4, threads_per_rank(4), "10.0.0.2")}
+    assert {site.node for site in sites} == {name_of_this_node()}
+    assert str(os.getpid()) in name_of_this_node()
+
+
+def test_a_node_without_ranks_has_all_cores_for_its_front_end() -> None:
+    site = make_site(ParallelConfig(), (), address="127.0.0.1")
+    assert (site.local_rank, site.threads) == (0, threads_per_rank(1))
+
+
+def test_the_own_address_is_on_the_way_to_the_other() -> None:
+    assert local_address("localhost", 0) == "127.0.0.1"
+    with pytest.raises(ConfigError, match=r"host 'no\.such\.host\.invalid' cannot be resolved"):
+        local_address("no.such.host.invalid", 1)
