@@ -1,4 +1,4 @@
-"""The sockets and the clock around control.fleet: a TCP server for the links of all members, on rank 0's address."""
+"""The sockets and the clock around world.fleet: a TCP server for the links of all members."""
 
 from __future__ import annotations
 

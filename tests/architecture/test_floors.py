@@ -40,7 +40,15 @@ BASES = {
     "starting",
     "__init__",
 }
-PURE = ("eplb", "world/fleet.py", "engine/scheduler.py", "engine/lockstep.py", "engine/router.py", "engine/flight.py")
+PURE = (
+    "eplb",
+    "world/fleet.py",
+    "world/members.py",
+    "engine/scheduler.py",
+    "engine/lockstep.py",
+    "engine/router.py",
+    "engine/flight.py",
+)
 IMPURE = {"socket", "threading", "time", "asyncio", "torch", "zmq", "subprocess"}
 LATE_IMPORTS = {"base/registry.py"}
 
