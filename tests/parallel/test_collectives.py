@@ -186,6 +186,26 @@ def test_a_collective_somebody_misses_times_out_and_says_what_was_done() -> None
     assert "one of ranks 1 is gone or did not come within 2 s" in message
 
 
+def joins_as_a_generation_of_its_own(seat: Seat) -> str:
+    with pytest.raises(RankTimeout) as caught:
+        control_group(
+            seat.rank,
+            seat.size,
+            store_host=seat.host,
+            store_port=seat.port,
+            token=seat.token,
+            timeout_seconds=2,
+            generation=1 + seat.rank,
+        )
+    return str(caught.value)
+
+
+def test_ranks_of_different_generations_of_a_world_do_not_meet() -> None:
+    with Ranks(2) as pair:
+        for generation, message in enumerate(pair.run(joins_as_a_generation_of_its_own), start=1):
+            assert f"g{generation} engines gloo of ranks 0 1" in message
+
+
 def leave_and_watch(seat: Seat) -> str:
     group = seat.group()
     group.all_reduce(torch.zeros(2))
