@@ -14,6 +14,7 @@ ALL2ALL = Registry(
         "naive": "moe_serve.model.all2all.naive:Naive",
         "allgather_reducescatter": "moe_serve.model.all2all.allgather_reducescatter:AllGatherReduceScatter",
         "torch_a2a": "moe_serve.model.all2all.torch_a2a:TorchAllToAll",
+        "torch_padded": "moe_serve.model.all2all.torch_padded:TorchPadded",
     },
     planned=("shm", "deepep_high_throughput", "deepep_low_latency", "pplx", "flashinfer_all2allv"),
 )

@@ -170,7 +170,7 @@ class EngineProcess:
         num_blocks = votes.sync_kv_cache_blocks(facts.kv_blocks)
         core = build_core(self._executor, config, model_config, facts, num_blocks=num_blocks)
         backend = ALL2ALL.load(parallel.all2all_backend)
-        pads = bool(getattr(backend, "pads", False))
+        pads = bool(backend.pads)  # type: ignore[attr-defined]
         rearranging = None
         if parallel.enable_eplb:
             interval = max(1, parallel.eplb_config.window_size // COLLECTIONS_PER_WINDOW)

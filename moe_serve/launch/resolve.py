@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from moe_serve.base.config import Config
 from moe_serve.base.errors import CheckpointError, ConfigError
 from moe_serve.base.model_config import ModelConfig, load_model_config
+from moe_serve.model.all2all.shape import check_dispatch, dispatch_shape, expert_layout
 from moe_serve.model.partition import make_partition
 
 DEFAULT_MODEL = "moe-serve-default"
@@ -34,14 +35,17 @@ def resolve(config: Config) -> tuple[Config, ModelConfig]:
     if asked is not None and asked > limit:
         raise ConfigError(f"max_model_len {asked} is more than the checkpoint allows ({limit}); lower --max-model-len")
     parallel = config.parallel
-    make_partition(model, parallel, 0)  # refuses sizes that the model cannot be cut into
+    dtype = model.dtype if config.model.dtype == "auto" else config.model.dtype
+    partition = make_partition(model, parallel, 0)  # refuses sizes that the model cannot be cut into
+    shape = dispatch_shape(model, parallel.topology, max_tokens=config.scheduler.max_num_batched_tokens, dtype=dtype)
+    check_dispatch(parallel.all2all_backend, shape, expert_layout(partition))
     return (
         config.with_(
             "model",
             model=str(folder),
             served_model_name=config.model.served_model_name or config.model.model or DEFAULT_MODEL,
             max_model_len=asked or limit,
-            dtype=model.dtype if config.model.dtype == "auto" else config.model.dtype,
+            dtype=dtype,
         ).with_(
             "parallel",
             data_parallel_size_local=parallel.data_parallel_size,

@@ -9,7 +9,8 @@ import torch
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.tables import ALL2ALL
-from moe_serve.model.all2all.base import All2All, ExpertLayout
+from moe_serve.model.all2all.base import All2All
+from moe_serve.model.all2all.shape import check_dispatch, dispatch_shape, expert_layout
 from moe_serve.model.attention.base import ATTENTION, AttentionBackend
 from moe_serve.model.decoder import Decoder, DecoderLayer
 from moe_serve.model.layers.embedding import VocabEmbedding, VocabHead
@@ -33,14 +34,21 @@ def build_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    max_tokens: int,
     attention: str = "sdpa",
 ) -> Decoder:
-    """The part of global rank `rank`, its parameters not yet filled. ConfigError where the model cannot be cut so."""
+    """The part of global rank `rank`, its parameters not yet filled; for steps of at most `max_tokens` of an engine.
+
+    ConfigError where the model cannot be cut so, or the all-to-all backend cannot carry it.
+    """
     partition = make_partition(config, parallel, rank)
     backend_type = cast(type[AttentionBackend], ATTENTION.load(attention))
     backend = backend_type(len(partition.heads), len(partition.kv_heads), config.head_dim, device)
     all2all_type = cast(type[All2All], ALL2ALL.load(parallel.all2all_backend))
-    all2all = all2all_type(groups.ep, expert_layout(partition))
+    layout = expert_layout(partition)
+    shape = dispatch_shape(config, parallel.topology, max_tokens=max_tokens, dtype=str(dtype).removeprefix("torch."))
+    check_dispatch(parallel.all2all_backend, shape, layout)
+    all2all = all2all_type(groups.ep, layout, shape)
     maker = _Maker(partition, groups, backend, all2all, dtype, device)
     embedding = VocabEmbedding(partition.vocab, config.hidden_size, groups.tp, dtype=dtype, device=device)
     rows = embedding.weight
@@ -55,14 +63,6 @@ def build_model(
         backend,
         all2all,
     )
-
-
-def expert_layout(partition: Partition) -> ExpertLayout:
-    """Who computes which expert: by the placement, or everybody a slice of all."""
-    placement = partition.placement
-    if placement is None:
-        return ExpertLayout(partition.config.num_experts, None)
-    return ExpertLayout(placement.num_physical, placement.offsets)
 
 
 class _Maker:

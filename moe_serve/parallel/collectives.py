@@ -8,40 +8,17 @@ ranks) and float32 inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import AllreduceOptions, BroadcastOptions, ReduceOp, Work
 
 from moe_serve.base.errors import EngineError, RankTimeout
+from moe_serve.parallel.pending import Pending
 from moe_serve.parallel.stateless import ProcessGroup
 
 Value = TypeVar("Value")
-
-
-class Transfer(Generic[Value]):
-    """A collective under way; `wait()`, called once, gives its result or says what failed."""
-
-    __slots__ = ("_finish", "_group", "_what", "_work")
-
-    def __init__(self, group: Group, what: str, work: Work | None, finish: Callable[[], Value]) -> None:
-        self._group = group
-        self._what = what
-        self._work = work
-        self._finish = finish
-
-    def is_done(self) -> bool:
-        """Whether wait() would return at once (or raise)."""
-        return self._work is None or self._work.is_completed()
-
-    def wait(self) -> Value:
-        if self._work is not None:
-            try:
-                self._work.wait()
-            except RuntimeError as error:
-                raise self._group.failure(self._what, error) from error
-        return self._finish()
 
 
 class Group:
@@ -93,12 +70,12 @@ class Group:
         """`source`'s `x` everywhere; `source` is a rank of the group. Others' `x` is overwritten."""
         return self.start_broadcast(x, source).wait()
 
-    def start_broadcast(self, x: Tensor, source: int) -> Transfer[Tensor]:
+    def start_broadcast(self, x: Tensor, source: int) -> Pending[Tensor]:
         if self._process_group is None:
-            return Transfer(self, "broadcast", None, lambda: x)
+            return Pending(lambda: x)
         x = x.contiguous()
         work = self._launch("broadcast", self._process_group.broadcast, [x], self._from[source])
-        return Transfer(self, "broadcast", work, lambda: x)
+        return self._pending("broadcast", work, lambda: x)
 
     # -- ragged sizes --
 
@@ -106,9 +83,9 @@ class Group:
         """Everybody's rows one after the other; rank i brings sizes[i]."""
         return self.start_all_gather_ragged(x, sizes).wait()
 
-    def start_all_gather_ragged(self, x: Tensor, sizes: Sequence[int]) -> Transfer[Tensor]:
+    def start_all_gather_ragged(self, x: Tensor, sizes: Sequence[int]) -> Pending[Tensor]:
         if self._process_group is None:
-            return Transfer(self, "all_gather", None, lambda: x)
+            return Pending(lambda: x)
         out = x.new_empty((sum(sizes), *x.shape[1:]))
         if not self._on_cpu and len(set(sizes)) == 1:
             gather = self._process_group._allgather_base
@@ -116,24 +93,24 @@ class Group:
         else:
             copies = x.repeat(self.size, *[1] * (x.dim() - 1))
             work = self._all_to_all("all_gather", out, copies, sizes, [x.shape[0]] * self.size)
-        return Transfer(self, "all_gather", work, lambda: out)
+        return self._pending("all_gather", work, lambda: out)
 
     def reduce_scatter_ragged(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Rows summed over the ranks; rank i keeps its sizes[i] of them. Added in order of rank on a CPU."""
         return self.start_reduce_scatter_ragged(x, sizes).wait()
 
-    def start_reduce_scatter_ragged(self, x: Tensor, sizes: Sequence[int]) -> Transfer[Tensor]:
+    def start_reduce_scatter_ragged(self, x: Tensor, sizes: Sequence[int]) -> Pending[Tensor]:
         if self._process_group is None:
-            return Transfer(self, "reduce_scatter", None, lambda: x)
+            return Pending(lambda: x)
         mine = sizes[self.rank]
         if not self._on_cpu and len(set(sizes)) == 1:
             out = x.new_empty((mine, *x.shape[1:]))
             scatter = self._process_group._reduce_scatter_base
             work = self._launch("reduce_scatter", scatter, out, x.contiguous())
-            return Transfer(self, "reduce_scatter", work, lambda: out)
+            return self._pending("reduce_scatter", work, lambda: out)
         parts = x.new_empty((self.size * mine, *x.shape[1:]))
         work = self._all_to_all("reduce_scatter", parts, x.contiguous(), [mine] * self.size, sizes)
-        return Transfer(self, "reduce_scatter", work, lambda: _sum_parts(parts, self.size))
+        return self._pending("reduce_scatter", work, lambda: _sum_parts(parts, self.size))
 
     def all_to_all_ragged(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
         """The next send_counts[i] rows of `x` go to rank i; gives what came, recv_counts[i] rows from rank i."""
@@ -141,12 +118,12 @@ class Group:
 
     def start_all_to_all_ragged(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
-    ) -> Transfer[Tensor]:
+    ) -> Pending[Tensor]:
         if self._process_group is None:
-            return Transfer(self, "all_to_all", None, lambda: x)
+            return Pending(lambda: x)
         out = x.new_empty((sum(recv_counts), *x.shape[1:]))
         work = self._all_to_all("all_to_all", out, x.contiguous(), recv_counts, send_counts)
-        return Transfer(self, "all_to_all", work, lambda: out)
+        return self._pending("all_to_all", work, lambda: out)
 
     def exchange_rows(self, x: Tensor) -> Tensor:
         """Row i of `x` (one per rank) goes to rank i; gives row j from rank j."""
@@ -176,7 +153,19 @@ class Group:
             return x
         x = x.contiguous()
         work = self._launch(what, self._process_group.allreduce, [x], options)
-        return Transfer(self, what, work, lambda: x).wait()
+        return self._pending(what, work, lambda: x).wait()
+
+    def _pending(self, what: str, work: Work, finish: Callable[[], Value]) -> Pending[Value]:
+        """A collective under way; its failure names the ranks."""
+
+        def wait() -> Value:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self.failure(what, error) from error
+            return finish()
+
+        return Pending(wait, work.is_completed)
 
     def _all_to_all(
         self, what: str, out: Tensor, x: Tensor, recv_counts: Sequence[int], send_counts: Sequence[int]

@@ -129,7 +129,15 @@ class Worker:
                 generation=self._meeting.generation,
             )
         with self._phase("build model"):
-            decoder = build_model(model_config, parallel, self._rank, self._groups, dtype=dtype, device=device)
+            decoder = build_model(
+                model_config,
+                parallel,
+                self._rank,
+                self._groups,
+                dtype=dtype,
+                device=device,
+                max_tokens=config.scheduler.max_num_batched_tokens,
+            )
         with self._phase("load weights"):
             loaded = load_weights(decoder, folder, load_format=config.model.load_format, show_progress=self._rank == 0)
         self._decoder = decoder

@@ -31,6 +31,7 @@ BASES = {
     "base",
     "choose",
     "rows",
+    "shape",
     "remote",
     "replies",
     "watching",

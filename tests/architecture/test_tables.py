@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.registry import Registry
 from moe_serve.base.tables import ALL2ALL, EXECUTORS
+from moe_serve.model.all2all.base import Batched, RankMajor, Sorted
+from moe_serve.model.all2all.shape import LIMITS
 from moe_serve.model.attention.base import ATTENTION
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +32,15 @@ def test_an_entry_resolves_to_a_class_in_a_file_of_its_own(table: Registry, name
 @pytest.mark.parametrize("name", list(ALL2ALL))
 def test_an_all2all_backend_declares_its_capabilities(name: str) -> None:
     backend = ALL2ALL.load(name)
-    assert backend.layout in ("flat", "padded")  # type: ignore[attr-defined]
-    for capability in ("capturable", "exact", "pads"):
+    assert backend.arrives in (Sorted, Batched, RankMajor)  # type: ignore[attr-defined]
+    assert backend.applies_weights in ("combine", "experts")  # type: ignore[attr-defined]
+    assert backend.id_dtype in (torch.int32, torch.int64)  # type: ignore[attr-defined]
+    for capability in ("exact", "pads"):
         assert isinstance(getattr(backend, capability), bool)
+
+
+def test_every_all2all_backend_has_limits_and_nothing_else_has() -> None:
+    assert set(LIMITS) == set(ALL2ALL)
 
 
 @pytest.mark.parametrize("table", [ALL2ALL, EXECUTORS], ids=lambda table: table.kind)

@@ -25,7 +25,13 @@ KEY = "sesame"
 VOCAB, LAYERS, EXPERTS = 131, 2, 10
 INTERVAL = 32
 LENGTHS = [1, 5, 17, 60, 33, 90, 8, 120]
-WAYS = [(2, "shuffle", 0), (4, "shuffle", 4), (2, "sticky", 4), (4, "shuffle", 8), (4, "deepseek", 2)]
+WAYS = [
+    (2, "shuffle", 0, "torch_a2a"),
+    (4, "shuffle", 4, "torch_padded"),
+    (2, "sticky", 4, "torch_padded"),
+    (4, "shuffle", 8, "allgather_reducescatter"),
+    (4, "deepseek", 2, "naive"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +91,17 @@ def settle(server: Server, seconds: float = 20) -> None:
     raise AssertionError(f"still rearranging after {seconds:g} s:\n{server.log()}")
 
 
-@pytest.mark.parametrize(("dp", "policy", "redundant"), WAYS)
+@pytest.mark.parametrize(("dp", "policy", "redundant", "backend"), WAYS)
 def test_answers_stay_the_same_through_rearrangements(
-    folder: Path, requests: list[list[int]], expected: list[list[int]], dp: int, policy: str, redundant: int
+    folder: Path,
+    requests: list[list[int]],
+    expected: list[list[int]],
+    dp: int,
+    policy: str,
+    redundant: int,
+    backend: str,
 ) -> None:
-    with serving(str(folder), *options(dp, policy, redundant)) as server:
+    with serving(str(folder), *options(dp, policy, redundant), "--all2all-backend", backend) as server:
         least = 10 if policy == "shuffle" else 1  # the others stop once nothing gains
         for _ in range(40):
             assert answers(server, requests) == expected

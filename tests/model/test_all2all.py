@@ -12,7 +12,8 @@ from torch import Tensor
 from moe_serve.base.tables import ALL2ALL
 from moe_serve.base.topology import split_range
 from moe_serve.eplb.placement import Placement, initial_placement
-from moe_serve.model.all2all.base import ExpertLayout
+from moe_serve.model.all2all.base import All2All, Arrived, Batched, Sorted
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.model.moe.experts import Experts
 from tests.support.oracle import random_experts
 from tests.support.ranks import Ranks, Seat
@@ -20,6 +21,7 @@ from tests.support.ranks import Ranks, Seat
 pytestmark = pytest.mark.ranks
 CPU = torch.device("cpu")
 E, D, F, K = 10, 12, 8, 3
+MAX_ROWS = 9
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,33 @@ def exchange(seat: Seat, size: int, backend: str, case: Case) -> Tensor:
     """One rank's way through dispatch, experts and combine."""
     placement = placement_of(case, size)
     layout = ExpertLayout(E, None) if placement is None else ExpertLayout(placement.num_physical, placement.offsets)
-    all2all = ALL2ALL.load(backend)(seat.group(size), layout)  # type: ignore[operator]
+    all2all = backend_of(seat, size, backend, layout, str(case.dtype).removeprefix("torch."))
     x_TD, ids_TK, weights_TK = batch(case, seat.rank)
-    slots_TK = slots_of(placement, ids_TK)
+    slots_TK = slots_of(placement, ids_TK).to(all2all.id_dtype)
     experts = experts_of(case, size, seat.rank)
-    routed = all2all.dispatch(x_TD, slots_TK, weights_TK, case.rows_by_rank[:size]).wait()
-    assert routed.rows.shape == (int(routed.counts_e.sum()), D)
-    out_TD: Tensor = all2all.combine(experts(routed), routed).wait()
+    arrived = all2all.dispatch(x_TD, slots_TK, weights_TK, case.rows_by_rank[:size]).wait()
+    check_form(all2all, arrived, layout.num_local(seat.rank))
+    out_TD: Tensor = all2all.combine(experts(arrived), arrived).wait()
     all2all.close()
     return out_TD
+
+
+def backend_of(seat: Seat, size: int, backend: str, layout: ExpertLayout, dtype: str = "float32") -> All2All:
+    shape = DispatchShape(max_rows=MAX_ROWS, num_ranks=size, hidden=D, top_k=K, dtype=dtype)
+    return ALL2ALL.load(backend)(seat.group(size), layout, shape)  # type: ignore[operator, no-any-return]
+
+
+def check_form(all2all: All2All, arrived: Arrived, num_local: int) -> None:
+    """What arrives has the form that the class declares."""
+    assert type(arrived) is all2all.arrives
+    if isinstance(arrived, Sorted):
+        assert arrived.rows.shape == (int(arrived.counts_e.sum()), D)
+    if isinstance(arrived, Batched):
+        assert arrived.rows.shape[::2] == (num_local, D)
+        assert int(arrived.counts_e.max()) <= arrived.rows.shape[1]
+    if isinstance(arrived, Sorted | Batched):
+        assert len(arrived.counts_e) == num_local
+        assert (arrived.weights is None) == (all2all.applies_weights == "combine")
 
 
 def exchanges(seat: Seat, size: int, backend: str) -> list[Tensor]:
@@ -124,12 +144,16 @@ def under_placements(seat: Seat, size: int, backend: str) -> list[Tensor]:
     for shift in range(3):
         row = torch.arange(E).roll(3 * shift).numpy()
         placement = Placement(row[None], (*(split_range(E, size, r).start for r in range(size)), E), E)
-        all2all = ALL2ALL.load(backend)(seat.group(size), ExpertLayout(E, placement.offsets))  # type: ignore[operator]
+        all2all = backend_of(seat, size, backend, ExpertLayout(E, placement.offsets))
         x_TD, ids_TK, weights_TK = batch(CASES[1], seat.rank)
-        slots_TK = slots_of(placement, ids_TK)
-        routed = all2all.dispatch(x_TD, slots_TK, weights_TK, CASES[1].rows_by_rank[:size]).wait()
-        scale = torch.from_numpy(placement.logical_of(0, seat.rank)).repeat_interleave(routed.counts_e)
-        found.append(all2all.combine(torch.sin(routed.rows) * (scale[:, None] + 0.7), routed).wait())
+        slots_TK = slots_of(placement, ids_TK).to(all2all.id_dtype)
+        arrived = all2all.dispatch(x_TD, slots_TK, weights_TK, CASES[1].rows_by_rank[:size]).wait()
+        assert isinstance(arrived, Sorted | Batched)
+        scale = torch.from_numpy(placement.logical_of(0, seat.rank)) + 0.7
+        if isinstance(arrived, Sorted):
+            scale = scale.repeat_interleave(arrived.counts_e)
+        scale = scale.view(-1, *[1] * (arrived.rows.dim() - 1))
+        found.append(all2all.combine(torch.sin(arrived.rows) * scale, arrived).wait())
     return found
 
 

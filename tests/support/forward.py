@@ -26,6 +26,7 @@ from tests.support.ranks import Seat
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
+MAX_TOKENS = 1 << 16
 
 
 def alone() -> Groups:
@@ -57,7 +58,9 @@ def empty_decoder(
     """A rank's decoder under some parallel options, not filled; with idle groups if none are given."""
     parallel = Config.from_flat(options or {}).parallel
     groups = groups or idle_groups(parallel.topology, rank)
-    return build_model(load_model_config(folder), parallel, rank, groups, dtype=dtype, device=device)
+    return build_model(
+        load_model_config(folder), parallel, rank, groups, dtype=dtype, device=device, max_tokens=MAX_TOKENS
+    )
 
 
 def load_decoder(

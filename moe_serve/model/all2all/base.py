@@ -1,88 +1,100 @@
 """The all-to-all interface: rows travel to the ranks that hold their experts, and back. Table: base.tables.ALL2ALL.
 
-Shape letters: T rows here, K top-k, P physical experts, e local physical experts, R received rows, D hidden.
+Shape letters: T rows here, K top-k, e local physical experts, R received rows, C capacity per expert, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.parallel.collectives import Group
-
-Value = TypeVar("Value")
-
-
-class Pending(Generic[Value]):
-    """Something under way; `wait()` returns it. Call it once."""
-
-    def __init__(self, finish: Callable[[], Value]) -> None:
-        self._finish = finish
-
-    def wait(self) -> Value:
-        return self._finish()
+from moe_serve.parallel.pending import Pending
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertLayout:
-    """Which rank of the group computes which physical expert.
+class Sorted:
+    """`rows` (R, D) by local expert, R = counts_e.sum(); `counts_e` (e,) int64 beside them.
 
-    `offsets` (one per rank plus one): rank r owns slots [offsets[r], offsets[r + 1]). None: every rank holds a slice
-    of the width of every expert, so each row goes to all ranks and their partial results are summed.
-    """
-
-    num_physical: int
-    offsets: tuple[int, ...] | None
-
-    def first_slot(self, rank: int) -> int:
-        """The lowest slot that a rank computes."""
-        return 0 if self.offsets is None else self.offsets[rank]
-
-    def num_local(self, rank: int) -> int:
-        if self.offsets is None:
-            return self.num_physical
-        return self.offsets[rank + 1] - self.offsets[rank]
-
-
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """What arrived. `rows` (R, D) sorted by local expert, R = counts_e.sum(); `counts_e` (e,) int64 beside them.
-
-    A row that several local experts want appears once for each. `ticket` is private to the backend.
+    A row that several local experts want appears once for each. `weights` (R,) float32 where the experts apply them.
+    Of all forms: `ticket` is private to the backend; `scales` belong to rows that travelled quantised (None: they did
+    not).
     """
 
     rows: Tensor
     counts_e: Tensor
     ticket: object
+    weights: Tensor | None = None
+    scales: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """`rows` (e, C, D): expert i's are the first counts_e[i] of rows[i]; behind them is what nobody reads.
+
+    `counts_e` (e,) stays on the device: no size depends on it, so the host need not wait for it. `weights` (e, C) as
+    in Sorted.
+    """
+
+    rows: Tensor
+    counts_e: Tensor
+    ticket: object
+    weights: Tensor | None = None
+    scales: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankMajor:
+    """`rows` (R, D) in the order of the ranks they came from, each once.
+
+    `ids_RK` local experts of each row, -1 for "none here"; `weights_RK` float32. The experts apply the weights and add
+    up a row's terms, so what goes back is (R, D).
+    """
+
+    rows: Tensor
+    ids_RK: Tensor
+    weights_RK: Tensor
+    ticket: object
+    scales: Tensor | None = None
+
+
+Arrived = Sorted | Batched | RankMajor
 
 
 class All2All(Protocol):
-    """Made once per worker: `Backend(group, layout)`. Every rank of the group calls dispatch and combine in step."""
+    """Made once per worker: `Backend(group, layout, shape)`. Every rank calls dispatch and combine in step.
 
-    layout: ClassVar[Literal["flat", "padded"]]
-    capturable: ClassVar[bool]
-    """May run inside a CUDA graph."""
+    What it can carry at all stands in all2all.shape.LIMITS and was checked before.
+    """
+
+    arrives: ClassVar[type[Sorted] | type[Batched] | type[RankMajor]]
+    applies_weights: ClassVar[Literal["combine", "experts"]]
+    """Who multiplies an expert's output with the router's weight."""
+    id_dtype: ClassVar[torch.dtype]
+    """Type of the ids that dispatch wants."""
     exact: ClassVar[bool]
     """combine adds the K terms of a row in top-k order, so the placement of experts cannot change a bit."""
     pads: ClassVar[bool]
     """Ragged row counts are padded to the largest on the wire."""
 
-    def __init__(self, group: Group, layout: ExpertLayout) -> None: ...
+    def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None: ...
 
     def dispatch(
         self, x_TD: Tensor, physical_ids_TK: Tensor, weights_TK: Tensor, rows_by_rank: Sequence[int]
-    ) -> Pending[Routed]:
-        """Send rows to their experts. ids int64, -1 for "no expert" (sent nowhere); weights float32.
+    ) -> Pending[Arrived]:
+        """Send rows to their experts. ids of `id_dtype`, -1 for "no expert" (sent nowhere); weights float32.
 
-        `rows_by_rank[i]` is T of rank i; T may be 0.
+        `rows_by_rank[i]` is T of rank i, at most `shape.max_rows`; T may be 0.
         """
         ...
 
-    def combine(self, rows: Tensor, routed: Routed) -> Pending[Tensor]:
-        """Expert outputs (R, D) in the order of `routed.rows` go home; gives (T, D), weighted and summed over K."""
+    def combine(self, outputs: Tensor, arrived: Arrived) -> Pending[Tensor]:
+        """What the experts made of `arrived`, in its order, goes home; gives (T, D), weighted and summed over K."""
         ...
 
     def close(self) -> None:

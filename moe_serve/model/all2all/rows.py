@@ -1,14 +1,36 @@
-"""What the flat backends share: rows sorted by expert, rows packed for the wire, terms added up at home.
+"""What backends share: rows sorted by expert, rows packed for the wire, terms added up at home.
 
-Shape letters: T rows, K top-k, R (row, expert) pairs, e local physical experts, D hidden.
+Shape letters: T rows, A rows of all ranks, K top-k, R (row, expert) pairs, e local physical experts, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moe_serve.model.all2all.base import Sorted
+from moe_serve.model.all2all.shape import ExpertLayout
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredTicket:
+    """Of backends that bring everybody's rows to everybody: which (row, expert) pairs are computed here, and whose."""
+
+    pairs: Tensor
+    weights_AK: Tensor
+    rows_by_rank: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def sort_gathered(arrived: Sequence[Tensor], rows_by_rank: Sequence[int], layout: ExpertLayout, rank: int) -> Sorted:
+    """Everybody's x (A, D), slots (A, K) and weights (A, K): those of this rank's experts, and the ticket home."""
+    x_AD, slots_AK, weights_AK = arrived
+    pairs, counts_e = sort_by_expert(slots_AK, layout.first_slot(rank), layout.num_local(rank))
+    ticket = GatheredTicket(pairs, weights_AK, tuple(rows_by_rank), x_AD.dtype)
+    return Sorted(x_AD[pairs // slots_AK.shape[1]], counts_e, ticket)
 
 
 def sort_by_expert(slots_TK: Tensor, first_slot: int, num_local: int) -> tuple[Tensor, Tensor]:
@@ -48,3 +70,12 @@ def add_in_order(terms_TKD: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> T
     for k in range(1, weights_TK.shape[1]):
         total_TD.addcmul_(terms_TKD[:, k].float(), weights_TK[:, k : k + 1])
     return total_TD.to(dtype)
+
+
+def add_parts(parts: Tensor, count: int) -> Tensor:
+    """`count` ranks' parts of the same terms, one behind the other on dimension 0, added first to last in float32."""
+    stacked = parts.view(count, -1, *parts.shape[1:]).float()
+    total = stacked[0]
+    for part in stacked[1:]:
+        total = total + part
+    return total.to(parts.dtype)

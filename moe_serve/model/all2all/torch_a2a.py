@@ -14,9 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe_serve.model.all2all.base import ExpertLayout, Pending, Routed
-from moe_serve.model.all2all.rows import add_in_order, pack, sort_by_expert, unpack
+from moe_serve.model.all2all.base import Arrived, Sorted
+from moe_serve.model.all2all.rows import add_in_order, add_parts, pack, sort_by_expert, unpack
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.parallel.collectives import Group
+from moe_serve.parallel.pending import Pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,13 @@ class TorchAllToAll:
     Where experts are cut by width every row goes to all ranks, and the ranks' parts of a term are added in order.
     """
 
-    layout: ClassVar[Literal["flat", "padded"]] = "flat"
-    capturable: ClassVar[bool] = False
+    arrives: ClassVar = Sorted
+    applies_weights: ClassVar[Literal["combine", "experts"]] = "combine"
+    id_dtype: ClassVar[torch.dtype] = torch.int64
     exact: ClassVar[bool] = True
     pads: ClassVar[bool] = False
 
-    def __init__(self, group: Group, layout: ExpertLayout) -> None:
+    def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
         self._group = group
         self._sharded = layout.offsets is None
         self._num_local = layout.num_local(group.rank)
@@ -59,7 +62,7 @@ class TorchAllToAll:
 
     def dispatch(
         self, x_TD: Tensor, physical_ids_TK: Tensor, weights_TK: Tensor, rows_by_rank: Sequence[int]
-    ) -> Pending[Routed]:
+    ) -> Pending[Arrived]:
         wanted_NTK = self._wanted(physical_ids_TK)
         home = _home(wanted_NTK, weights_TK, x_TD.dtype)
         needed_NT = wanted_NTK.any(dim=2)
@@ -69,14 +72,14 @@ class TorchAllToAll:
         slots = physical_ids_TK[rows].masked_fill(~wanted_NTK[ranks, rows], -1)
         parts = (x_TD[rows], slots.to(torch.int32))
         arriving = self._group.start_all_to_all_ragged(pack(parts), num_sent.tolist(), num_received)
-        return Pending(lambda: self._receive(unpack(arriving.wait(), parts), num_received, home))
+        return arriving.then(lambda packed: self._receive(unpack(packed, parts), num_received, home))
 
-    def combine(self, rows: Tensor, routed: Routed) -> Pending[Tensor]:
-        ticket = routed.ticket
+    def combine(self, outputs: Tensor, arrived: Arrived) -> Pending[Tensor]:
+        ticket = arrived.ticket
         assert isinstance(ticket, _Ticket)
         home = ticket.home
-        coming = self._group.start_all_to_all_ragged(rows[ticket.wire_order], ticket.num_pairs, home.num_pairs)
-        return Pending(lambda: self._add_up(coming.wait(), home))
+        coming = self._group.start_all_to_all_ragged(outputs[ticket.wire_order], ticket.num_pairs, home.num_pairs)
+        return coming.then(lambda terms: self._add_up(terms, home))
 
     def close(self) -> None:
         pass
@@ -90,29 +93,21 @@ class TorchAllToAll:
         ranks = torch.arange(self._group.size, device=slots_TK.device).view(-1, 1, 1)
         return (owner_TK == ranks) & present_TK
 
-    def _receive(self, arrived: Sequence[Tensor], num_received: list[int], home: _Home) -> Routed:
+    def _receive(self, arrived: Sequence[Tensor], num_received: list[int], home: _Home) -> Sorted:
         x_SD, slots_SK = arrived
         pairs, counts_e = sort_by_expert(slots_SK, self._first_slot, self._num_local)
         num_pairs = [int(part.sum()) for part in torch.split(slots_SK >= 0, num_received)]
-        return Routed(x_SD[pairs // slots_SK.shape[1]], counts_e, _Ticket(home, pairs.argsort(), num_pairs))
+        return Sorted(x_SD[pairs // slots_SK.shape[1]], counts_e, _Ticket(home, pairs.argsort(), num_pairs))
 
     def _add_up(self, terms: Tensor, home: _Home) -> Tensor:
         """The terms that came home, put in their places (those of no expert stay zero) and added."""
         num_rows, top_k = home.weights_TK.shape
         if self._sharded:
-            terms, pairs = self._add_parts(terms), home.pairs[: home.num_pairs[0]]
+            terms, pairs = add_parts(terms, self._group.size), home.pairs[: home.num_pairs[0]]
         else:
             pairs = home.pairs
         terms_TKD = terms.new_zeros((num_rows * top_k, terms.shape[1])).index_copy_(0, pairs, terms)
         return add_in_order(terms_TKD.view(num_rows, top_k, terms.shape[1]), home.weights_TK, home.dtype)
-
-    def _add_parts(self, parts: Tensor) -> Tensor:
-        """Every rank computed part of the width of each term: added in order of rank."""
-        stacked = parts.view(self._group.size, -1, parts.shape[1]).float()
-        total = stacked[0]
-        for part in stacked[1:]:
-            total = total + part
-        return total.to(parts.dtype)
 
 
 def _home(wanted_NTK: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> _Home:

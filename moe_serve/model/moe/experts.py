@@ -1,6 +1,7 @@
 """The experts a rank holds, and their computation on the rows that arrived.
 
-Shape letters: e local physical experts, R received rows, D hidden, F expert width (this rank's part of it).
+Shape letters: e local physical experts, R received rows, C capacity per expert, D hidden, F expert width (this rank's
+part of it).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_serve.model.all2all.base import Routed
+from moe_serve.model.all2all.base import Arrived, Batched, RankMajor, Sorted
+from moe_serve.model.all2all.rows import add_to_rows, sort_by_expert
 from moe_serve.model.layers.linear import weight
 
 GROUPED_MM_ALIGNMENT = 16
@@ -63,9 +65,21 @@ class Experts(nn.Module):
     def finish_loading(self) -> None:
         """Nothing: these are computed with as they come."""
 
-    def forward(self, routed: Routed) -> Tensor:
-        """(R, D): each row's expert's output, in the order of `routed.rows`."""
-        rows, counts_e = routed.rows, routed.counts_e
+    def forward(self, arrived: Arrived) -> Tensor:
+        """Each row's expert's output, in the order and shape of `arrived.rows`; weighted where weights came along."""
+        assert arrived.scales is None, "these experts compute with rows that are not quantised"
+        match arrived:
+            case Sorted(rows, counts_e, _, weights):
+                out = self._sorted(rows, counts_e)
+            case Batched(rows, _, _, weights):
+                out = self._batched(rows)
+            case RankMajor(rows, ids_RK, weights_RK):
+                pairs, counts_e = sort_by_expert(ids_RK, 0, self.gate_up.shape[0])
+                terms = self._sorted(rows[pairs // ids_RK.shape[1]], counts_e)
+                return add_to_rows(terms, pairs, weights_RK, rows.dtype)
+        return out if weights is None else (out * weights.unsqueeze(-1)).to(out.dtype)
+
+    def _sorted(self, rows: Tensor, counts_e: Tensor) -> Tensor:
         if not rows.shape[0]:
             return rows
         if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
@@ -75,6 +89,11 @@ class Experts(nn.Module):
         gate, up = grouped_linear(rows, self.gate_up, counts_e).chunk(2, dim=-1)
         return grouped_linear(functional.silu(gate) * up, self.down, counts_e)
 
+    def _batched(self, rows: Tensor) -> Tensor:
+        """(e, C, D), places without a row included: leaving them out would need to know how many there are."""
+        gate, up = torch.bmm(rows, self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
+        return torch.bmm(functional.silu(gate) * up, self.down.transpose(1, 2))
+
     def _padded(self, rows: Tensor, counts_e: Tensor, capacity: int) -> Tensor:
         """The same with as many rows for every expert, the missing ones zero."""
         num_local, num_rows = len(counts_e), rows.shape[0]
@@ -82,8 +101,7 @@ class Experts(nn.Module):
         before_R = (counts_e.cumsum(0) - counts_e)[expert_R]
         place_R = torch.arange(num_rows) - before_R + expert_R * capacity
         padded = rows.new_zeros((num_local * capacity, rows.shape[1])).index_copy_(0, place_R, rows)
-        gate, up = torch.bmm(padded.view(num_local, capacity, -1), self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
-        out = torch.bmm(functional.silu(gate) * up, self.down.transpose(1, 2))
+        out = self._batched(padded.view(num_local, capacity, -1))
         return out.view(num_local * capacity, -1)[place_R]
 
 

@@ -12,13 +12,14 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from moe_serve.base.topology import split_range
-from moe_serve.model.all2all.base import All2All, Pending
+from moe_serve.model.all2all.base import All2All
 from moe_serve.model.context import ForwardContext
 from moe_serve.model.layers.mlp import SharedExpert
 from moe_serve.model.moe.expert_map import ExpertMap
 from moe_serve.model.moe.experts import Experts
 from moe_serve.model.moe.router import Router
 from moe_serve.parallel.collectives import Group
+from moe_serve.parallel.pending import Pending
 
 Value = TypeVar("Value")
 
@@ -52,11 +53,12 @@ class MoELayer(nn.Module):
         if ctx.routes is not None:
             ctx.routes.append(ids_SK)
         slots_SK = self.expert_map(ids_SK, None if ctx.row_hash_T is None else ctx.row_hash_T[mine])
+        slots_SK = slots_SK.to(self.all2all.id_dtype)
         dispatched = _timed(lambda: self.all2all.dispatch(x_SD, slots_SK, weights_SK, ctx.rows_by_ep_rank), ctx)
         shared_SD = None if self.shared is None else self.shared(x_SD)  # computed while the rows travel
-        routed = _timed(dispatched.wait, ctx)
-        rows = self.experts(routed)
-        combined: Pending[Tensor] = _timed(lambda: self.all2all.combine(rows, routed), ctx)
+        arrived = _timed(dispatched.wait, ctx)
+        outputs = self.experts(arrived)
+        combined: Pending[Tensor] = _timed(lambda: self.all2all.combine(outputs, arrived), ctx)
         out_SD = _timed(combined.wait, ctx)
         return out_SD if shared_SD is None else out_SD + shared_SD
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from moe_serve.model.moe.experts import ExpertSlots
-from moe_serve.parallel.collectives import Group, Transfer
+from moe_serve.parallel.collectives import Group
+from moe_serve.parallel.pending import Pending
 
 CHECKSUM_BYTES = 8
 
@@ -63,7 +64,7 @@ class _UnderWay:
     started: float
     copies: list[Flow]
     shadow: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
-    transfer: Transfer[Tensor] | None = None
+    transfer: Pending[Tensor] | None = None
     last_piece: int | None = None
     """Dropped: only pieces before this one are still exchanged, because some rank has posted them."""
 

@@ -18,7 +18,8 @@ from moe_serve.base.model_config import RouterConfig
 from moe_serve.base.tables import ALL2ALL
 from moe_serve.base.topology import Topology, split_range
 from moe_serve.eplb.placement import Placement
-from moe_serve.model.all2all.base import ExpertLayout, Routed
+from moe_serve.model.all2all.base import Arrived, RankMajor
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.model.context import ForwardContext
 from moe_serve.model.moe.expert_map import ExpertMap, even_copies
 from moe_serve.model.moe.experts import Experts
@@ -85,9 +86,10 @@ class Counting(Experts):
 
     counts: Tensor
 
-    def forward(self, routed: Routed) -> Tensor:
-        self.counts = routed.counts_e.clone()
-        return super().forward(routed)
+    def forward(self, arrived: Arrived) -> Tensor:
+        assert not isinstance(arrived, RankMajor)
+        self.counts = arrived.counts_e.clone()
+        return super().forward(arrived)
 
 
 class Part:
@@ -98,7 +100,9 @@ class Part:
         self.topology = Topology(dp=RANKS // scene.tp, tp=scene.tp)
         self.groups = seat.groups(self.topology)
         placement = scene.placement(0)
-        backend = ALL2ALL.load(scene.backend)(self.groups.ep, ExpertLayout(placement.num_physical, placement.offsets))  # type: ignore[operator]
+        layout = ExpertLayout(placement.num_physical, placement.offsets)
+        shape = DispatchShape(max_rows=4, num_ranks=RANKS, hidden=D, top_k=ROUTER.top_k, dtype="float32")
+        backend = ALL2ALL.load(scene.backend)(self.groups.ep, layout, shape)  # type: ignore[operator]
         self.layers = [self._layer(layer, placement, backend) for layer in range(LAYERS)]
         migration = seat.groups(Topology(dp=1, tp=RANKS)).tp if scene.tp == 1 else seat.groups(Topology(dp=RANKS)).dp
         self.balance = ExpertBalance(self.layers, placement, self.groups.ep, migration, max_bytes_per_step=300)

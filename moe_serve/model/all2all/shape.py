@@ -1,0 +1,164 @@
+"""What an all-to-all backend must be able to carry, and what each can: known before a process is started. No torch.
+
+Shape letters: P physical experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from moe_serve.base.errors import ConfigError
+from moe_serve.base.model_config import ModelConfig
+from moe_serve.base.topology import Topology
+from moe_serve.model.partition import Partition
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """Which rank of the group computes which physical expert.
+
+    `offsets` (one per rank plus one): rank r owns slots [offsets[r], offsets[r + 1]). None: every rank holds a slice
+    of the width of every expert, so each row goes to all ranks and their partial results are summed.
+    """
+
+    num_physical: int
+    offsets: tuple[int, ...] | None
+
+    def first_slot(self, rank: int) -> int:
+        """The lowest slot that a rank computes."""
+        return 0 if self.offsets is None else self.offsets[rank]
+
+    def num_local(self, rank: int) -> int:
+        if self.offsets is None:
+            return self.num_physical
+        return self.offsets[rank + 1] - self.offsets[rank]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchShape:
+    """The largest exchange there can be; a backend may size its buffers by it once.
+
+    `max_rows` that one rank brings to a layer. `dtype` of the rows as config.json names types; `quantisation` of them
+    on the wire (None: none). `graph`: the exchange is captured in a CUDA graph.
+    """
+
+    max_rows: int
+    num_ranks: int
+    hidden: int
+    top_k: int
+    dtype: str
+    quantisation: str | None = None
+    graph: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a backend can carry. None and the defaults mean: whatever comes, but neither graphs nor quantised rows.
+
+    `equal_slots`: every rank must own equally many. `whole_experts`: experts must not be cut by width.
+    """
+
+    max_rows: int | None = None
+    max_ranks: int | None = None
+    max_top_k: int | None = None
+    hidden_multiple: int = 1
+    dtypes: tuple[str, ...] | None = None
+    quantisations: tuple[str, ...] = ()
+    graphs: bool = False
+    equal_slots: bool = False
+    whole_experts: bool = False
+
+
+LIMITS: Mapping[str, Limits] = MappingProxyType(
+    {
+        "naive": Limits(),
+        "allgather_reducescatter": Limits(),
+        "torch_a2a": Limits(),
+        "torch_padded": Limits(),
+    }
+)
+"""Of every backend in base.tables.ALL2ALL. Beside the classes, since those need torch and this must not."""
+
+
+def check_dispatch(backend: str, shape: DispatchShape, layout: ExpertLayout, limits: Limits | None = None) -> None:
+    """ConfigError, with what would help, if a backend cannot carry this. `limits` are the backend's own if None."""
+    limits = limits or LIMITS[backend]
+    for wrong, sentence in (*_sizes(shape, limits), *_kinds(shape, limits), *_layouts(layout, limits)):
+        if wrong:
+            raise ConfigError(f"--all2all-backend {backend} {sentence}")
+
+
+def _sizes(shape: DispatchShape, limits: Limits) -> list[tuple[bool, str]]:
+    return [
+        (
+            limits.max_rows is not None and shape.max_rows > limits.max_rows,
+            f"carries at most {limits.max_rows} rows of a rank, but a step may have {shape.max_rows}; lower "
+            "--max-num-batched-tokens",
+        ),
+        (
+            limits.max_ranks is not None and shape.num_ranks > limits.max_ranks,
+            f"joins at most {limits.max_ranks} ranks, but data x tensor parallel is {shape.num_ranks}; use fewer, or "
+            "another backend",
+        ),
+        (
+            limits.max_top_k is not None and shape.top_k > limits.max_top_k,
+            f"sends a row to at most {limits.max_top_k} experts, but the model chooses {shape.top_k}; use another "
+            "backend",
+        ),
+        (
+            shape.hidden % limits.hidden_multiple != 0,
+            f"needs a hidden size that is a multiple of {limits.hidden_multiple}, but the model's is {shape.hidden}; "
+            "use another backend",
+        ),
+    ]
+
+
+def _kinds(shape: DispatchShape, limits: Limits) -> list[tuple[bool, str]]:
+    return [
+        (
+            limits.dtypes is not None and shape.dtype not in limits.dtypes,
+            f"carries {', '.join(limits.dtypes or ())}, not {shape.dtype}; choose another --dtype",
+        ),
+        (
+            shape.quantisation is not None and shape.quantisation not in limits.quantisations,
+            f"does not carry rows quantised as {shape.quantisation}; use another backend",
+        ),
+        (shape.graph and not limits.graphs, "cannot run inside a CUDA graph; use another backend"),
+    ]
+
+
+def _layouts(layout: ExpertLayout, limits: Limits) -> list[tuple[bool, str]]:
+    offsets = layout.offsets
+    sizes = set() if offsets is None else {layout.num_local(rank) for rank in range(len(offsets) - 1)}
+    return [
+        (
+            limits.whole_experts and offsets is None,
+            "moves rows to whole experts, but here every rank holds a part of each; add --enable-expert-parallel",
+        ),
+        (
+            limits.equal_slots and len(sizes) > 1,
+            f"needs as many experts on every rank, but {layout.num_physical} are shared out unequally; choose "
+            "--eplb-config.num-redundant-experts so that the ranks divide them",
+        ),
+    ]
+
+
+def expert_layout(partition: Partition) -> ExpertLayout:
+    """Who computes which expert: by the placement, or everybody a slice of all."""
+    placement = partition.placement
+    if placement is None:
+        return ExpertLayout(partition.config.num_experts, None)
+    return ExpertLayout(placement.num_physical, placement.offsets)
+
+
+def dispatch_shape(model: ModelConfig, topology: Topology, *, max_tokens: int, dtype: str) -> DispatchShape:
+    """Of engines whose steps have at most `max_tokens` tokens, cut over their tensor ranks."""
+    return DispatchShape(
+        max_rows=-(-max_tokens // topology.tp),
+        num_ranks=topology.ep,
+        hidden=model.hidden_size,
+        top_k=model.top_k,
+        dtype=dtype,
+    )

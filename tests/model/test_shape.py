@@ -1,0 +1,52 @@
+"""A backend that cannot carry what would be asked of it is refused before anything starts, with what would help."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moe_serve.base.errors import ConfigError
+from moe_serve.base.tables import ALL2ALL
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout, Limits, check_dispatch
+
+SHAPE = DispatchShape(max_rows=4096, num_ranks=4, hidden=2048, top_k=8, dtype="bfloat16")
+EQUAL, UNEQUAL, CUT = ExpertLayout(8, (0, 2, 4, 6, 8)), ExpertLayout(10, (0, 3, 6, 8, 10)), ExpertLayout(8, None)
+
+
+@pytest.mark.parametrize(
+    ("limits", "shape", "layout", "names"),
+    [
+        (Limits(max_rows=128), SHAPE, EQUAL, "--max-num-batched-tokens"),
+        (Limits(max_ranks=2), SHAPE, EQUAL, "parallel is 4"),
+        (Limits(max_top_k=6), SHAPE, EQUAL, "chooses 8"),
+        (Limits(hidden_multiple=512), replace(SHAPE, hidden=2880), EQUAL, "multiple of 512"),
+        (Limits(dtypes=("bfloat16",)), replace(SHAPE, dtype="float32"), EQUAL, "--dtype"),
+        (Limits(), replace(SHAPE, quantisation="fp8"), EQUAL, "quantised as fp8"),
+        (Limits(), replace(SHAPE, graph=True), EQUAL, "CUDA graph"),
+        (Limits(equal_slots=True), SHAPE, UNEQUAL, "--eplb-config.num-redundant-experts"),
+        (Limits(whole_experts=True), SHAPE, CUT, "--enable-expert-parallel"),
+    ],
+)
+def test_each_limit_has_its_sentence(limits: Limits, shape: DispatchShape, layout: ExpertLayout, names: str) -> None:
+    with pytest.raises(ConfigError, match=names) as error:
+        check_dispatch("torch_a2a", shape, layout, limits)
+    assert "--all2all-backend torch_a2a" in str(error.value)
+
+
+def test_what_a_backend_can_carry_is_not_refused() -> None:
+    limits = Limits(
+        max_rows=4096,
+        max_ranks=4,
+        max_top_k=8,
+        hidden_multiple=512,
+        dtypes=("bfloat16",),
+        quantisations=("fp8",),
+        graphs=True,
+        equal_slots=True,
+        whole_experts=True,
+    )
+    check_dispatch("torch_a2a", replace(SHAPE, quantisation="fp8", graph=True), EQUAL, limits)
+    for backend in ALL2ALL:
+        for layout in (EQUAL, UNEQUAL, CUT):
+            check_dispatch(backend, SHAPE, layout)
