@@ -217,7 +217,6 @@ class EngineWorld:
         client = self._client = EngineClient(config, token=node.token)
         self._receiving = asyncio.create_task(client.run())
         hello = Hello(
-            token=node.token,
             role="api",
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -228,6 +227,7 @@ class EngineWorld:
             node.host,
             node.port,
             hello,
+            token=node.token,
             on_message=self._hear,
             on_lost=self._lost,
             progress=RankProgress(),

@@ -63,7 +63,6 @@ class ApiServer:
         spec = self._spec
         address = self._engines.bind(spec.site.address)
         hello = Hello(
-            token=spec.token,
             role="api",
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -76,6 +75,7 @@ class ApiServer:
             spec.host,
             spec.port,
             hello,
+            token=spec.token,
             on_message=hear,
             on_lost=orphaned,
             progress=Progress(),

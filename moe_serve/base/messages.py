@@ -31,7 +31,6 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     these DP ranks only (None: all).
     """
 
-    token: str
     role: Role
     dp: int = -1
     worker: int = -1
@@ -44,10 +43,11 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class FrontendAt(msgspec.Struct, frozen=True):
-    """Where a front-end listens for engines, and the DP ranks that it serves (None: all)."""
+    """Where a front-end listens for engines; `serves` and `essential` as in Hello."""
 
     address: str
     serves: list[int] | None = None
+    essential: bool = True
 
 
 class WorldView(msgspec.Struct, frozen=True, kw_only=True, tag="world_view"):
@@ -222,7 +222,6 @@ ToMember = (
 class EngineHello(msgspec.Struct, frozen=True, kw_only=True, tag="engine_hello"):
     """An engine's first word to a front-end."""
 
-    token: str
     dp: int
     num_blocks: int
     block_size: int

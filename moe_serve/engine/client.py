@@ -6,7 +6,6 @@ It listens, the engines connect and show the world's token; requests go out and 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -21,8 +20,11 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, RequestError
 from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent, WorldView
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.base.sockets import UNREADABLE, prepare
 from moe_serve.engine.router import Balancer
 
+MAX_EVENTS_BYTES = 1 << 28
+"""Of one step of one engine: log-probabilities of its prompts, most of all."""
 log = logging.getLogger(__name__)
 
 
@@ -125,15 +127,12 @@ class EngineClient:
     """
 
     def __init__(self, config: Config, *, token: str, serves: Sequence[int] | None = None) -> None:
-        self._token = token
         self._serves = serves
         self._view: WorldView | None = None
         self._scheduler, self._block_size = config.scheduler, config.cache.block_size
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket = prepare(self._context.socket(zmq.ROUTER), token, listens=True, max_bytes=MAX_EVENTS_BYTES)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._balancer = self._make_balancer(0)
@@ -193,12 +192,12 @@ class EngineClient:
         await self._all_here.wait()
 
     async def run(self) -> None:
-        """Receive for ever; records from strangers are dropped."""
+        """Receive for ever; what cannot be read is dropped."""
         while True:
-            identity, body = await self._socket.recv_multipart()
+            identity, *bodies = await self._socket.recv_multipart()
             try:
-                message = self._decoder.decode(body)
-            except msgspec.MsgspecError as error:
+                message = self._decoder.decode(b"".join(bodies))
+            except UNREADABLE as error:
                 log.warning("dropped a malformed record from an engine socket: %s", error)
                 continue
             if isinstance(message, EngineHello):
@@ -245,13 +244,21 @@ class EngineClient:
             raise EngineDead(self._dead_reason)
 
     def _welcome(self, identity: bytes, hello: EngineHello) -> None:
-        if not hmac.compare_digest(hello.token.encode(), self._token.encode()) or hello.dp in self._hellos:
-            log.warning("refused a process that said it was engine %d", hello.dp)
-            return
+        before = self._identities.get(hello.dp)
+        if before is not None:
+            self._line_lost(before, hello.dp)
         self._hellos[hello.dp] = hello
         self._identities[hello.dp] = identity
         self._ranks[identity] = hello.dp
         self._count_engines()
+
+    def _line_lost(self, identity: bytes, rank: int) -> None:
+        """An engine is back after its connection was lost; nobody knows what of its streams was on the way."""
+        log.error("the connection to DP rank %d was lost and stands again", rank)
+        del self._ranks[identity]
+        reason = f"the connection to DP rank {rank} was lost and stands again; send the request once more"
+        for request_id in self._balancer.on_rank(rank):
+            self._queues[request_id].put_nowait(EngineDead(reason))
 
     def _count_engines(self) -> None:
         if self._view is not None and self._hellos.keys() >= self._served():
@@ -279,4 +286,10 @@ class EngineClient:
                 events.put_nowait(event)
 
     async def _send(self, rank: int, message: Generate | Abort) -> None:
-        await self._socket.send_multipart([self._identities[rank], self._encoder.encode(message)])
+        try:
+            await self._socket.send_multipart([self._identities[rank], self._encoder.encode(message)])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            if isinstance(message, Generate):
+                raise EngineDead(f"DP rank {rank} cannot be reached now; send the request once more") from error

@@ -42,6 +42,7 @@ from moe_serve.base.messages import (
     TokenEvent,
     ToMember,
     Wake,
+    WorldReady,
     WorldView,
 )
 from moe_serve.base.model_config import load_model_config
@@ -52,14 +53,15 @@ from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank
 from moe_serve.engine.owners import Owners
 from moe_serve.engine.rearranging import Rearranging
-from moe_serve.engine.sockets import FrontendSockets
+from moe_serve.engine.sockets import FrontendSockets, LineLost
 from moe_serve.eplb.first_placement import check_placement
 from moe_serve.executor.base import Executor
 from moe_serve.executor.choose import choose_executor
 from moe_serve.parallel.groups import control_group
+from moe_serve.parallel.listeners import deafen, listeners
 from moe_serve.parallel.stateless import open_store
 from moe_serve.world.link import Link
-from moe_serve.world.member import ENVIRONMENT, MemberSpec, end_all, started_with
+from moe_serve.world.member import MemberSpec, end_all, started
 
 MEET_SECONDS = 300.0
 FAREWELL_SECONDS = 5.0
@@ -75,11 +77,12 @@ class EngineProcess:
         self._spec = spec
         self._config = spec.load_config()
         self._progress = Progress()
-        self._inbox: queue.SimpleQueue[ToMember | tuple[str, ToEngine]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToMember | tuple[str, ToEngine | LineLost]] = queue.SimpleQueue()
         self._owners = Owners()
         self._view = WorldView(engines=0)
         self._executor: Executor | None = None
         self._expert_bytes = 0
+        self._store_doors: set[int] = set()
         self._link: Link | None = None
 
     def run(self) -> int:
@@ -104,7 +107,6 @@ class EngineProcess:
     def _join(self) -> Link:
         spec = self._spec
         hello = Hello(
-            token=spec.token,
             role="engine",
             dp=spec.dp,
             pid=os.getpid(),
@@ -115,6 +117,7 @@ class EngineProcess:
             spec.host,
             spec.port,
             hello,
+            token=spec.token,
             on_message=self._hear,
             on_lost=self._orphaned,
             progress=self._progress,
@@ -185,9 +188,11 @@ class EngineProcess:
         assert self._link is not None
         if self._spec.dp == 0:
             host = self._spec.site.address
+            before = listeners()
             self._store, bound = open_store(
                 host, self._config.parallel.store_port, is_master=True, token=self._spec.token
             )
+            self._store_doors = listeners() - before
             found = StoreAt(host, bound)
             self._link.send(found)
             return found
@@ -205,7 +210,6 @@ class EngineProcess:
     def _describe(self, facts: WorkerFacts, num_blocks: int, core: EngineCore) -> EngineHello:
         log.info("%s", describe_loaded(facts, num_blocks=num_blocks, block_size=self._config.cache.block_size))
         return EngineHello(
-            token=self._spec.token,
             dp=self._spec.dp,
             num_blocks=num_blocks,
             block_size=self._config.cache.block_size,
@@ -215,7 +219,9 @@ class EngineProcess:
 
     def _serve(self, rank: DPRank, hello: EngineHello) -> NoReturn:
         assert self._link is not None
-        sockets = FrontendSockets(hello, lambda address, message: self._inbox.put((address, message)))
+        sockets = FrontendSockets(
+            hello, lambda address, message: self._inbox.put((address, message)), token=self._spec.token
+        )
         for address in self._frontends:
             sockets.connect(address)
         self._link.send(Ready(expert_bytes=self._expert_bytes))
@@ -239,6 +245,9 @@ class EngineProcess:
                 case (str(), Abort() as abort):
                     rank.core.abort(abort.request_ids)
                     self._owners.forget(abort.request_ids)
+                case (str() as address, LineLost() as lost):
+                    rank.core.abort(self._owners.leave(address))
+                    self._check_line(address, lost)
                 case Wake() if message.generation == self._view.generation:
                     rank.naps.hear(message.nap)
                 case WorldView():
@@ -254,7 +263,7 @@ class EngineProcess:
                 assert self._link is not None
                 self._link.send(Wake(rank.naps.wake_up(), self._view.generation))
 
-    def _next_message(self, rank: DPRank) -> ToMember | tuple[str, ToEngine] | None:
+    def _next_message(self, rank: DPRank) -> ToMember | tuple[str, ToEngine | LineLost] | None:
         """The next one; None after some progress with a rearrangement that goes on while the world sleeps."""
         if rank.rearranging is None or not rank.rearranging.active:
             return self._inbox.get()
@@ -269,10 +278,12 @@ class EngineProcess:
         for news in () if rank.rearranging is None else rank.rearranging.take_news():
             self._link.send(news)
 
-    def _take(self, message: ToMember | tuple[str, ToEngine]) -> None:
+    def _take(self, message: ToMember | tuple[str, ToEngine | LineLost]) -> None:
         """What may arrive before this engine serves."""
         if isinstance(message, WorldView):
             self._view = message
+        elif isinstance(message, WorldReady):
+            deafen(self._store_doors)  # all have met
 
     @property
     def _frontends(self) -> list[str]:
@@ -288,6 +299,12 @@ class EngineProcess:
         for gone in set(before).difference(self._frontends):
             sockets.disconnect(gone)
             rank.core.abort(self._owners.leave(gone))
+
+    def _check_line(self, address: str, lost: LineLost) -> None:
+        """A front-end that the world needs must be reached; others may be cut off for as long as they like."""
+        needed = any(each.address == address and each.essential for each in self._view.frontends)
+        if lost.final and needed:
+            raise EngineError(f"cannot reach the API server at {address} any more")
 
     def _accept(self, address: str, request: Generate, rank: DPRank, sockets: FrontendSockets) -> None:
         try:
@@ -310,7 +327,8 @@ class EngineProcess:
 
 def _end(code: int) -> NoReturn:
     """From any thread, at once. Workers would follow by themselves, but not before they have joined."""
-    end_all(started_with(os.environ[ENVIRONMENT]))
+    own = MemberSpec.from_environment()
+    end_all(started(lambda spec: spec == own))
     os._exit(code)
 
 

@@ -198,6 +198,10 @@ class Balancer:
             sent.num_tokens += num_tokens
             own.blocks += _blocks(sent.num_tokens, self._block_size)
 
+    def on_rank(self, rank: int) -> list[str]:
+        """Requests that were sent there and are not finished."""
+        return [request_id for request_id, sent in self._sent.items() if sent.rank == rank]
+
     def finished(self, request_id: str) -> None:
         """The request ended or was given up. Unknown requests are ignored."""
         sent = self._sent.pop(request_id, None)

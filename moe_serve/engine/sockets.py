@@ -6,15 +6,22 @@ import logging
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from moe_serve.base.messages import EngineHello, FromEngine, ToEngine
+from moe_serve.base.sockets import QUEUED_MESSAGES, UNREADABLE, prepare
 
+PATIENCE_SECONDS = 5.0
 log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ToEngine).decode
 
 
 class _Deed(Enum):
@@ -22,17 +29,51 @@ class _Deed(Enum):
     DISCONNECT = 2
 
 
+@dataclass(frozen=True, slots=True)
+class LineLost:
+    """The connection to a front-end broke, and what was on its way is gone. `final`: it has not come back either."""
+
+    final: bool = False
+
+
+@dataclass(slots=True)
+class _Line:
+    """To one front-end; `monitor` tells whether its connection stands. `deadline` for it to come back."""
+
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    deadline: float | None = None
+    stood: bool = False
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        self.socket.close(linger=0)
+
+
 class FrontendSockets:
     """Other methods may be called from any thread; `on_message(frontend address, record)` is, from the owner.
 
-    Each connection opens with `hello`, which carries the world's token; a front-end that was never told to us cannot
-    talk to us, since it is the engine that connects.
+    Each connection opens with `hello`; the world's `token` proves it (base/sockets.py). After one that was lost a new
+    one is opened, whose hello tells the front-end that something was; the owner hears LineLost, and hears it again if
+    the front-end cannot be reached within `patience` seconds.
     """
 
-    def __init__(self, hello: EngineHello, on_message: Callable[[str, ToEngine], None]) -> None:
-        self._hello = hello
+    def __init__(
+        self,
+        hello: EngineHello,
+        on_message: Callable[[str, ToEngine | LineLost], None],
+        *,
+        token: str,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        self._hello = _encode(hello)
+        self._token = token
+        self._patience = patience
         self._on_message = on_message
         self._orders: queue.SimpleQueue[tuple[str, FromEngine | _Deed]] = queue.SimpleQueue()
+        self._lines: dict[str, _Line] = {}
+        self._poller = zmq.Poller()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -59,45 +100,74 @@ class FrontendSockets:
 
     def _run(self) -> None:
         context = zmq.Context()
-        encoder = msgspec.msgpack.Encoder()
-        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-        sockets: dict[str, zmq.Socket[bytes]] = {}
-        poller = zmq.Poller()
-        poller.register(self._wake_read, zmq.POLLIN)
+        self._poller.register(self._wake_read, zmq.POLLIN)
         while True:
-            events = dict(poller.poll())
+            events = dict(self._poller.poll(self._milliseconds()))
             if self._wake_read.fileno() in events:
                 self._wake_read.recv(4096)
             while not self._orders.empty():
-                address, message = self._orders.get()
-                if message is _Deed.DISCONNECT:
-                    if address in sockets:
-                        poller.unregister(sockets[address])
-                        sockets.pop(address).close(linger=0)
-                    continue
-                if address not in sockets:
-                    sockets[address] = self._open(context, address, encoder)
-                    poller.register(sockets[address], zmq.POLLIN)
-                if not isinstance(message, _Deed):
-                    sockets[address].send(encoder.encode(message))
-            for address, socket_ in sockets.items():
-                if socket_ in events:
-                    self._receive(address, socket_, decoder)
+                self._carry_out(context, *self._orders.get())
+            for address, line in list(self._lines.items()):
+                if line.socket in events:
+                    self._receive(address, line)
+                if line.monitor in events:
+                    self._watch(context, address, line)
+                if line.deadline is not None and time.monotonic() > line.deadline:
+                    line.deadline = None
+                    self._on_message(address, LineLost(final=True))
 
-    def _receive(self, address: str, socket_: zmq.Socket[bytes], decoder: msgspec.msgpack.Decoder[ToEngine]) -> None:
+    def _milliseconds(self) -> int | None:
+        """Until the next deadline of a line that is down."""
+        deadlines = [line.deadline for line in self._lines.values() if line.deadline is not None]
+        return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1) if deadlines else None
+
+    def _carry_out(self, context: zmq.Context[zmq.Socket[bytes]], address: str, message: FromEngine | _Deed) -> None:
+        if message is _Deed.DISCONNECT:
+            self._close(address)
+            return
+        if address not in self._lines:
+            self._lines[address] = self._open(context, address)
+        if not isinstance(message, _Deed):
+            try:
+                self._lines[address].socket.send(_encode(message), zmq.NOBLOCK)
+            except zmq.Again:
+                log.error("the front-end at %s has left %d messages unread", address, QUEUED_MESSAGES)
+                self._reopen(context, address)
+
+    def _receive(self, address: str, line: _Line) -> None:
         try:
-            message = decoder.decode(socket_.recv())
-        except msgspec.MsgspecError as error:
+            message = _decode(line.socket.recv())
+        except UNREADABLE as error:
             log.warning("dropped a malformed record from the front-end at %s: %s", address, error)
             return
         self._on_message(address, message)
 
-    def _open(
-        self, context: zmq.Context[zmq.Socket[bytes]], address: str, encoder: msgspec.msgpack.Encoder
-    ) -> zmq.Socket[bytes]:
-        made = context.socket(zmq.DEALER)
-        made.setsockopt(zmq.SNDHWM, 0)
-        made.setsockopt(zmq.RCVHWM, 0)
+    def _watch(self, context: zmq.Context[zmq.Socket[bytes]], address: str, line: _Line) -> None:
+        if recv_monitor_message(line.monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            line.stood, line.deadline = True, None
+        elif line.stood:
+            log.error("the connection to the front-end at %s is lost; its requests here are given up", address)
+            self._reopen(context, address)
+
+    def _reopen(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        """A socket of its own for a new connection: what is queued in the old one must not follow a gap."""
+        self._close(address)
+        self._lines[address] = line = self._open(context, address)
+        line.deadline = time.monotonic() + self._patience
+        self._on_message(address, LineLost())
+
+    def _open(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> _Line:
+        made = prepare(context.socket(zmq.DEALER), self._token, listens=False)
+        line = _Line(made, made.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED))
+        self._poller.register(line.socket, zmq.POLLIN)
+        self._poller.register(line.monitor, zmq.POLLIN)
         made.connect(address)
-        made.send(encoder.encode(self._hello))
-        return made
+        made.send(self._hello)
+        return line
+
+    def _close(self, address: str) -> None:
+        line = self._lines.pop(address, None)
+        if line is not None:
+            self._poller.unregister(line.socket)
+            self._poller.unregister(line.monitor)
+            line.close()

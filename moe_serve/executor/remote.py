@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from moe_serve.base.commands import (
     AllocateKV,
@@ -138,7 +139,8 @@ class RemoteExecutor:
             )
             name = self._topology.describe(self._topology.worker_rank(meeting.dp_rank, worker))
             self._seats.append(Seat(name, self._starter.start(worker, invitation)))
-        self._gather(wire.encode(wire.Joined(config=self._config.to_json(), meeting=meeting, replies=replies)))
+        told = replace(meeting, token="")
+        self._gather(wire.encode(wire.Joined(config=self._config.to_json(), meeting=told, replies=replies)))
         self._lines.watch_connections()
         self._threads = [self._lines.receive(self._take), self._watch.start()]
 

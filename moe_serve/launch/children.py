@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from moe_serve.world.member import MemberSpec, end_all, started_with
+from moe_serve.world.member import MemberSpec, end_all, started
 
 STOP_SECONDS = 3.0
 FATE_SECONDS = 0.3
@@ -40,7 +40,7 @@ class Children:
     """Of one node of one world. Its descendants are found by what they were told, whoever their parent is."""
 
     def __init__(self, *, token: str, node: str) -> None:
-        self._told = (f'"token":"{token}"', f'"node":"{node}"')
+        self._token, self._node = token, node
         self._children: list[Child] = []
 
     def start(self, name: str, module: str, spec: MemberSpec) -> None:
@@ -75,7 +75,7 @@ class Children:
                 child.process.terminate()
         else:
             here = socket.gethostname()
-            end_all(pid for pid in started_with(*self._told) if (here, pid) not in welcomed)
+            end_all(pid for pid in self._all_here() if (here, pid) not in welcomed)
         deadline = time.monotonic() + STOP_SECONDS
         while time.monotonic() < deadline and self._is_somebody_left():
             await asyncio.sleep(0.05)
@@ -87,7 +87,11 @@ class Children:
             if child.code is None:
                 child.process.kill()
                 child.process.wait()
-        end_all(started_with(*self._told))
+        end_all(self._all_here())
 
     def _is_somebody_left(self) -> bool:
-        return any(child.code is None for child in self._children) or bool(started_with(*self._told))
+        return any(child.code is None for child in self._children) or bool(self._all_here())
+
+    def _all_here(self) -> list[int]:
+        """Children and theirs."""
+        return started(lambda spec: spec.token == self._token and spec.site.node == self._node)

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from moe_serve.base.config import Config
 from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import load_model_config
+from moe_serve.base.secret import TOKEN_ENVIRONMENT, check_token, new_token
 from moe_serve.base.site import local_address
 from moe_serve.eplb.build import make_rebalancer
 from moe_serve.eplb.first_placement import placement_digest
@@ -37,7 +37,6 @@ WATCH_SECONDS = 0.1
 HEARSAY_SECONDS = 0.3
 REMIND_SECONDS = 15.0
 START_SECONDS = 1800.0
-TOKEN_ENVIRONMENT = "MOE_SERVE_WORLD_TOKEN"
 log = logging.getLogger(__name__)
 
 
@@ -64,13 +63,13 @@ class Node:
 
     def __init__(self, config: Config, part: NodePart, *, token: str = "") -> None:
         self.config = config
-        self.token = token or os.environ.get(TOKEN_ENVIRONMENT) or secrets.token_hex(16)
+        self.token = check_token(token or os.environ.get(TOKEN_ENVIRONMENT) or new_token())
         self.host, self.port = part.joins or (config.parallel.data_parallel_master_ip, 0)
         self._part = part
         dp_size = config.parallel.data_parallel_size
         self._dp_ranks = tuple(range(dp_size)) if part.dp_ranks is None else part.dp_ranks
         self._children = Children(token=self.token, node=name_of_this_node())
-        self._coordinator = Coordinator(_make_fleet(config, self.token)) if part.joins is None else None
+        self._coordinator = Coordinator(_make_fleet(config), token=self.token) if part.joins is None else None
         self._ended: Stop | None = None
 
     @property
@@ -180,10 +179,9 @@ class Node:
             await asyncio.wait_for(self._coordinator.ended.wait(), seconds)
 
 
-def _make_fleet(config: Config, token: str) -> Fleet:
+def _make_fleet(config: Config) -> Fleet:
     model = load_model_config(Path(config.model.model or ""))
     return Fleet(
-        token=token,
         topology=config.parallel.topology,
         agreement=config.agreement(),
         has_workers=config.parallel.distributed_executor_backend != "uni",

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from moe_serve.base.errors import ConfigError, EngineError, RankTimeout
+from moe_serve.parallel.listeners import deafen, listeners
 from moe_serve.parallel.store import PrefixStore, Store, first_line, local_address, open_store, wait_for_ranks
 
 __all__ = [
@@ -296,7 +297,10 @@ def join_process_group(
     inner, limit = PrefixStore(prefix, store), timedelta(seconds=timeout_seconds)
     try:
         if backend == "gloo":
-            return _gloo(inner, rank, size, listen_host, limit)
+            before = listeners()
+            group = _gloo(inner, rank, size, listen_host, limit)
+            deafen(listeners() - before)  # all have met; gloo runs out of descriptors where strangers knock
+            return group
         return _nccl(inner, rank, size, limit)
     except RuntimeError as error:
         raise EngineError(f"cannot form group {name!r} in its rank {rank}: {first_line(error)}") from error

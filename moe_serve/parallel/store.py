@@ -1,4 +1,4 @@
-"""The store where ranks meet: bound to the given host only, keys under the world's token; waits name ranks.
+"""The store where ranks meet: bound to the given host only, keys under the world's name; waits name ranks.
 
 One client serves one thread at a time: a wait in one thread blocks the calls of the others.
 """
@@ -14,6 +14,7 @@ from datetime import timedelta
 from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from moe_serve.base.errors import ConfigError, EngineError, RankTimeout
+from moe_serve.base.secret import world_name
 from moe_serve.base.site import local_address, resolve_host
 
 __all__ = ["PrefixStore", "Store", "first_line", "local_address", "open_store", "wait_for_ranks"]
@@ -27,7 +28,8 @@ def open_store(
 ) -> tuple[Store, int]:
     """The world's store and its port. The master binds host:port (0: any free port) and listens there only.
 
-    Every key lies under the world's token, so a process of another world finds nothing here and is refused.
+    Every key lies under the world's name, so a process of another world finds nothing here and is refused. torch's
+    store asks nobody who he is: nothing secret is in it, and its master makes it deaf once all have met.
     The store lives as long as the master keeps what this returns.
     """
     limit = timedelta(seconds=timeout_seconds)
@@ -36,7 +38,7 @@ def open_store(
         port = listening.getsockname()[1]
         fd = listening.detach()
         tcp = TCPStore(host, port, None, True, limit, wait_for_workers=False, master_listen_fd=fd)
-        world = PrefixStore(f"world {token}", tcp)
+        world = PrefixStore(f"world {world_name(token)}", tcp)
         world.set("hello", "moe-serve")
         return world, port
     try:
@@ -45,7 +47,7 @@ def open_store(
         raise RankTimeout(
             f"cannot reach rank 0's store at {host}:{port} within {timeout_seconds:g} s: {first_line(error)}"
         ) from error
-    world = PrefixStore(f"world {token}", tcp)
+    world = PrefixStore(f"world {world_name(token)}", tcp)
     try:
         world.wait(["hello"], timedelta(seconds=min(HELLO_SECONDS, timeout_seconds)))
     except RuntimeError as error:

@@ -12,7 +12,9 @@ import os
 import socket
 import sys
 import threading
+from dataclasses import replace
 
+import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -22,6 +24,7 @@ from moe_serve.base.errors import ConfigError, EngineError, MoEServeError, RankT
 from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import Hello, Stop, ToMember
 from moe_serve.base.progress import Progress
+from moe_serve.base.sockets import prepare
 from moe_serve.base.topology import Topology
 from moe_serve.worker import wire
 from moe_serve.worker.worker import Worker
@@ -39,9 +42,9 @@ class EngineLine:
 
     def __init__(self, invitation: wire.Invitation) -> None:
         self._invitation = invitation
-        self._orders = wire.prepare(zmq.Context().socket(zmq.DEALER))
+        self._orders = prepare(zmq.Context().socket(zmq.DEALER), invitation.token, listens=False)
         # A context of its own, so that flush() waits for these messages and for nothing else.
-        self._answers = wire.prepare(zmq.Context().socket(zmq.PUSH))
+        self._answers = prepare(zmq.Context().socket(zmq.PUSH), invitation.token, listens=False)
         self._monitor = self._orders.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
 
     def join(self) -> wire.Joined:
@@ -52,7 +55,7 @@ class EngineLine:
         if not self._monitor.poll(int(invitation.connect_seconds * 1000)):
             raise RankTimeout(f"{where} could not be reached within {invitation.connect_seconds:g} s")
         recv_monitor_message(self._monitor)
-        hello = wire.Join(token=invitation.token, worker=invitation.worker, pid=os.getpid(), host=socket.gethostname())
+        hello = wire.Join(worker=invitation.worker, pid=os.getpid(), host=socket.gethostname())
         self._orders.send(wire.encode(hello))
         self._await_answer(where)
         answer = self.receive()
@@ -62,7 +65,7 @@ class EngineLine:
             raise EngineError(f"{where} answered a hello with {type(answer).__name__}")
         host, _, _ = invitation.address.rpartition(":")
         self._answers.connect(f"{host}:{answer.replies}")
-        return answer
+        return msgspec.structs.replace(answer, meeting=replace(answer.meeting, token=invitation.token))
 
     def _await_answer(self, where: str) -> None:
         poller = zmq.Poller()
@@ -82,8 +85,7 @@ class EngineLine:
         return wire.decode_to_worker.decode(self._orders.recv())
 
     def answer(self, number: int, reply: Reply) -> None:
-        invitation = self._invitation
-        told = wire.WorkerReply(token=invitation.token, worker=invitation.worker, number=number, reply=reply)
+        told = wire.WorkerReply(worker=self._invitation.worker, number=number, reply=reply)
         self._answers.send(wire.encode(told))
 
     def flush(self) -> None:
@@ -127,7 +129,6 @@ class WorkerProcess:
     def _join_world(self, joined: wire.Joined) -> Link:
         meeting = joined.meeting
         hello = Hello(
-            token=meeting.token,
             role="worker",
             dp=meeting.dp_rank,
             worker=self._worker,
@@ -138,6 +139,7 @@ class WorkerProcess:
             meeting.coordinator_host,
             meeting.coordinator_port,
             hello,
+            token=meeting.token,
             on_message=self._hear,
             on_lost=lambda why: self._end(1, why),
             progress=self._progress,

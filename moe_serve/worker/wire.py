@@ -1,7 +1,8 @@
 """What an engine and its workers say to each other around the commands. msgspec, no torch.
 
 A worker is told where its engine is (Invitation), says who it is (Join), and is told everything else (Joined).
-Commands then come on the same socket, numbered; replies go to a second one, each opened by the world's token.
+Commands then come on the same socket, numbered; replies go to a second one. Both know their peers by the world's token
+(base/sockets.py), which is in the invitation and travels no further.
 """
 
 from __future__ import annotations
@@ -10,18 +11,13 @@ import os
 from collections.abc import Mapping
 
 import msgspec
-import zmq
 
 from moe_serve.base.commands import Command, Meeting, Reply
 from moe_serve.world.member import thread_environment
 
 ENVIRONMENT = "MOE_SERVE_WORKER"
-SILENCE_MILLISECONDS = 10_000
-"""A peer whose host has vanished without a word is given up after this long."""
-BEAT_MILLISECONDS = 1_000
 MAX_JOIN_BYTES = 1 << 16
 MAX_REPLY_BYTES = 1 << 30
-"""Nobody who has not shown the token may make the engine hold more than this."""
 
 
 class Invitation(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,14 +44,16 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
 class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
     """A worker's first word."""
 
-    token: str
     worker: int
     pid: int
     host: str
 
 
 class Joined(msgspec.Struct, frozen=True, kw_only=True, tag="joined"):
-    """You are in. `config` is Config.to_json(); `replies` the port on the engine's address that takes replies."""
+    """You are in. `config` is Config.to_json(); `replies` the port on the engine's address that takes replies.
+
+    `meeting` without its token, which the worker has.
+    """
 
     config: str
     meeting: Meeting
@@ -82,21 +80,9 @@ class End(msgspec.Struct, frozen=True, tag="end"):
 class WorkerReply(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's reply to order `number`."""
 
-    token: str
     worker: int
     number: int
     reply: Reply
-
-
-def prepare(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
-    """Notice a vanished peer, queue without limit (steps are answered one by one), never wait when closed."""
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.setsockopt(zmq.IPV6, 1)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, BEAT_MILLISECONDS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MILLISECONDS)
-    return socket
 
 
 ToWorker = Joined | Rejected | Order | End

@@ -12,21 +12,32 @@ import msgspec
 
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import FromMember, Stop
+from moe_serve.base.quiet import QuietLog
+from moe_serve.base.secret import new_nonce
 from moe_serve.world.fleet import Fleet, Send
-from moe_serve.world.link import HEADER, MAX_FRAME, frame
+from moe_serve.world.handshake import ANSWER_BYTES, REFUSAL, judge_answer
+from moe_serve.world.link import HEADER, MAX_FRAME, PROOF_SECONDS, frame
 
 TICK_SECONDS = 0.5
 BIND_TRIES = 5
 HELLO_SECONDS = 10.0
+MAX_STRANGERS = 256
+"""A world of thousands comes in waves of these; those dropped at the door try again."""
 log = logging.getLogger(__name__)
 _from_member: msgspec.msgpack.Decoder[FromMember] = msgspec.msgpack.Decoder(FromMember)
 
 
 class Coordinator:
-    """`start()`, then wait on `ready` and `ended`. All methods belong to one event loop."""
+    """`start()`, then wait on `ready` and `ended`. All methods belong to one event loop.
 
-    def __init__(self, fleet: Fleet) -> None:
+    Who does not know the `token` is not listened to; so many of them at once, and no more, are asked for it.
+    """
+
+    def __init__(self, fleet: Fleet, *, token: str) -> None:
         self.fleet = fleet
+        self._token = token
+        self._strangers = 0
+        self._quiet = QuietLog(log, time.monotonic)
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
         self._writers: dict[int, asyncio.StreamWriter] = {}
@@ -75,6 +86,13 @@ class Coordinator:
             self._send(self.fleet.tick(time.monotonic()))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            known = await self._meet(reader, writer)
+        except asyncio.CancelledError:
+            return
+        if not known:
+            writer.close()
+            return
         member = next(self._ids)
         self._writers[member] = writer
         try:
@@ -92,6 +110,26 @@ class Coordinator:
             self._writers.pop(member, None)
             self._send(self.fleet.lost(member, time.monotonic()))
             writer.close()
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Whether somebody who connected knows the token; strangers are dropped without a word of theirs read."""
+        if self._strangers >= MAX_STRANGERS:
+            self._quiet.warning("dropped a connection: %d others have not said who they are", self._strangers)
+            return False
+        self._strangers += 1
+        nonce = new_nonce()
+        try:
+            writer.write(nonce)
+            async with asyncio.timeout(PROOF_SECONDS):
+                verdict = judge_answer(self._token, nonce, await reader.readexactly(ANSWER_BYTES))
+            writer.write(verdict)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            verdict = REFUSAL
+        finally:
+            self._strangers -= 1
+        if verdict == REFUSAL:
+            self._quiet.warning("dropped %s, who does not know this world's token", writer.get_extra_info("peername"))
+        return verdict != REFUSAL
 
     def _send(self, sends: list[Send]) -> None:
         for send in sends:

@@ -6,7 +6,6 @@ the world is over: every member is told to stop, and the first reason stays.
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -66,7 +65,6 @@ class Fleet:
     `welcomed` are all that ever joined, by host and process id.
     """
 
-    token: str
     topology: Topology
     agreement: Mapping[str, str]
     has_workers: bool
@@ -88,7 +86,7 @@ class Fleet:
     _log: list[str] = field(default_factory=list)
 
     def hear(self, member: int, message: FromMember, now: float) -> list[Send]:
-        """A record from a connection; the first one of each must be a Hello with the world's token."""
+        """A record from a connection; from somebody who knows the world's token; the first must be a Hello."""
         self._pass_time(now)
         if isinstance(message, Hello):
             return self._hello(member, message, now)
@@ -210,7 +208,7 @@ class Fleet:
         return WorldView(
             generation=self.generation,
             engines=self.topology.dp,
-            frontends=[FrontendAt(hello.address, hello.serves) for hello in hellos],
+            frontends=[FrontendAt(hello.address, hello.serves, hello.essential) for hello in hellos],
             placement=self.placement,
         )
 
@@ -239,8 +237,6 @@ class Fleet:
         return [member for member, known in self.members.items() if known.hello.role == role]
 
     def _hello(self, member: int, hello: Hello, now: float) -> list[Send]:
-        if not hmac.compare_digest(hello.token.encode(), self.token.encode()):
-            return [Send(member, Refused("this token belongs to another world"), close=True)]
         newcomer = Member(hello, self.topology, heard=now, since=now)
         if self.ended is not None:
             return [Send(member, Refused(f"this world has ended: {self.ended.reason}"), close=True)]

@@ -2,7 +2,8 @@
 
 A closed connection is the sign of death on both sides: the kernel closes it the moment a process is gone. Silence
 is the sign of a stopped one: beats are acknowledged, and whoever hears nothing for `patience` seconds gives up.
-Frames are a four-byte big-endian length and msgpack of a record from base.messages.
+First both prove that they know the world's token (handshake.py). Then come frames: a four-byte big-endian length and
+msgpack of a record from base.messages.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import msgspec
 from moe_serve.base.errors import ConfigError, RankTimeout
 from moe_serve.base.messages import Ack, FromMember, Heartbeat, Hello, Leaving, Refused, ToMember, Welcome
 from moe_serve.base.progress import Progress
+from moe_serve.base.secret import NONCE_BYTES, PROOF_BYTES
+from moe_serve.world.handshake import answer_challenge, is_coordinator
 
 MAX_FRAME = 1 << 26
 HEADER = struct.Struct(">I")
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 8.0
+PROOF_SECONDS = 5.0
 
 _encoder = msgspec.msgpack.Encoder()
 _to_member: msgspec.msgpack.Decoder[ToMember] = msgspec.msgpack.Decoder(ToMember)
@@ -48,6 +52,7 @@ class Link:
         port: int,
         hello: Hello,
         *,
+        token: str,
         on_message: Callable[[ToMember], None],
         on_lost: Callable[[str], None],
         progress: Progress,
@@ -59,7 +64,7 @@ class Link:
         self._progress = progress
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._socket = _connect(host, port, connect_seconds, self._where)
+        self._socket = _meet(host, port, token, connect_seconds, self._where)
         self._socket.settimeout(PATIENCE_SECONDS)
         self.send(hello)
         first = self._first_answer()
@@ -126,18 +131,36 @@ class Link:
                 self._socket.close()
 
 
-def _connect(host: str, port: int, seconds: float, where: str) -> socket.socket:
+def _meet(host: str, port: int, token: str, seconds: float, where: str) -> socket.socket:
+    """A connection whose both ends know the token. Tried again for so long: a crowd at the door may push us out."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             made = socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic()))
         except OSError as error:
-            if time.monotonic() + 0.2 > deadline:
-                raise RankTimeout(f"{where} could not be reached within {seconds:g} s: {error}") from error
-            time.sleep(0.2)
+            problem: Exception = error
         else:
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return made
+            try:
+                return _prove(made, token, where)
+            except (OSError, EOFError) as error:
+                problem = error
+                made.close()
+        if time.monotonic() + 0.2 > deadline:
+            raise RankTimeout(f"{where} could not be reached within {seconds:g} s: {problem}") from problem
+        time.sleep(0.2)
+
+
+def _prove(made: socket.socket, token: str, where: str) -> socket.socket:
+    """Show that this process knows the token, and see that the other does; ConfigError if not."""
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    made.settimeout(PROOF_SECONDS)
+    nonce = _exactly(made, NONCE_BYTES)
+    answer = answer_challenge(token, nonce)
+    made.sendall(answer)
+    if not is_coordinator(token, nonce, answer, _exactly(made, PROOF_BYTES)):
+        made.close()
+        raise ConfigError(f"{where} belongs to another world: this token is not its own")
+    return made
 
 
 def _exactly(source: socket.socket, count: int) -> bytes:

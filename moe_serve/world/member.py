@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -48,15 +48,15 @@ class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
         return Config.model_validate_json(self.config)
 
 
-def started_with(*parts: str) -> list[int]:
-    """Process ids of this machine, but for this one, whose MemberSpec contains all `parts`: a world's token, a node.
+def started(matches: Callable[[MemberSpec], bool]) -> list[int]:
+    """Process ids of this machine, but for this one, that were told such a MemberSpec.
 
     Told by the environment, which children of a member inherit: whatever a number was reused for is left alone.
     """
     return [
         int(folder.name)
         for folder in Path("/proc").glob("[0-9]*")
-        if int(folder.name) != os.getpid() and _has(_member_spec(folder), parts)
+        if int(folder.name) != os.getpid() and (spec := _member_spec(folder)) is not None and matches(spec)
     ]
 
 
@@ -67,18 +67,18 @@ def end_all(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _has(spec: str, parts: Iterable[str]) -> bool:
-    return all(part in spec for part in parts)
-
-
-def _member_spec(folder: Path) -> str:
-    """The MemberSpec in the environment of a process, given by its folder in /proc; "" if there is none."""
+def _member_spec(folder: Path) -> MemberSpec | None:
+    """The MemberSpec in the environment of a process, given by its folder in /proc; None if there is none."""
     try:
         environment = (folder / "environ").read_bytes()
     except OSError:  # gone meanwhile, or somebody else's
-        return ""
+        return None
     start = f"{ENVIRONMENT}=".encode()
-    return next((entry.decode() for entry in environment.split(b"\0") if entry.startswith(start)), "")
+    told = next((entry for entry in environment.split(b"\0") if entry.startswith(start)), None)
+    try:
+        return None if told is None else msgspec.json.decode(told.removeprefix(start), type=MemberSpec)
+    except msgspec.MsgspecError:  # of another version of this package
+        return None
 
 
 def thread_environment(threads: int) -> dict[str, str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moe_serve.base.secret import TOKEN_ENVIRONMENT
 from moe_serve.cli.random_model import make_model
-from moe_serve.launch.node import TOKEN_ENVIRONMENT
 from tests.support.server import COMMAND
 
 WAIT_SECONDS = 15.0

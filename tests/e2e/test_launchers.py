@@ -22,7 +22,7 @@ from moe_serve.base.messages import Stop
 from moe_serve.cli.random_model import make_model
 from moe_serve.launch.node import Node, NodePart
 from moe_serve.launch.resolve import resolve
-from moe_serve.world.member import ENVIRONMENT, MemberSpec, started_with
+from moe_serve.world.member import ENVIRONMENT, MemberSpec, started
 from tests.support import second_launcher
 
 pytestmark = [pytest.mark.ranks]
@@ -74,11 +74,15 @@ def complete(address: str, rank: int) -> httpx.Response:
     return httpx.post(f"http://{address}/v1/completions", json=BODY, headers=headers, timeout=30)
 
 
-def find_member(token: str, module: str, told: str) -> psutil.Process:
+def find_member(token: str, module: str, **told: object) -> psutil.Process:
     """The process of this world that runs `module` and was told so, once there is one."""
+
+    def matches(spec: MemberSpec) -> bool:
+        return spec.token == token and all(getattr(spec, name) == value for name, value in told.items())
+
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
-        for pid in started_with(token, told):
+        for pid in started(matches):
             process = psutil.Process(pid)
             if f"moe_serve.{module}" in process.cmdline():
                 return process
@@ -124,7 +128,7 @@ def world(folders: list[Path]) -> Iterator[tuple[FirstLauncher, str]]:
         code = end(second)
         first.close()
     assert code == 0
-    assert started_with(first.token) == []
+    assert started(lambda spec: spec.token == first.token) == []
 
 
 def end(launcher: subprocess.Popen[bytes]) -> int | None:
@@ -137,8 +141,8 @@ def end(launcher: subprocess.Popen[bytes]) -> int | None:
 
 def test_two_launchers_form_one_world_that_answers_on_every_rank(world: tuple[FirstLauncher, str]) -> None:
     first, address = world
-    engines = [find_member(first.token, "engine.process", f'"dp":{dp},') for dp in (0, 1)]
-    server = find_member(first.token, "api.server", '"dp":-1,')
+    engines = [find_member(first.token, "engine.process", dp=dp) for dp in (0, 1)]
+    server = find_member(first.token, "api.server", dp=-1)
     assert node_of(engines[0]) == node_of(server) != node_of(engines[1])
     answers = [complete(address, rank) for rank in (0, 1)]
     assert [answer.status_code for answer in answers] == [200, 200], [answer.text for answer in answers]
@@ -152,7 +156,7 @@ def test_a_front_end_of_one_rank_serves_it_and_may_be_killed(
     part = NodePart(dp_ranks=(), joins=(first.node.host, first.node.port), serves=[1])
     launcher = second_launcher.start(config_for(folders[1]), first.token, part)
     try:
-        front_end = find_member(first.token, "api.server", '"serves":[1]')
+        front_end = find_member(first.token, "api.server", serves=[1])
         own = wait_for_address(front_end)
         assert complete(own, 1).status_code == 200
         refused = complete(own, 0)

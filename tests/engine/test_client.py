@@ -15,9 +15,10 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, RequestError
 from moe_serve.base.messages import Abort, EngineHello, Events, Generate, LoadReport, ToEngine, TokenEvent, WorldView
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.base.sockets import prepare
 from moe_serve.engine.client import EngineClient
 
-TOKEN = "secret"
+TOKEN = "token of a test world"
 WAIT_SECONDS = 10.0
 
 
@@ -26,14 +27,14 @@ class SocketEngine:
 
     def __init__(self, context: zmq.asyncio.Context, address: str, dp: int) -> None:
         self._dp = dp
-        self.socket = context.socket(zmq.DEALER)
+        self.socket = prepare(context.socket(zmq.DEALER), TOKEN, listens=False)
         self.socket.connect(address)
 
     async def say(self, message: EngineHello | Events) -> None:
         await self.socket.send(msgspec.msgpack.encode(message))
 
     async def hello(self) -> None:
-        await self.say(EngineHello(token=TOKEN, dp=self._dp, num_blocks=8, block_size=4, max_model_len=32))
+        await self.say(EngineHello(dp=self._dp, num_blocks=8, block_size=4, max_model_len=32))
 
     async def answer(self, event: TokenEvent) -> None:
         await self.say(Events(self._dp, [event], LoadReport()))

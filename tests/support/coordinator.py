@@ -18,19 +18,22 @@ from moe_serve.world.link import Link
 
 HOST = "127.0.0.1"
 CALL_SECONDS = 5.0
+TOKEN = "token of a test world"
 
 
 class RunningCoordinator:
     """Of a world without worker processes. `close()` it in the end."""
 
-    def __init__(self, topology: Topology, agreement: Mapping[str, str], *, token: str = "t") -> None:
+    def __init__(
+        self, topology: Topology, agreement: Mapping[str, str], *, token: str = "token of a test world"
+    ) -> None:
         self.token = token
         self._agreement = dict(agreement)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        fleet = Fleet(token=token, topology=topology, agreement=agreement, has_workers=False, step_timeout_seconds=60)
-        self.coordinator = Coordinator(fleet)
+        fleet = Fleet(topology=topology, agreement=agreement, has_workers=False, step_timeout_seconds=60)
+        self.coordinator = Coordinator(fleet, token=token)
         self.port: int = asyncio.run_coroutine_threadsafe(self.coordinator.start(HOST, 0), self._loop).result(
             CALL_SECONDS
         )
@@ -42,7 +45,6 @@ class RunningCoordinator:
         heard: queue.Queue[ToMember] = queue.Queue()
         lost: queue.Queue[str] = queue.Queue()
         hello = Hello(
-            token=token or self.token,
             role="engine",
             dp=dp,
             pid=os.getpid(),
@@ -50,7 +52,14 @@ class RunningCoordinator:
             agreement=dict(agreement or self._agreement),
         )
         link = Link(
-            HOST, self.port, hello, on_message=heard.put, on_lost=lost.put, progress=Progress(), connect_seconds=2
+            HOST,
+            self.port,
+            hello,
+            token=token or self.token,
+            on_message=heard.put,
+            on_lost=lost.put,
+            progress=Progress(),
+            connect_seconds=2,
         )
         return link, heard, lost
 

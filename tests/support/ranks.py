@@ -21,7 +21,7 @@ from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.parallel.store import open_store
 
 HOST = "127.0.0.1"
-TOKEN = "test-world"
+TOKEN = "token of a test world"
 GRACE_SECONDS = 3.0
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import psutil
 
-from moe_serve.launch.node import TOKEN_ENVIRONMENT
+from moe_serve.base.secret import TOKEN_ENVIRONMENT
 
 READY_SECONDS = 90.0
 END_SECONDS = 20.0

@@ -14,7 +14,7 @@ from moe_serve.world.coordinator import Coordinator
 from moe_serve.world.fleet import Fleet
 
 HOST = "127.0.0.1"
-TOKEN = "test-world"
+TOKEN = "token of a test world"
 START_SECONDS = 10.0
 
 
@@ -22,8 +22,8 @@ class World:
     """Use as a context manager; `meeting` is what an executor is told."""
 
     def __init__(self, topology: Topology) -> None:
-        fleet = Fleet(token=TOKEN, topology=topology, agreement={}, has_workers=True, step_timeout_seconds=3600)
-        self._coordinator = Coordinator(fleet)
+        fleet = Fleet(topology=topology, agreement={}, has_workers=True, step_timeout_seconds=3600)
+        self._coordinator = Coordinator(fleet, token=TOKEN)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._store: object = None

@@ -92,12 +92,13 @@ def test_nobody_there_is_said_with_the_address() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    hello = Hello(token="t", role="engine", dp=0, pid=1, host="x")
+    hello = Hello(role="engine", dp=0, pid=1, host="x")
     with pytest.raises(RankTimeout, match=f"127.0.0.1:{port}"):
         Link(
             "127.0.0.1",
             port,
             hello,
+            token="token of a test world",
             on_message=print,
             on_lost=print,
             progress=Progress(),
@@ -107,7 +108,7 @@ def test_nobody_there_is_said_with_the_address() -> None:
 
 def test_a_taken_port_is_a_clear_error(running: RunningCoordinator) -> None:
     async def start_another() -> None:
-        await Coordinator(running.coordinator.fleet).start("127.0.0.1", running.port)
+        await Coordinator(running.coordinator.fleet, token=running.token).start("127.0.0.1", running.port)
 
     with pytest.raises(ConfigError, match=f"127.0.0.1:{running.port}"):
         asyncio.run(start_another())

@@ -37,7 +37,6 @@ AGREEMENT = Config().agreement()
 
 def make_fleet(*, dp: int = 2, pp: int = 1, tp: int = 1, step_timeout: float = 60) -> Fleet:
     return Fleet(
-        token="secret",
         topology=Topology(dp=dp, pp=pp, tp=tp),
         agreement=AGREEMENT,
         has_workers=pp * tp > 1,
@@ -46,15 +45,15 @@ def make_fleet(*, dp: int = 2, pp: int = 1, tp: int = 1, step_timeout: float = 6
 
 
 def engine(dp: int, **changes: object) -> Hello:
-    values: dict[str, object] = {"token": "secret", "role": "engine", "dp": dp, "pid": 100 + dp, "host": "here"}
+    values: dict[str, object] = {"role": "engine", "dp": dp, "pid": 100 + dp, "host": "here"}
     return Hello(**(values | {"agreement": AGREEMENT} | changes))  # type: ignore[arg-type]
 
 
 def worker(index: int) -> Hello:
-    return Hello(token="secret", role="worker", dp=0, worker=index, pid=200 + index, host="here")
+    return Hello(role="worker", dp=0, worker=index, pid=200 + index, host="here")
 
 
-API = Hello(token="secret", role="api", pid=99, host="here", address="tcp://here:1", agreement=AGREEMENT)
+API = Hello(role="api", pid=99, host="here", address="tcp://here:1", agreement=AGREEMENT)
 
 
 def formed(fleet: Fleet, now: float = 0.0) -> Fleet:
@@ -76,15 +75,15 @@ def answers(sends: list[Send], member: int) -> list[object]:
     return [send.message for send in sends if send.member == member]
 
 
-def test_a_member_with_the_token_is_welcome_and_its_beats_are_acknowledged() -> None:
+def test_a_member_is_welcome_and_its_beats_are_acknowledged() -> None:
     fleet = make_fleet()
     assert answers(fleet.hear(0, engine(0), 0), 0) == [Welcome(WorldView(engines=2))]
     assert answers(fleet.hear(0, Heartbeat(step=0, phase="x", seconds=0), 1), 0) == [Ack()]
 
 
-def test_a_stranger_is_refused_and_disturbs_nobody() -> None:
+def test_who_says_no_hello_is_refused_and_disturbs_nobody() -> None:
     fleet = formed(make_fleet())
-    for message in (engine(0, token="guess"), Heartbeat(step=1, phase="", seconds=0), Wake(1), Ready()):
+    for message in (Heartbeat(step=1, phase="", seconds=0), Wake(1), Ready()):
         sends = fleet.hear(77, message, 1)
         assert [type(send.message) for send in sends] == [Refused]
         assert sends[0].close
@@ -113,7 +112,7 @@ def test_other_options_end_a_forming_world_and_name_rank_and_field() -> None:
 
 def test_other_options_of_a_late_stranger_do_not_end_a_ready_world() -> None:
     fleet = formed(make_fleet())
-    sends = fleet.hear(60, Hello(token="secret", role="api", pid=1, host="x", agreement={"block_size": "1"}), 1)
+    sends = fleet.hear(60, Hello(role="api", pid=1, host="x", agreement={"block_size": "1"}), 1)
     assert isinstance(sends[0].message, Refused)
     assert fleet.ended is None
 
@@ -358,7 +357,6 @@ def test_an_engine_that_is_ready_says_how_large_an_expert_is_to_whoever_balances
 # --- members that may go, and generations ----------------------------------------------------------------------------
 
 GUEST = Hello(
-    token="secret",
     role="api",
     pid=98,
     host="there",

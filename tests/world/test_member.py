@@ -12,7 +12,7 @@ import pytest
 
 from moe_serve.base.config import Config
 from moe_serve.base.site import Site
-from moe_serve.world.member import ENVIRONMENT, MemberSpec, end_all, started_with, threads_per_rank
+from moe_serve.world.member import ENVIRONMENT, MemberSpec, end_all, started, threads_per_rank
 
 Start = Callable[[dict[str, str]], subprocess.Popen[bytes]]
 
@@ -47,15 +47,20 @@ def test_a_spec_arrives_through_the_environment(monkeypatch: pytest.MonkeyPatch)
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
-def test_processes_of_a_world_are_found_by_its_token_and_members_by_all_they_were_told(start: Start) -> None:
+def of(token: str) -> list[int]:
+    return started(lambda told: told.token == token)
+
+
+def test_processes_of_a_world_are_found_by_its_whole_token_and_members_by_all_they_were_told(start: Start) -> None:
     first, second = spec("token-of-one", 0), spec("token-of-one", 1)
     members = [start(first.to_environment()), start(second.to_environment())]
     start(spec("token-of-another").to_environment())
-    start({**os.environ, "SOME_OTHER_VARIABLE": "token-of-one"})
-    wait_until(lambda: len(started_with("token-of-one")) >= 2)
-    assert sorted(started_with("token-of-one")) == sorted(member.pid for member in members)
-    assert started_with(second.to_environment()[ENVIRONMENT]) == [members[1].pid]
-    assert started_with("token-of-nobody") == []
+    start(spec("token-of-one-more").to_environment())
+    start({**os.environ, "SOME_OTHER_VARIABLE": "token-of-one", ENVIRONMENT: "nothing that can be read"})
+    wait_until(lambda: len(of("token-of-one")) >= 2 and len(of("token-of-one-more")) == 1)
+    assert sorted(of("token-of-one")) == sorted(member.pid for member in members)
+    assert started(lambda told: told == second) == [members[1].pid]
+    assert of("token-of") == of("dev") == []
 
 
 def test_this_process_is_never_among_them() -> None:
@@ -63,7 +68,7 @@ def test_this_process_is_never_among_them() -> None:
         [
             sys.executable,
             "-c",
-            "from moe_serve.world.member import started_with; print(started_with('token-of-mine'))",
+            "from moe_serve.world.member import started; print(started(lambda told: told.token == 'token-of-mine'))",
         ],
         env=spec("token-of-mine").to_environment(),
         capture_output=True,
