@@ -16,7 +16,7 @@ from torch.distributed import AllreduceOptions, BroadcastOptions, ReduceOp, Work
 
 from moe_serve.base.errors import EngineError, RankTimeout
 from moe_serve.parallel.pending import Pending
-from moe_serve.parallel.stateless import ProcessGroup
+from moe_serve.parallel.process_groups import ProcessGroup
 
 Value = TypeVar("Value")
 

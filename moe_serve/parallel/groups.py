@@ -10,7 +10,7 @@ import torch
 
 from moe_serve.base.topology import Topology
 from moe_serve.parallel.collectives import Group, alone
-from moe_serve.parallel.stateless import join_process_group
+from moe_serve.parallel.process_groups import join_process_group
 from moe_serve.parallel.store import Store, local_address, open_store
 
 CPU = torch.device("cpu")

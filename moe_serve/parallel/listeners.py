@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import stat
 import struct
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 SO_ATTACH_FILTER = 26
 RETURN_NOTHING = struct.pack("=HBBI", 0x06, 0, 0, 0)
@@ -20,16 +20,9 @@ RETURN_NOTHING = struct.pack("=HBBI", 0x06, 0, 0, 0)
 
 def listeners() -> set[int]:
     """Descriptors of this process that listen for TCP connections."""
-    found = set()
-    for entry in Path("/proc/self/fd").glob("*") if sys.platform == "linux" else ():
-        try:
-            copy = socket.socket(fileno=os.dup(int(entry.name)))
-        except OSError:  # closed meanwhile, or no socket
-            continue
-        with copy:
-            if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getsockopt(socket.SOL_SOCKET, _ACCEPTS):
-                found.add(int(entry.name))
-    return found
+    if sys.platform != "linux":
+        return set()
+    return {descriptor for descriptor in map(int, os.listdir("/proc/self/fd")) if _listens(descriptor)}
 
 
 def deafen(descriptors: Iterable[int]) -> None:
@@ -41,4 +34,12 @@ def deafen(descriptors: Iterable[int]) -> None:
             copy.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, described)
 
 
-_ACCEPTS = getattr(socket, "SO_ACCEPTCONN", 30)
+def _listens(descriptor: int) -> bool:
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return False
+        with socket.socket(fileno=os.dup(descriptor)) as copy:
+            is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
+            return is_tcp and copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+    except OSError:  # closed meanwhile
+        return False

@@ -20,13 +20,8 @@ from torch.distributed import PrefixStore, TCPStore
 
 from moe_serve.base.errors import ConfigError, EngineError, RankTimeout
 from moe_serve.parallel.collectives import Group
-from moe_serve.parallel.stateless import (
-    ObjectGroup,
-    decode,
-    encode,
-    init_process_group,
-    split_tensor_along_last_dim,
-)
+from moe_serve.parallel.process_groups import init_process_group
+from moe_serve.parallel.stateless import ObjectGroup, decode, encode, split_tensor_along_last_dim
 from moe_serve.parallel.store import open_store
 from tests.support.ranks import Ranks, Seat
 

@@ -365,7 +365,7 @@ GUEST = Hello(
     essential=False,
     serves=[1],
 )
-BOTH = WorldView(engines=2, frontends=[FrontendAt("tcp://here:1"), FrontendAt("tcp://there:2", [1])])
+BOTH = WorldView(engines=2, frontends=[FrontendAt("tcp://here:1"), FrontendAt("tcp://there:2", [1], essential=False)])
 ALONE = WorldView(engines=2, frontends=[FrontendAt("tcp://here:1")])
 
 
