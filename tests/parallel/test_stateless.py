@@ -283,6 +283,7 @@ def test_a_process_of_another_world_is_refused_and_sees_nothing() -> None:
         open_store(HOST, port, is_master=False, token="theirs", timeout_seconds=1)
     bare = TCPStore(HOST, port, None, False, timedelta(seconds=2), wait_for_workers=False)
     assert not bare.check(["secret"])
+    assert not any("ours" in key for key in bare.list_keys())
     inside, _ = open_store(HOST, port, is_master=False, token="ours")
     assert inside.get("secret") == b"1"
 
