@@ -1,0 +1,31 @@
+"""Bytes that are too many to be copied or sent at once: a record that was encoded elsewhere, in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PIECE_BYTES = 1 << 18
+"""Copied in well under a millisecond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Its bytes are those of the pieces, one after the other."""
+
+    pieces: tuple[bytes | memoryview, ...]
+
+    @classmethod
+    def of(cls, body: bytes) -> Parcel:
+        """Views of `body`, none of them large."""
+        return cls(tuple(memoryview(body)[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES)))
+
+    def __len__(self) -> int:
+        return sum(len(piece) for piece in self.pieces)
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        return iter(self.pieces)
+
+    def join(self) -> bytes:
+        """All of it, copied at once."""
+        return b"".join(self.pieces)
