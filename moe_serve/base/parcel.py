@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PIECE_BYTES = 1 << 18
 """Copied in well under a millisecond."""
@@ -14,6 +14,10 @@ class Parcel:
     """Its bytes are those of the pieces, one after the other."""
 
     pieces: tuple[bytes | memoryview, ...]
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", sum(len(piece) for piece in self.pieces))
 
     @classmethod
     def of(cls, body: bytes) -> Parcel:
@@ -21,7 +25,7 @@ class Parcel:
         return cls(tuple(memoryview(body)[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES)))
 
     def __len__(self) -> int:
-        return sum(len(piece) for piece in self.pieces)
+        return self.size
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         return iter(self.pieces)

@@ -152,15 +152,15 @@ class Rebalancer:
             self._log.append(f"dropped what came too late: {asked}")
             return []
         result = solved.result
+        reason = result.reason if isinstance(result, Unsolved) else ""
         if isinstance(asked, PlanQuestion):
-            reason = result.reason if isinstance(result, Unsolved) else ""
             return self._weigh(result.proposal, now) if isinstance(result, Planned) else self._no_plan(reason)
         if isinstance(result, Ordered):
             orders = zip(result.engines, solved.bodies, strict=True)
             if self._now is not None:  # no stage is under way when other shares are asked for
                 self._now.chunk = Chunk(asked.epoch, asked.layers, now)
             return [ForEngine(dp, order) for engines, order in orders for dp in engines]
-        return self._no_shares(asked, result.reason if isinstance(result, Unsolved) else "", now)
+        return self._no_shares(asked, reason, now)
 
     def take_questions(self) -> list[Asked]:
         """What is to be worked out, each given once."""
@@ -240,15 +240,12 @@ class Rebalancer:
             self._inquiry.ask(PlanQuestion(number=self.next_number(), situation=self.situation(), policy=self.policy))
 
     def _weigh(self, plan: Proposal, now: float) -> list[ForEngine]:
-        """Rearrange, or say why not."""
         self.last_prediction = plan.balancedness_after
         if self.eplb_config.log_balancedness:
             before, after = plan.balancedness_before, plan.balancedness_after
             self._log.append(f"balancedness {before:.3f}, {after:.3f} if rearranged")
         objection = self.books.objection(plan, self.eplb_config)
-        if objection is not None:
-            return self._skip(*objection)
-        return self.apply(plan, now, why="interval")
+        return self.apply(plan, now, why="interval") if objection is None else self._skip(*objection)
 
     def _no_plan(self, reason: str) -> list[ForEngine]:
         self._log.append(f"no rearrangement: {reason}")

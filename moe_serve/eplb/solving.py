@@ -44,7 +44,7 @@ def solve(question: Question) -> Answer:
                 return answer_request(question, propose)
     except ConfigError as error:
         return Unsolved(str(error)), []
-    except Exception as error:  # the one who asked goes on without
+    except Exception as error:  # noqa: BLE001 (who asked goes on without)
         return Unsolved(f"{type(error).__name__}: {error}"), []
 
 

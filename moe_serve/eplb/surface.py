@@ -23,7 +23,7 @@ BUSY = f"{MAX_WAITING} requests about load balancing wait already; try again lat
 
 
 class BalanceSurface:
-    """`ask()` gives an answer (an HTTP status, a body, orders to carry out), or the question to which it is one.
+    """`ask()` gives an answer (an HTTP status, a body, orders to carry out), or None: then there is a question first.
 
     What came of the question goes to `conclude()`. `rebalancer` None: balancing is off.
     """
@@ -31,8 +31,9 @@ class BalanceSurface:
     def __init__(self, rebalancer: Rebalancer | None) -> None:
         self.rebalancer = rebalancer
         self._waiting: dict[int, RequestQuestion] = {}
+        self._questions: list[RequestQuestion] = []
 
-    def ask(self, member: int, asked: BalanceAsk, *, ready: bool = True) -> Answer | RequestQuestion:
+    def ask(self, member: int, asked: BalanceAsk, *, ready: bool = True) -> Answer | None:
         """`ready`: engines take orders already."""
         if self.rebalancer is None:
             return _refusal(400, OFF)
@@ -52,7 +53,13 @@ class BalanceSurface:
             facts=_facts(rebalancer),
         )
         self._waiting[question.number] = question
-        return question
+        self._questions.append(question)
+        return None
+
+    def take_questions(self) -> list[RequestQuestion]:
+        """What is to be worked out, each given once."""
+        questions, self._questions = self._questions, []
+        return questions
 
     def conclude(self, solved: Solved, now: float) -> tuple[RequestQuestion, Answer]:
         """To whom the answer goes, and the answer: a refusal if what was to be done cannot be done any more."""
