@@ -138,7 +138,7 @@ class Coordinator:
         """A step of the state machine, and what follows. Its own exceptions are nobody else's death."""
         try:
             self._follow(step())
-        except Exception as error:  # our own bug, whatever it is, must be named
+        except Exception as error:  # noqa: BLE001 (our own bug, whatever it is, must be named)
             self._fail(_named(error), error)
 
     def _fail(self, why: str, error: BaseException | None) -> None:

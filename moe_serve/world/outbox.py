@@ -42,7 +42,7 @@ class Outbox:
         return self._waiting > self._limit
 
     def put(self, frame: Parcel, *, urgent: bool = False, close: bool = False) -> None:
-        """One more frame, the last one with `close`. An `urgent` one goes before all that is not begun, which is lost."""
+        """One more frame, the last one with `close`. An `urgent` one replaces all that is not begun."""
         if self._closing or self._writer.is_closing():
             return
         if urgent:

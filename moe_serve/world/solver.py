@@ -35,7 +35,7 @@ class Solver:
         self._busy = False
 
     def ask(self, question: Question, *, alone: bool = False) -> None:
-        """Have a question worked out; with `alone` what is being worked out is given up, as nobody needs it any more."""
+        """Have a question worked out. `alone`: what is being worked out is given up, as nobody needs it any more."""
         if alone and self._busy:
             self._kill()
         self._questions.put_nowait(question)

@@ -1,4 +1,4 @@
-"""How questions and answers travel between a coordinator and its solver: a length, a record, then bodies as they are."""
+"""How questions and answers travel between a coordinator and its solver: a length, a record, then bodies."""
 
 from __future__ import annotations
 
