@@ -33,8 +33,8 @@ class ForEngine:
 class Proposal:
     """A placement and what it is expected to bring. Gain: share of the expert time saved, the move not yet paid.
 
-    It starts from what is served since `epoch`, and is carried out in `chunks` of layers. `moves_of_layers[layer]` slots
-    there get an expert that is new to their rank.
+    It starts from what is served since `epoch`, and is carried out in `chunks` of layers. In a layer,
+    `moves_of_layers[layer]` slots get an expert that is new to their rank.
     """
 
     epoch: int

@@ -65,7 +65,7 @@ def propose(situation: Situation, policy: str) -> Proposal:
         placement = _checked(_load(policy)(problem), situation.served)
     except ConfigError:
         raise
-    except Exception as error:  # a policy may be anybody's
+    except (Exception, SystemExit) as error:  # a policy may be anybody's
         raise ConfigError(f"the policy failed: {type(error).__name__}: {error}") from error
     return predict(situation, placement)
 

@@ -17,7 +17,7 @@ from moe_serve.base.parcel import Parcel
 from moe_serve.eplb.questions import RequestQuestion, Solved
 from moe_serve.world.fleet import Fleet
 from moe_serve.world.link import HEADER, MAX_FRAME, frame
-from moe_serve.world.outbox import Outbox
+from moe_serve.world.outbox import MAX_WAITING_BYTES, Outbox
 from moe_serve.world.parcels import Send
 from moe_serve.world.solver import SOLVE_SECONDS, Solver
 
@@ -37,12 +37,15 @@ class Coordinator:
     other. Every task has an owner: one that ends although nobody asked it to ends the world, and says why.
     """
 
-    def __init__(self, fleet: Fleet, *, solve_seconds: float = SOLVE_SECONDS) -> None:
+    def __init__(
+        self, fleet: Fleet, *, solve_seconds: float = SOLVE_SECONDS, outbox_bytes: int = MAX_WAITING_BYTES
+    ) -> None:
         self.fleet = fleet
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
         self._outboxes: dict[int, Outbox] = {}
         self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._outbox_bytes = outbox_bytes
         self._turns = asyncio.Semaphore(WRITES_PER_TURN)
         self._decisions = Solver(self._hear_solved, limit=solve_seconds)
         self._answers = Solver(self._hear_solved, limit=solve_seconds)
@@ -98,7 +101,7 @@ class Coordinator:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         member = next(self._ids)
-        outbox = Outbox(writer, self._turns)
+        outbox = Outbox(writer, self._turns, limit=self._outbox_bytes)
         self._writers[member], self._outboxes[member] = writer, outbox
         writing = self._own(_write(outbox), f"the writing to member {member}")
         try:
