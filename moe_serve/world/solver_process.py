@@ -28,10 +28,12 @@ def main() -> None:
 
 
 def _read(source: BinaryIO, questions: queue.Queue[Question]) -> None:
-    while header := source.read(HEADER.size):
-        (length,) = HEADER.unpack(header)
-        questions.put(decode_question(source.read(length)))
-    os._exit(0)
+    try:
+        while header := source.read(HEADER.size):
+            (length,) = HEADER.unpack(header)
+            questions.put(decode_question(source.read(length)))
+    finally:
+        os._exit(0)
 
 
 def _answer(question: Question, target: BinaryIO) -> None:
