@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from typing import BinaryIO
 
 from moe_serve.eplb.questions import Question
@@ -32,8 +33,10 @@ def _read(source: BinaryIO, questions: queue.Queue[Question]) -> None:
         while header := source.read(HEADER.size):
             (length,) = HEADER.unpack(header)
             questions.put(decode_question(source.read(length)))
-    finally:
-        os._exit(0)
+    except BaseException:  # noqa: BLE001 (a thread that ends alone would leave its parent waiting)
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 def _answer(question: Question, target: BinaryIO) -> None:

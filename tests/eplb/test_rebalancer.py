@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.messages import Record, StageReport
+from moe_serve.base.messages import Record, StageReport, StepLoad
 from moe_serve.eplb.books import MAX_HISTORY
 from moe_serve.eplb.placement import Placement, initial_placement, moves
 from moe_serve.eplb.policies.base import Problem
 from moe_serve.eplb.policies.shuffle import shuffle
 from moe_serve.eplb.policies.static import static
 from moe_serve.eplb.policies.sticky import sticky
+from moe_serve.eplb.questions import PlanQuestion, Question, SharesQuestion, Solved, Unsolved
 from moe_serve.eplb.rearrangement import MAX_CHUNK_BYTES, chunks_of
 from moe_serve.eplb.rebalancer import ROLLBACK, SHARE_REFRESH_STEPS, STAGE_SECONDS, Conflict
 from moe_serve.eplb.shares import layers_of, table_of_rank
@@ -23,9 +24,11 @@ from tests.support.balancing import (
     Balanced,
     answer_all,
     drops,
+    of_all,
     opened,
     shares,
     skewed,
+    solved,
     stages,
 )
 
@@ -376,6 +379,92 @@ def test_history_is_bounded() -> None:
     for _ in range(MAX_HISTORY + 10):
         made.load()
     assert len(made.rebalancer.history) == MAX_HISTORY
+
+
+# --- what is being worked out -----------------------------------------------------------------------------------------
+
+
+def asked_for_a_plan() -> tuple[Balanced, PlanQuestion]:
+    """The interval is over and the question is out."""
+    made = Balanced(step_interval=4)
+    made.rebalancer.hear_load(StepLoad(step=1, steps=1, load=skewed().tobytes()), made.now)
+    (question,) = made.rebalancer.take_questions()
+    assert isinstance(question, PlanQuestion)
+    return made, question
+
+
+def failed(question: Question, reason: str = "no time") -> Solved:
+    return Solved(question.number, 1.0, Unsolved(reason))
+
+
+def test_while_a_plan_is_worked_out_reports_come_in_and_nothing_is_decided_twice() -> None:
+    made, question = asked_for_a_plan()
+    for step in range(2, 2 + 3 * SHARE_REFRESH_STEPS):
+        made.rebalancer.hear_load(StepLoad(step=step, steps=1, load=skewed(step).tobytes()), made.now)
+        assert made.rebalancer.take_questions() == []
+    assert made.rebalancer.window.num_steps == 100
+    assert np.array_equal(question.situation.load_LE, skewed().sum(axis=1)), "what was asked stays as it was"
+    made.rebalancer.hear_solved(solved(question), made.now)
+    (stage,) = made.rebalancer.take_questions()
+    assert isinstance(stage, SharesQuestion)
+    assert stage.stage
+    assert made.rebalancer.in_flight
+
+
+def test_a_plan_that_comes_after_a_manual_order_is_dropped_with_its_reason() -> None:
+    made, question = asked_for_a_plan()
+    made.rebalancer.apply(made.propose(), made.now, why="request")
+    (stage,) = made.rebalancer.take_questions()
+    assert made.rebalancer.totals.skipped == {"late": 1}
+    assert made.rebalancer.hear_solved(solved(question), made.now) == []
+    assert made.rebalancer.take_log() == [
+        "dropped what came too late: a plan: a rearrangement (request) began meanwhile"
+    ]
+    assert made.rebalancer.hear_solved(solved(question), made.now) == [], "once more does no harm"
+    assert "nobody asked for it" in made.rebalancer.take_log()[0]
+    made.finish(stages(of_all(made.rebalancer.hear_solved(solved(stage), made.now))))
+    assert made.rebalancer.totals.rebalances == 1
+
+
+def test_shares_that_come_after_a_rearrangement_has_begun_are_dropped_with_their_reason() -> None:
+    made = Balanced(step_interval=10_000)
+    for step in range(SHARE_REFRESH_STEPS):
+        made.rebalancer.hear_load(StepLoad(step=step, steps=1, load=skewed().tobytes()), made.now)
+    (question,) = made.rebalancer.take_questions()
+    first = made.begin()
+    assert made.rebalancer.hear_solved(solved(question), made.now) == []
+    assert "shares of copies: a rearrangement (request) began meanwhile" in made.rebalancer.take_log()[0]
+    assert made.rebalancer.totals.skipped == {}, "no rearrangement was skipped"
+    made.finish(first)
+
+
+def test_a_plan_for_a_placement_that_is_no_longer_served_is_a_conflict() -> None:
+    made = loaded()
+    old = made.propose()
+    made.finish(made.begin())
+    with pytest.raises(Conflict, match="has changed while this was planned"):
+        made.rebalancer.apply(old, made.now, why="request")
+
+
+def test_shares_that_cannot_be_solved_are_a_skip_and_end_a_rearrangement_where_it_is() -> None:
+    made = loaded(step_interval=10_000, expert_bytes=MAX_CHUNK_BYTES // 2)
+    first = made.begin()
+    for dp in (0, 1):
+        report = StageReport(epoch=first[0].epoch, state="committed")
+        made.rebalancer.hear_stage(dp, report, made.now)
+    middle = made.table
+    (stage,) = made.rebalancer.take_questions()
+    assert made.rebalancer.hear_solved(failed(stage), made.now) == []
+    assert not made.rebalancer.in_flight
+    assert made.table == middle
+    assert made.rebalancer.totals.skipped == {"stage_unsolved": 1}
+    assert "no time" in str(made.rebalancer.history[-1]["failure"])
+    while not (questions := made.rebalancer.take_questions()):
+        made.rebalancer.hear_load(StepLoad(step=made.step, steps=1, load=skewed().tobytes()), made.now)
+    assert made.rebalancer.hear_solved(failed(questions[0]), made.now) == []
+    assert made.rebalancer.totals.skipped == {"stage_unsolved": 1, "shares_failed": 1}
+    assert any("not solved: no time" in line for line in made.rebalancer.take_log())
+    assert made.begin(), "and it can be tried again"
 
 
 # --- shares and recordings -------------------------------------------------------------------------------------------

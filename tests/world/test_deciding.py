@@ -1,4 +1,4 @@
-"""A coordinator whose policy is slow, broken or mad, that has a bug itself, or whose members do not read: real lines."""
+"""A coordinator whose policy is slow or mad, that has a bug itself, or whose members do not read: real lines."""
 
 from __future__ import annotations
 
