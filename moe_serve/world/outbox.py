@@ -54,6 +54,9 @@ class Outbox:
             if close:
                 self._writer.close()
             return
+        if urgent and close and self._writing:
+            self._writer.transport.abort()  # it does not read: a closed line tells it enough
+            return
         self._frames.append(frame)
         self._waiting += len(frame)
         self._wake.set()
