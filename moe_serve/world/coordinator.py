@@ -47,7 +47,7 @@ class Coordinator:
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._outbox_bytes = outbox_bytes
         self._turns = asyncio.Semaphore(WRITES_PER_TURN)
-        self._decisions = Solver(self._hear_solved, limit=solve_seconds)
+        self._decisions = Solver(self._hear_solved, limit=solve_seconds, early=fleet.rebalancer is not None)
         self._answers = Solver(self._hear_solved, limit=solve_seconds)
         self._ids = itertools.count()
         self._server: asyncio.Server | None = None

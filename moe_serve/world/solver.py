@@ -1,7 +1,7 @@
 """Questions of a Rebalancer worked out in a process of their own, so that nothing a policy does stops an event loop.
 
-The process is started for the first question. Whatever happens to it is a reason why a question has no answer; the
-next question gets a new process.
+The process is started for the first question, or before it where that is certain to come. Whatever happens to it is a
+reason why a question has no answer; the next question gets a new process.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ GONE_SECONDS = 1.0
 class Solver:
     """`run()` answers what `ask()` was given, in order; `on_solved` hears every answer in the event loop's thread."""
 
-    def __init__(self, on_solved: Callable[[Solved], None], *, limit: float = SOLVE_SECONDS) -> None:
+    def __init__(
+        self, on_solved: Callable[[Solved], None], *, limit: float = SOLVE_SECONDS, early: bool = False
+    ) -> None:
         self._on_solved = on_solved
         self._limit = limit
+        self._early = early
         self._questions: asyncio.Queue[Question] = asyncio.Queue()
         self._process: asyncio.subprocess.Process | None = None
         self._busy = False
@@ -43,6 +46,9 @@ class Solver:
     async def run(self) -> None:
         """For ever; cancelled, it ends its process."""
         try:
+            if self._early:
+                with contextlib.suppress(OSError):  # the first question will say so
+                    await self._running()
             while True:
                 question = await self._questions.get()
                 self._busy = True

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from moe_serve.base.messages import BalanceAsk
+from moe_serve.eplb.questions import Solved, Unsolved
 from moe_serve.eplb.rearrangement import Order
-from moe_serve.eplb.surface import BalanceSurface
+from moe_serve.eplb.surface import MAX_WAITING, BalanceSurface
 from tests.support.balancing import EXPERTS, LAYERS, UNIX_TIME, Balanced, skewed, solved, stages
 
 ACTIONS = ("state", "metrics", "plan", "apply", "rollback", "save", "record/start", "record/stop", "record/dump")
@@ -216,3 +217,36 @@ def test_no_body_makes_it_raise(action: str, body: bytes) -> None:
     assert status in (200, 202, 400, 409)
     if action != "record/dump":
         json.loads(answer)
+
+
+def test_more_requests_than_may_wait_are_refused_until_one_is_answered() -> None:
+    surface = BalanceSurface(Balanced().rebalancer)
+    asked = BalanceAsk(number=1, action="state")
+    assert all(surface.ask(5, asked) is None for _ in range(MAX_WAITING))
+    refused = surface.ask(5, asked)
+    assert refused is not None
+    assert refused[0] == 503
+    assert b"wait already" in refused[1].join()
+    first, *_ = surface.take_questions()
+    surface.conclude(solved(first), 0.0)
+    assert surface.ask(5, asked) is None
+
+
+def test_a_request_that_nobody_could_work_out_is_a_503_with_the_reason() -> None:
+    surface = BalanceSurface(Balanced().rebalancer)
+    surface.ask(5, BalanceAsk(number=1, action="state"))
+    (question,) = surface.take_questions()
+    _, (status, body, orders) = surface.conclude(Solved(question.number, 1.0, Unsolved("it exited with code 3")), 0.0)
+    assert (status, orders) == (503, [])
+    assert b"exited with code 3" in body.join()
+
+
+def test_an_order_that_another_has_overtaken_while_it_was_worked_out_is_a_conflict() -> None:
+    asked = Asked()
+    asked.surface.ask(5, BalanceAsk(number=1, action="apply"))
+    (question,) = asked.surface.take_questions()
+    answer = solved(question)
+    asked.balanced.finish(asked.balanced.begin())
+    _, (status, body, orders) = asked.surface.conclude(answer, asked.balanced.now)
+    assert (status, orders) == (409, [])
+    assert b"has changed while this was planned" in body.join()

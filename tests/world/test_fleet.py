@@ -480,3 +480,25 @@ def test_rearrangements_are_of_the_generation_of_the_world_and_news_of_another_i
     failed = StageReport(epoch=staged[0].epoch, state="failed", reason="no room")
     assert fleet.hear(0, failed, 1.0) == []
     assert fleet.hear(0, msgspec.structs.replace(failed, generation=3), 1.0) != []
+
+
+def test_what_was_worked_out_for_a_world_that_has_ended_is_dropped_with_its_reason() -> None:
+    fleet = formed(make_fleet())
+    fleet.rebalancer = Balanced(step_interval=4).rebalancer
+    fleet.hear(0, StepLoad(step=1, steps=1, load=skewed().tobytes()), 0.0)
+    (question,) = fleet.take_questions()
+    fleet.end(Stop("enough", 0))
+    assert fleet.hear_solved(solved(question), 1.0) == []
+    assert fleet.take_log() == ["dropped what was worked out for load balancing: the world has ended"]
+
+
+def test_a_guest_that_does_not_read_is_sent_away_and_the_others_go_on() -> None:
+    fleet = formed(make_fleet())
+    fleet.hear(8, GUEST, 0)
+    sends = fleet.choked(8, 300 << 20)
+    assert isinstance(sends[0].message, Stop)
+    assert (sends[0].member, sends[0].close) == (8, True)
+    assert "does not read what it is sent: 300 MiB wait" in sends[0].message.reason
+    assert fleet.ended is None
+    assert 8 not in fleet.members
+    assert fleet.choked(8, 300 << 20) == []
