@@ -17,15 +17,13 @@ from moe_serve.base.parcel import Parcel
 from moe_serve.eplb.questions import RequestQuestion, Solved
 from moe_serve.world.fleet import Fleet
 from moe_serve.world.link import HEADER, MAX_FRAME, frame
-from moe_serve.world.outbox import MAX_WAITING_BYTES, Outbox
+from moe_serve.world.outbox import MAX_WAITING_BYTES, Outbox, Turns
 from moe_serve.world.parcels import Send
 from moe_serve.world.solver import SOLVE_SECONDS, Solver
 
 TICK_SECONDS = 0.5
 BIND_TRIES = 5
 HELLO_SECONDS = 10.0
-WRITES_PER_TURN = 8
-"""Pieces that go to sockets in one turn of the loop: a millisecond of it."""
 log = logging.getLogger(__name__)
 _from_member: msgspec.msgpack.Decoder[FromMember] = msgspec.msgpack.Decoder(FromMember)
 
@@ -46,7 +44,7 @@ class Coordinator:
         self._outboxes: dict[int, Outbox] = {}
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._outbox_bytes = outbox_bytes
-        self._turns = asyncio.Semaphore(WRITES_PER_TURN)
+        self._turns = Turns()
         self._decisions = Solver(self._hear_solved, limit=solve_seconds, early=fleet.rebalancer is not None)
         self._answers = Solver(self._hear_solved, limit=solve_seconds)
         self._ids = itertools.count()
@@ -69,6 +67,7 @@ class Coordinator:
                 await asyncio.sleep(0.5)
         assert self._server is not None
         self._own(self._tick(), "the watch over silence")
+        self._own(self._turns.run(), "the turns of the lines")
         self._own(self._decisions.run(), "the solver of decisions")
         self._own(self._answers.run(), "the solver of requests")
         bound: int = self._server.sockets[0].getsockname()[1]
