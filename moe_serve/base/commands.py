@@ -162,24 +162,30 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True, tag="stage_status")
 class StageExperts(msgspec.Struct, frozen=True, kw_only=True, tag="stage_experts"):
     """Begin to fetch the experts that a new placement of some layers needs. Answered with Done, at once.
 
-    `rows[layer]` its new physical_to_logical (P,). `shares[ep_rank]` what ExpertMap uses once it is committed:
-    float32 (layers in `rows`, experts, most copies) as bytes, cumulative.
+    `rows[layer]` its new physical_to_logical (P,). `shares` as in SetShares, of the layers in `rows`; ExpertMap uses
+    them once it is committed.
     """
 
     epoch: int
     rows: dict[int, list[int]]
     shares: dict[int, bytes]
+    num_nodes: int = 1
+    local_first: bool = False
     generation: int = 1
 
 
 class SetShares(msgspec.Struct, frozen=True, kw_only=True, tag="set_shares"):
     """Split the load over the copies of every expert anew; no weight moves. Ignored unless `epoch` is the one served.
 
-    `shares[ep_rank]`: float32 (layers, experts, most copies) as bytes, cumulative. Answered with Done.
+    `shares[node]` for rows whose source is on that of `num_nodes` nodes: float32 (layers, experts, most copies) as
+    bytes, cumulative. `local_first`: a rank that holds copies of an expert gives its own rows to these alike, and works
+    that out itself (eplb/shares.py), so that what is sent does not grow with the number of ranks. Answered with Done.
     """
 
     epoch: int
     shares: dict[int, bytes]
+    num_nodes: int = 1
+    local_first: bool = False
 
 
 class PollStage(msgspec.Struct, frozen=True, tag="poll_stage"):

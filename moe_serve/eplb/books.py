@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from moe_serve.base.messages import StageReport
+from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.eplb.rearrangement import Proposal, Rearrangement
 
 COPY_BYTES_PER_SECOND = 1e9
@@ -54,6 +55,19 @@ class Books:
         speed = moved / seconds if moved and seconds else COPY_BYTES_PER_SECOND
         return plan.num_bytes / speed / horizon if horizon else 0.0
 
+    def objection(self, plan: Proposal, config: EPLBConfig) -> tuple[str, str] | None:
+        """Why a plan is not carried out, in one word and in a sentence; None if it is."""
+        if not plan.chunks:
+            return "no_moves", "the policy keeps everything where it is"
+        paid = plan.gain - self.cost_share(plan, config.step_interval)
+        if not config.min_gain or paid >= config.min_gain:
+            return None
+        return (
+            "small_gain",
+            f"moving {plan.num_moves} experts would save {paid:.2%} of the expert time over the next "
+            f"{config.step_interval} steps, less than min_gain ({config.min_gain:.2%})",
+        )
+
     def skipped(self, step: int, reason: str, text: str) -> None:
         """An interval was over and nothing was moved; `reason` in one word, for the metrics."""
         self.totals.skipped[reason] += 1
@@ -63,24 +77,28 @@ class Books:
         """A chunk is in use everywhere: serving waited for the slowest engine."""
         self.totals.stage_seconds.append(max(report.stage_seconds for report in reports))
         self.totals.commit_seconds.append(max(report.commit_seconds for report in reports))
+        assert work.chunk is not None
         work.num_chunks += 1
+        work.num_moves += sum(work.plan.moves_of_layers[layer] for layer in work.chunk.layers)
         work.stage_seconds += self.totals.stage_seconds[-1]
         work.commit_seconds += self.totals.commit_seconds[-1]
         work.bytes_received += sum(report.bytes_received for report in reports)
 
-    def ended(self, work: Rearrangement, moved: int, epoch: int, now: float, failure: str) -> str:
-        """A rearrangement is over, with a `failure` perhaps after some of its chunks; the line that says so."""
-        self.totals.moved_experts += moved
+    def ended(self, work: Rearrangement, epoch: int, now: float, *, failure: str = "", reason: str = "") -> str:
+        """A rearrangement is over, with a `failure` perhaps after some of its chunks; the line that says so.
+
+        `reason` is the failure in one word, for the metrics.
+        """
+        self.totals.moved_experts += work.num_moves
         self.totals.moved_bytes += work.bytes_received
         if failure:
-            assert work.chunk is not None
-            self.totals.skipped[work.chunk.reason] += 1
+            self.totals.skipped[reason] += 1
         else:
             self.totals.rebalances += 1
             self.totals.last_success = self._unix_time()
-        self._remember(_entry(work, moved, epoch, now, failure))
+        self._remember(_entry(work, epoch, now, failure))
         return (
-            f"rearrangement ({work.why}) {'given up' if failure else 'done'}: {moved} experts, "
+            f"rearrangement ({work.why}) {'given up' if failure else 'done'}: {work.num_moves} experts, "
             f"{work.bytes_received / 2**20:.1f} MiB in {now - work.started:.2f} s, "
             f"balancedness {work.plan.balancedness_before:.3f} -> {work.plan.balancedness_after:.3f} predicted"
         )
@@ -89,13 +107,13 @@ class Books:
         self.history = [*self.history, entry][-MAX_HISTORY:]
 
 
-def _entry(work: Rearrangement, moved: int, epoch: int, now: float, failure: str) -> dict[str, object]:
+def _entry(work: Rearrangement, epoch: int, now: float, failure: str) -> dict[str, object]:
     return {
         "step": work.step,
         "why": work.why,
         "failure": failure,
         "epoch": epoch,
-        "moved_experts": moved,
+        "moved_experts": work.num_moves,
         "moved_bytes": work.bytes_received,
         "seconds": now - work.started,
         "stage_seconds": work.stage_seconds,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 from moe_serve.base.config import Config
 from moe_serve.base.model_config import load_model_config
-from moe_serve.base.tables import EPLB_POLICIES
 from moe_serve.eplb.first_placement import first_placement
-from moe_serve.eplb.policies.base import Policy
 from moe_serve.eplb.rebalancer import Rebalancer
 
 
@@ -29,5 +26,4 @@ def make_rebalancer(config: Config, *, unix_time: Callable[[], float]) -> Rebala
         parallel.topology,
         placement,
         unix_time=unix_time,
-        policy=cast(Policy, EPLB_POLICIES.load(parallel.eplb_config.policy)),
     )

@@ -1,11 +1,10 @@
 """What a placement would bring under a load, and how the load is split over copies: pure, without any state.
 
-Shape letters: L layers, E logical experts, R expert-parallel ranks, C most copies of one expert.
+Shape letters: L layers, E logical experts, R expert-parallel ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from moe_serve.base.errors import ConfigError
 from moe_serve.eplb.placement import Placement, moves
 from moe_serve.eplb.policies.base import Floats
-from moe_serve.eplb.rearrangement import Proposal
+from moe_serve.eplb.rearrangement import Proposal, chunks_of
 from moe_serve.eplb.search.scores import mean_of_ratios, ratio_of_sums, sum_by_rank
 from moe_serve.eplb.search.weights import Split, solve_split, split_loads
 
@@ -26,14 +25,20 @@ class Forecast:
     prefer_local: bool
     expert_bytes: int
 
-    def plan(self, load_LE: Floats, served: Placement, wanted: Placement) -> Proposal:
-        """From one placement to another; ConfigError if `wanted` is of another model or world."""
+    def plan(self, load_LE: Floats, served: Placement, wanted: Placement, *, epoch: int = 0) -> Proposal:
+        """From the placement served since `epoch` to another; ConfigError if that is of another model or world."""
         check_alike(served, wanted)
         before, after = self.rank_loads(load_LE, served), self.rank_loads(load_LE, wanted)
-        gain = 1.0 - ratio_of_sums(before) / ratio_of_sums(after)
-        num_moves = len(moves(served, wanted))
+        moves_of_layers = np.bincount(moves(served, wanted).layer, minlength=served.num_layers).tolist()
         return Proposal(
-            wanted, mean_of_ratios(before), mean_of_ratios(after), gain, num_moves, num_moves * self.expert_bytes
+            epoch=epoch,
+            placement=wanted,
+            balancedness_before=mean_of_ratios(before),
+            balancedness_after=mean_of_ratios(after),
+            gain=1.0 - ratio_of_sums(before) / ratio_of_sums(after),
+            moves_of_layers=moves_of_layers,
+            num_bytes=sum(moves_of_layers) * self.expert_bytes,
+            chunks=chunks_of(served, wanted, load_LE, self.expert_bytes),
         )
 
     def split(self, load_LE: Floats, placement: Placement) -> Split:
@@ -43,11 +48,6 @@ class Forecast:
     def rank_loads(self, load_LE: Floats, placement: Placement) -> Floats:
         """float64 (L, R): rows each rank computes, split so."""
         return sum_by_rank(split_loads(self.split(load_LE, placement), load_LE), placement.offsets)
-
-
-def cumulative_shares(split: Split, ranks: Iterable[int], layers: list[int]) -> dict[int, bytes]:
-    """What ExpertMap takes: cumulative shares of some layers, float32 (layers, E, C), by expert-parallel rank."""
-    return {rank: split.cumulative(rank)[1][layers].astype(np.float32).tobytes() for rank in ranks}
 
 
 def check_alike(served: Placement, other: Placement) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_serve.base.commands import SetShares, StageExperts
 from moe_serve.base.messages import DropStage, Record, StageReport
+from moe_serve.base.parcel import Parcel
 from moe_serve.eplb.desk.plan import layers_by_gain
 from moe_serve.eplb.placement import Placement
 from moe_serve.eplb.policies.base import Floats
@@ -22,22 +23,32 @@ MAX_CHUNK_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class ForEngine:
-    """An order for one engine."""
+    """An order for one engine; a parcel holds one that is encoded already."""
 
     dp: int
-    order: Order
+    order: Order | Parcel
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A placement and what it is expected to bring. Gain: share of the expert time saved, the move not yet paid."""
+    """A placement and what it is expected to bring. Gain: share of the expert time saved, the move not yet paid.
 
+    It starts from what is served since `epoch`, and is carried out in `chunks` of layers. In a layer,
+    `moves_of_layers[layer]` slots get an expert that is new to their rank.
+    """
+
+    epoch: int
     placement: Placement
     balancedness_before: float
     balancedness_after: float
     gain: float
-    num_moves: int
+    moves_of_layers: list[int]
     num_bytes: int
+    chunks: list[list[int]]
+
+    @property
+    def num_moves(self) -> int:
+        return sum(self.moves_of_layers)
 
 
 @dataclass(slots=True)
@@ -64,6 +75,7 @@ class Rearrangement:
     chunk: Chunk | None = None
     num_chunks: int = 0
     """Committed so far."""
+    num_moves: int = 0
     stage_seconds: float = 0.0
     commit_seconds: float = 0.0
     bytes_received: int = 0

@@ -1,5 +1,8 @@
 """When experts move, and how a rearrangement goes on: a pure state machine, given loads and news, giving orders.
 
+What takes long it does not work out itself: it asks (`take_questions()`), one thing at a time, and is told the answer
+(`hear_solved()`). Meanwhile news keep coming in; an answer that they have made worthless is dropped with its reason.
+
 A rearrangement is a target placement, carried out in chunks of layers. Each chunk is an epoch: every engine stages it,
 the votes commit it in one step everywhere, the next chunk follows. A chunk that fails anywhere, or makes no progress
 for too long, is given up, and with it the rest; what was committed before stays, and is a whole placement.
@@ -7,35 +10,29 @@ for too long, is given up, and with it the rest; what was committed before stays
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 
-from moe_serve.base.commands import SetShares, StageExperts
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.topology import Topology
+from moe_serve.eplb.answers import UNDER_WAY
 from moe_serve.eplb.books import MAX_HISTORY, Books, Totals
-from moe_serve.eplb.forecast import Forecast, cumulative_shares
-from moe_serve.eplb.placement import Placement, moves
-from moe_serve.eplb.policies.base import Floats, Policy, Problem
-from moe_serve.eplb.rearrangement import (
-    Chunk,
-    ForEngine,
-    Order,
-    Proposal,
-    Rearrangement,
-    chunks_of,
-)
-from moe_serve.eplb.search.weights import Split
+from moe_serve.eplb.forecast import Forecast
+from moe_serve.eplb.inquiry import Asked, Inquiry
+from moe_serve.eplb.placement import Placement
+from moe_serve.eplb.policies.base import Floats
+from moe_serve.eplb.questions import Ordered, Planned, PlanQuestion, SharesQuestion, Situation, Solved, Unsolved
+from moe_serve.eplb.rearrangement import Chunk, ForEngine, Order, Proposal, Rearrangement
 from moe_serve.eplb.window import LoadWindow, Recording
 
 STAGE_SECONDS = 60.0
 """A chunk that is neither committed nor dropped after this long without news is given up."""
 ROLLBACK = "rollback"
-FAILED, SILENT = "stage_failed", "stage_silent"
+FAILED, SILENT, UNSOLVED = "stage_failed", "stage_silent", "stage_unsolved"
 FIRST_INTERVAL_SHARE = 4
 SHARE_REFRESH_STEPS = 50
 
@@ -48,7 +45,7 @@ class Rebalancer:
     """Experts on the ranks and nodes of `topology`; `expert_bytes` of one in one layer, which the workers tell later.
 
     Times are seconds of any clock, but `unix_time` is what the metrics tell. What it returns are orders for engines;
-    it does nothing itself.
+    it does nothing itself. `policy` as in solving.propose; the configured one if None.
     """
 
     def __init__(
@@ -57,7 +54,7 @@ class Rebalancer:
         topology: Topology,
         placement: Placement,
         *,
-        policy: Policy,
+        policy: str | None = None,
         expert_bytes: int = 0,
         num_nodes: int = 1,
         num_groups: int = 1,
@@ -73,7 +70,7 @@ class Rebalancer:
         self.window = LoadWindow(placement.num_layers, placement.num_logical, eplb_config.window_size)
         self.last_prediction: float | None = None
         self._log: list[str] = []
-        self._policy = policy
+        self.policy = policy or eplb_config.policy
         self._forecast = Forecast(num_nodes, eplb_config.prefer_local, expert_bytes)
         self._num_groups = num_groups
         self._until_next = max(1, eplb_config.step_interval // FIRST_INTERVAL_SHARE)
@@ -83,6 +80,7 @@ class Rebalancer:
         self._previous: list[Placement] = []
         self._last_load_at: float | None = None
         self._next_epoch = 1
+        self._inquiry = Inquiry()
 
     # -- what comes in --
 
@@ -91,7 +89,7 @@ class Rebalancer:
         self._forecast = replace(self._forecast, expert_bytes=expert_bytes)
 
     def hear_load(self, load: StepLoad, now: float) -> list[ForEngine]:
-        """A bucket of load; perhaps it is time to rearrange, or to split the load over copies anew."""
+        """A bucket of load; perhaps it is time to ask for a rearrangement, or for another split over the copies."""
         counts = self.window.add(load.steps, load.load)
         sends: list[ForEngine] = []
         if self.recording.on and load.steps == 1:
@@ -104,12 +102,13 @@ class Rebalancer:
         self._last_load_at, self._step = now, load.step
         self._until_next -= load.steps
         self._since_refresh += load.steps
-        if self._now is None and self._until_next <= 0:
-            self._until_next = self.eplb_config.step_interval
-            return sends + self._consider(now)
-        if self._since_refresh >= SHARE_REFRESH_STEPS:
-            self._since_refresh = 0
-            sends += self._refresh_shares()
+        if self._now is None and not self._inquiry.is_open:
+            if self._until_next <= 0:
+                self._until_next = self.eplb_config.step_interval
+                self._consider()
+            elif self._since_refresh >= SHARE_REFRESH_STEPS:
+                self._since_refresh = 0
+                self._refresh_shares()
         return sends
 
     def hear_stage(self, dp: int, report: StageReport, now: float) -> list[ForEngine]:
@@ -130,7 +129,7 @@ class Rebalancer:
             return []
         if report.state == "committed":
             return self._committed(self._now, chunk, now)
-        return self._finish(self._now, now, failure=chunk.dropping)
+        return self._finish(self._now, now, failure=chunk.dropping, reason=chunk.reason)
 
     def tick(self, now: float) -> list[ForEngine]:
         """Give up a chunk without news; call it about twice a second."""
@@ -145,6 +144,27 @@ class Rebalancer:
         missing = [dp for dp in range(self.topology.dp) if dp not in chunk.staged and dp not in chunk.done]
         named = ", ".join(f"dp {dp}" for dp in missing) or "a step in which to commit"
         return self._give_up(chunk, now, SILENT, f"no news for {STAGE_SECONDS:g} s; waiting for {named}")
+
+    def hear_solved(self, solved: Solved, now: float) -> list[ForEngine]:
+        """The answer to a question; `solved.seconds` by the clock of who worked it out."""
+        asked = self._inquiry.close(solved)
+        if isinstance(asked, str):
+            self._log.append(f"dropped what came too late: {asked}")
+            return []
+        result = solved.result
+        reason = result.reason if isinstance(result, Unsolved) else ""
+        if isinstance(asked, PlanQuestion):
+            return self._weigh(result.proposal, now) if isinstance(result, Planned) else self._no_plan(reason)
+        if isinstance(result, Ordered):
+            orders = zip(result.engines, solved.bodies, strict=True)
+            if self._now is not None:  # no stage is under way when other shares are asked for
+                self._now.chunk = Chunk(asked.epoch, asked.layers, now)
+            return [ForEngine(dp, order) for engines, order in orders for dp in engines]
+        return self._no_shares(asked, reason, now)
+
+    def take_questions(self) -> list[Asked]:
+        """What is to be worked out, each given once."""
+        return self._inquiry.take()
 
     def take_log(self) -> list[str]:
         """Lines for people, each given once."""
@@ -164,44 +184,38 @@ class Rebalancer:
     def in_flight(self) -> bool:
         return self._now is not None
 
+    @property
+    def previous(self) -> Placement | None:
+        """What was served before the last rearrangement."""
+        return self._previous[-1] if self._previous else None
+
     # -- what it can be asked --
 
-    def predict(self, placement: Placement) -> Proposal:
-        """What a placement would bring under the load of the window; ConfigError if it is of another model or world."""
-        return self._forecast.plan(self.load(), self.placement, placement)
-
-    def propose(self, policy: Policy | None = None) -> Proposal:
-        """What the policy would do now. ConfigError without any load, and for a policy that does not work."""
-        problem = Problem(
-            self.load(), self.placement.offsets, self.num_nodes, self._num_groups, self.placement, seed=self._next_epoch
+    def situation(self) -> Situation:
+        """What a plan is made from now."""
+        return Situation(
+            self.epoch, self.load(), self.placement, self._forecast, self._num_groups, seed=self._next_epoch
         )
-        try:
-            placement = (policy or self._policy)(problem)
-            placement.check()
-        except (ArithmeticError, LookupError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"the policy failed: {type(error).__name__}: {error}") from error
-        return self.predict(placement)
+
+    def next_number(self) -> int:
+        """For one more question."""
+        return self._inquiry.next_number()
 
     def apply(self, plan: Proposal, now: float, *, why: str) -> list[ForEngine]:
         """Begin a rearrangement; ConfigError while one is under way or if nothing would change."""
         if self._now is not None:
-            raise Conflict("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
-        chunks = self._chunks(plan)
-        if not chunks:
+            raise Conflict(UNDER_WAY)
+        if plan.epoch != self.epoch:
+            raise Conflict("the placement has changed while this was planned; ask again")
+        if not plan.chunks:
             raise ConfigError("the placement is the one that is served: nothing to do")
-        self._now = Rearrangement(plan, self.placement, chunks, now, self._step, why)
+        meanwhile = f"a rearrangement ({why}) began meanwhile"
+        if isinstance(self._inquiry.forget(meanwhile), PlanQuestion):
+            self._skip("late", meanwhile)
+        self._now = Rearrangement(plan, self.placement, list(plan.chunks), now, self._step, why)
         self._until_next = self.eplb_config.step_interval
-        return self._next_chunk(self._now, now)
-
-    def rollback(self, now: float) -> list[ForEngine]:
-        """Back to the placement before the last rearrangement; ConfigError if there is none."""
-        if self._now is None and not self._previous:
-            raise Conflict("nothing to roll back to: no rearrangement has been applied")
-        if self._now is not None:
-            raise Conflict("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
-        return self.apply(self.predict(self._previous[-1]), now, why=ROLLBACK)
+        self._ask_chunk(self._now)
+        return []
 
     def record(self, on: bool) -> list[ForEngine]:
         """Begin to collect the load of every step, or stop."""
@@ -216,67 +230,69 @@ class Rebalancer:
         total: Floats = self.window.load().sum(axis=1).astype(np.float64)
         return total
 
-    def rank_loads(self) -> Floats:
-        """float64 (L, R): rows each rank computes under the load of the window, with the shares that fit it."""
-        return self._forecast.rank_loads(self.load(), self.placement)
-
     # -- deciding --
 
-    def _consider(self, now: float) -> list[ForEngine]:
-        """The interval is over: rearrange, or say why not."""
+    def _consider(self) -> None:
+        """The interval is over: ask the policy, if there is anything to ask about."""
         if not self.load().any():
-            return self._skip("no_load", "no tokens were seen")
-        try:
-            plan = self.propose()
-        except ConfigError as error:
-            self._log.append(f"no rearrangement: {error}")
-            return self._skip("policy_failed", str(error))
+            self._skip("no_load", "no tokens were seen")
+        else:
+            self._inquiry.ask(PlanQuestion(number=self.next_number(), situation=self.situation(), policy=self.policy))
+
+    def _weigh(self, plan: Proposal, now: float) -> list[ForEngine]:
         self.last_prediction = plan.balancedness_after
         if self.eplb_config.log_balancedness:
-            self._log.append(
-                f"balancedness {plan.balancedness_before:.3f}, {plan.balancedness_after:.3f} if rearranged"
-            )
-        if not self._chunks(plan):
-            return self._skip("no_moves", "the policy keeps everything where it is")
-        paid = plan.gain - self.books.cost_share(plan, self.eplb_config.step_interval)
-        if self.eplb_config.min_gain and paid < self.eplb_config.min_gain:
-            return self._skip(
-                "small_gain",
-                f"moving {plan.num_moves} experts would save {paid:.2%} of the expert time over the next "
-                f"{self.eplb_config.step_interval} steps, less than min_gain ({self.eplb_config.min_gain:.2%})",
-            )
-        return self.apply(plan, now, why="interval")
+            before, after = plan.balancedness_before, plan.balancedness_after
+            self._log.append(f"balancedness {before:.3f}, {after:.3f} if rearranged")
+        objection = self.books.objection(plan, self.eplb_config)
+        return self.apply(plan, now, why="interval") if objection is None else self._skip(*objection)
+
+    def _no_plan(self, reason: str) -> list[ForEngine]:
+        self._log.append(f"no rearrangement: {reason}")
+        return self._skip("policy_failed", reason)
 
     def _skip(self, reason: str, text: str) -> list[ForEngine]:
         self.books.skipped(self._step, reason, text)
         return []
 
-    def _refresh_shares(self) -> list[ForEngine]:
+    def _refresh_shares(self) -> None:
         """Even out the ranks under the newest load, without moving a weight."""
-        if not self.placement.num_redundant or self._now is not None:
-            return []
         recent = self.window.load(SHARE_REFRESH_STEPS).sum(axis=1).astype(np.float64)
-        if not recent.any():
-            return []
-        split, layers = self._forecast.split(recent, self.placement), list(range(self.placement.num_layers))
-        return [
-            ForEngine(dp, SetShares(epoch=self.epoch, shares=self._shares(split, dp, layers)))
-            for dp in range(self.topology.dp)
-        ]
+        if self.placement.num_redundant and recent.any():
+            self._ask_shares(recent, self.placement, range(self.placement.num_layers), self.epoch, stage=False)
+
+    def _no_shares(self, asked: SharesQuestion, reason: str, now: float) -> list[ForEngine]:
+        """The shares stay as they are; without those of a chunk the rearrangement cannot go on."""
+        text = f"the shares of copies were not solved: {reason}"
+        if self._now is not None and asked.stage:
+            return self._finish(self._now, now, failure=text, reason=UNSOLVED)
+        self._log.append(text)
+        return self._skip("shares_failed", text)
+
+    def _ask_shares(
+        self, load: Floats, placement: Placement, layers: Iterable[int], epoch: int, *, stage: bool
+    ) -> None:
+        self._inquiry.ask(
+            SharesQuestion(
+                number=self.next_number(),
+                epoch=epoch,
+                load_LE=load,
+                placement=placement,
+                forecast=self._forecast,
+                layers=list(layers),
+                stage=stage,
+                ranks_per_engine=self.topology.tp,
+            )
+        )
 
     # -- carrying out --
 
-    def _next_chunk(self, work: Rearrangement, now: float) -> list[ForEngine]:
+    def _ask_chunk(self, work: Rearrangement) -> None:
+        """The next layers in turn: they are staged once the shares that go with them are known."""
+        work.chunk = None
         layers = sorted(work.chunks.pop(0))
-        work.chunk = Chunk(self._next_epoch, layers, now)
+        self._ask_shares(self.load(), work.plan.placement, layers, self._next_epoch, stage=True)
         self._next_epoch += 1
-        new = work.plan.placement
-        rows = {layer: new.physical_to_logical_LP[layer].tolist() for layer in layers}
-        split = self._forecast.split(self.load(), new)
-        return [
-            ForEngine(dp, StageExperts(epoch=work.chunk.epoch, rows=rows, shares=self._shares(split, dp, layers)))
-            for dp in range(self.topology.dp)
-        ]
 
     def _committed(self, work: Rearrangement, chunk: Chunk, now: float) -> list[ForEngine]:
         """All engines switched some layers in the same step."""
@@ -286,8 +302,9 @@ class Rebalancer:
         self.epoch = chunk.epoch
         self.books.committed(work, chunk.done.values())
         if work.chunks and not chunk.dropping:
-            return self._next_chunk(work, now)
-        return self._finish(work, now, failure=chunk.dropping if work.chunks else "")
+            self._ask_chunk(work)
+            return []
+        return self._finish(work, now, failure=chunk.dropping if work.chunks else "", reason=chunk.reason)
 
     def _give_up(self, chunk: Chunk, now: float, reason: str, why: str) -> list[ForEngine]:
         """Ask all engines to drop the chunk; once they have (or have committed it), the rearrangement is over."""
@@ -297,25 +314,17 @@ class Rebalancer:
         self._log.append(f"giving up epoch {chunk.epoch} of a rearrangement: {why}")
         return self._all(DropStage(chunk.epoch))
 
-    def _finish(self, work: Rearrangement, now: float, *, failure: str) -> list[ForEngine]:
+    def _finish(self, work: Rearrangement, now: float, *, failure: str, reason: str) -> list[ForEngine]:
         """Book a rearrangement that is over, wholly or after some of its chunks."""
         self._now = None
-        moved = len(moves(work.before, self.placement))
         if work.why == ROLLBACK:
             self._previous = self._previous[:-1] if not failure else self._previous
         elif work.num_chunks:
             self._previous = [*self._previous, work.before][-MAX_HISTORY:]
-        self._log.append(self.books.ended(work, moved, self.epoch, now, failure))
+        self._log.append(self.books.ended(work, self.epoch, now, failure=failure, reason=reason))
         return []
 
     # -- small things --
 
     def _all(self, order: Order) -> list[ForEngine]:
         return [ForEngine(dp, order) for dp in range(self.topology.dp)]
-
-    def _chunks(self, plan: Proposal) -> list[list[int]]:
-        return chunks_of(self.placement, plan.placement, self.load(), self._forecast.expert_bytes)
-
-    def _shares(self, split: Split, dp: int, layers: list[int]) -> dict[int, bytes]:
-        """The shares of one engine's ranks."""
-        return cumulative_shares(split, range(dp * self.topology.tp, (dp + 1) * self.topology.tp), layers)

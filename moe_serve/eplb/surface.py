@@ -1,190 +1,128 @@
-"""What can be asked of load balancing: the answers behind /eplb and the metrics. Pure; JSON in and out."""
+"""What can be asked of load balancing: what goes with a question from outside, and what follows from its answer. Pure.
+
+The answer itself is made elsewhere (eplb/answers.py): it may take a policy's time.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import numpy as np
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.tables import EPLB_POLICIES
-from moe_serve.eplb.placement_file import placement_from_document, placement_to_document
-from moe_serve.eplb.policies.base import Policy
+from moe_serve.base.messages import BalanceAsk
+from moe_serve.base.parcel import Parcel
+from moe_serve.eplb.answers import NOT_RECORDED, refused
+from moe_serve.eplb.questions import Facts, Requested, RequestQuestion, Solved, Unsolved
 from moe_serve.eplb.rearrangement import ForEngine, Proposal
-from moe_serve.eplb.rebalancer import Conflict, Rebalancer
-from moe_serve.eplb.search.scores import all_scores, mean_of_ratios
+from moe_serve.eplb.rebalancer import ROLLBACK, Conflict, Rebalancer
 
-Answer = tuple[int, bytes, list[ForEngine]]
+Answer = tuple[int, Parcel, list[ForEngine]]
 OFF = "load balancing is off; start the server with --enable-eplb"
 STARTING = "the engines are still starting"
+MAX_WAITING = 64
+BUSY = f"{MAX_WAITING} requests about load balancing wait already; try again later"
 
 
 class BalanceSurface:
-    """`ask()` gives an HTTP status, a body, and orders to carry out.
+    """`ask()` gives an answer (an HTTP status, a body, orders to carry out), or None: then there is a question first.
 
-    `rebalancer` None: balancing is off. Not `ready`: engines take no orders yet.
+    What came of the question goes to `conclude()`. `rebalancer` None: balancing is off.
     """
 
-    def __init__(self, rebalancer: Rebalancer | None, *, ready: bool = True) -> None:
-        self._rebalancer = rebalancer
-        self._ready = ready
+    def __init__(self, rebalancer: Rebalancer | None) -> None:
+        self.rebalancer = rebalancer
+        self._waiting: dict[int, RequestQuestion] = {}
+        self._questions: list[RequestQuestion] = []
 
-    def ask(self, action: str, body: bytes, now: float) -> Answer:
-        """Never raises: what is wrong with a request is its answer."""
-        rebalancer = self._rebalancer
-        actions: Mapping[str, Callable[[Rebalancer, Mapping[str, Any], float], Answer]] = {
-            "state": self._state,
-            "metrics": self._metrics,
-            "plan": self._plan,
-            "apply": self._apply,
-            "rollback": self._rollback,
-            "save": self._save,
-            "record/start": self._record_start,
-            "record/stop": self._record_stop,
-            "record/dump": self._record_dump,
-        }
-        if rebalancer is None:
-            return _refused(400, OFF)
-        if not self._ready:
-            return _refused(503, STARTING)
+    def ask(self, member: int, asked: BalanceAsk, *, ready: bool = True) -> Answer | None:
+        """`ready`: engines take orders already."""
+        if self.rebalancer is None:
+            return _refusal(400, OFF)
+        if not ready:
+            return _refusal(503, STARTING)
+        if len(self._waiting) >= MAX_WAITING:
+            return _refusal(503, BUSY)
+        rebalancer = self.rebalancer
+        question = RequestQuestion(
+            number=rebalancer.next_number(),
+            member=member,
+            request=asked.number,
+            action=asked.action,
+            body=asked.body,
+            policy=rebalancer.policy,
+            situation=rebalancer.situation(),
+            facts=_facts(rebalancer),
+        )
+        self._waiting[question.number] = question
+        self._questions.append(question)
+        return None
+
+    def take_questions(self) -> list[RequestQuestion]:
+        """What is to be worked out, each given once."""
+        questions, self._questions = self._questions, []
+        return questions
+
+    def conclude(self, solved: Solved, now: float) -> tuple[RequestQuestion, Answer]:
+        """To whom the answer goes, and the answer: a refusal if what was to be done cannot be done any more."""
+        question = self._waiting.pop(solved.number)
         try:
-            return actions[action](rebalancer, _parsed(body), now)
+            return question, self._done(solved, now)
         except Conflict as error:
-            return _refused(409, str(error))
+            return question, _refusal(409, str(error))
         except ConfigError as error:
-            return _refused(400, str(error))
+            return question, _refusal(400, str(error))
 
-    def _state(self, rebalancer: Rebalancer, _body: Mapping[str, Any], _now: float) -> Answer:
-        return _json(
-            {
-                "placement": placement_to_document(rebalancer.placement, rebalancer.num_nodes),
-                "epoch": rebalancer.epoch,
-                "in_flight": rebalancer.in_flight,
-                "window_steps": rebalancer.window.num_steps,
-                "window_load": rebalancer.window.load().sum(axis=1).tolist(),
-                "balancedness": mean_of_ratios(rebalancer.rank_loads()),
-                "predicted": rebalancer.last_prediction,
-                "history": rebalancer.history,
-                "recording": {"on": rebalancer.recording.on, "steps": len(rebalancer.recording.steps)},
-            }
-        )
+    def is_waiting(self, number: int) -> bool:
+        """Whether the question of this number came from outside."""
+        return number in self._waiting
 
-    def _metrics(self, rebalancer: Rebalancer, _body: Mapping[str, Any], _now: float) -> Answer:
-        loads_LR, totals = rebalancer.rank_loads(), rebalancer.totals
-        return _json(
-            {
-                "balancedness": all_scores(loads_LR),
-                "rebalances": totals.rebalances,
-                "skipped": dict(totals.skipped),
-                "moved_experts": totals.moved_experts,
-                "moved_bytes": totals.moved_bytes,
-                "stage_seconds": [len(totals.stage_seconds), sum(totals.stage_seconds)],
-                "commit_seconds": [len(totals.commit_seconds), sum(totals.commit_seconds)],
-                "last_success": totals.last_success,
-            }
-        )
-
-    def _plan(self, rebalancer: Rebalancer, body: Mapping[str, Any], _now: float) -> Answer:
-        _only(body, "policy", "placement")
-        return _json(_described(_wanted(rebalancer, body), rebalancer.num_nodes))
-
-    def _apply(self, rebalancer: Rebalancer, body: Mapping[str, Any], now: float) -> Answer:
-        _only(body, "policy", "placement")
-        if rebalancer.in_flight:
-            raise Conflict("a rearrangement is under way; wait until it is done (GET /eplb shows it)")
-        plan = _wanted(rebalancer, body)
-        sends = rebalancer.apply(plan, now, why="request")
-        return _json(_described(plan, rebalancer.num_nodes), sends, status=202)
-
-    def _rollback(self, rebalancer: Rebalancer, body: Mapping[str, Any], now: float) -> Answer:
-        _only(body)
-        return _json({"rolling_back_from": rebalancer.epoch}, rebalancer.rollback(now), status=202)
-
-    def _save(self, rebalancer: Rebalancer, body: Mapping[str, Any], _now: float) -> Answer:
-        _only(body)
-        return _json(placement_to_document(rebalancer.placement, rebalancer.num_nodes))
-
-    def _record_start(self, rebalancer: Rebalancer, body: Mapping[str, Any], _now: float) -> Answer:
-        _only(body)
-        return _json({"recording": True}, rebalancer.record(True))
-
-    def _record_stop(self, rebalancer: Rebalancer, body: Mapping[str, Any], _now: float) -> Answer:
-        _only(body)
-        return _json({"recording": False, "steps": len(rebalancer.recording.steps)}, rebalancer.record(False))
-
-    def _record_dump(self, rebalancer: Rebalancer, body: Mapping[str, Any], _now: float) -> Answer:
-        _only(body)
-        if not rebalancer.recording.steps:
-            raise Conflict("nothing has been recorded; POST /eplb/record/start, send some traffic, then dump")
-        metadata = {"steps": str(len(rebalancer.recording.steps)), "made_by": "moe-serve"}
-        return 200, rebalancer.recording.dump(metadata), []
+    def _done(self, solved: Solved, now: float) -> Answer:
+        rebalancer, result = self.rebalancer, solved.result
+        assert rebalancer is not None
+        if isinstance(result, Unsolved):
+            return _refusal(503, result.reason)
+        assert isinstance(result, Requested)
+        if result.act == "record/dump":
+            return result.status, _recorded(rebalancer), []
+        acts: Mapping[str, Callable[[Proposal | None], list[ForEngine]]] = {
+            "apply": lambda plan: rebalancer.apply(plan, now, why="request") if plan is not None else [],
+            "rollback": lambda plan: rebalancer.apply(plan, now, why=ROLLBACK) if plan is not None else [],
+            "record/start": lambda _: rebalancer.record(True),
+            "record/stop": lambda _: rebalancer.record(False),
+            "": lambda _: [],
+        }
+        return result.status, solved.bodies[0], acts[result.act](result.proposal)
 
 
-def _wanted(rebalancer: Rebalancer, body: Mapping[str, Any]) -> Proposal:
-    """The plan a request is about: a placement it brings, or what a policy would do."""
-    if "placement" in body:
-        placed = rebalancer.placement
-        placement = placement_from_document(
-            body["placement"],
-            "the placement",
-            num_layers=placed.num_layers,
-            num_experts=placed.num_logical,
-            num_ranks=placed.num_ranks,
-            num_redundant=placed.num_redundant,
-        )
-        return rebalancer.predict(placement)
-    name = body.get("policy")
-    if name is None:
-        return rebalancer.propose()
-    if not isinstance(name, str):
-        raise ConfigError(f"policy must be a name, not {json.dumps(name)[:100]}")
-    policy: Policy = EPLB_POLICIES.load(name)  # type: ignore[assignment]
-    return rebalancer.propose(policy)
+def _facts(rebalancer: Rebalancer) -> Facts:
+    totals = rebalancer.totals
+    return Facts(
+        epoch=rebalancer.epoch,
+        in_flight=rebalancer.in_flight,
+        window_steps=rebalancer.window.num_steps,
+        predicted=rebalancer.last_prediction,
+        history=rebalancer.history,
+        totals={
+            "rebalances": totals.rebalances,
+            "skipped": dict(totals.skipped),
+            "moved_experts": totals.moved_experts,
+            "moved_bytes": totals.moved_bytes,
+            "stage_seconds": [len(totals.stage_seconds), sum(totals.stage_seconds)],
+            "commit_seconds": [len(totals.commit_seconds), sum(totals.commit_seconds)],
+            "last_success": totals.last_success,
+        },
+        recording=rebalancer.recording.on,
+        recorded_steps=len(rebalancer.recording.steps),
+        previous=rebalancer.previous,
+    )
 
 
-def _described(plan: Proposal, num_nodes: int) -> dict[str, object]:
-    return {
-        "balancedness_before": plan.balancedness_before,
-        "balancedness_after": plan.balancedness_after,
-        "gain": plan.gain,
-        "moved_experts": plan.num_moves,
-        "moved_bytes": plan.num_bytes,
-        "placement": placement_to_document(plan.placement, num_nodes),
-    }
+def _recorded(rebalancer: Rebalancer) -> Parcel:
+    steps = len(rebalancer.recording.steps)
+    if not steps:  # begun anew meanwhile
+        raise Conflict(NOT_RECORDED)
+    return rebalancer.recording.dump({"steps": str(steps), "made_by": "moe-serve"})
 
 
-def _parsed(body: bytes) -> Mapping[str, Any]:
-    try:
-        values = json.loads(body) if body.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the body is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"the body must be a JSON object, not {type(values).__name__}")
-    return values
-
-
-def _only(body: Mapping[str, Any], *allowed: str) -> None:
-    unknown = sorted(set(body) - set(allowed))
-    if unknown:
-        named = ", ".join(allowed) or "none"
-        raise ConfigError(f"unknown fields: {', '.join(unknown)[:200]}; allowed are: {named}")
-
-
-def _json(value: object, sends: list[ForEngine] | None = None, *, status: int = 200) -> Answer:
-    return status, json.dumps(value, default=_plain).encode(), sends or []
-
-
-def _plain(value: object) -> object:
-    """numpy's numbers as JSON's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} in an answer")
-
-
-def _refused(status: int, message: str) -> Answer:
-    """In the shape of OpenAI's errors."""
-    kinds = {400: ("invalid_request_error", None), 409: ("conflict", "conflict")}
-    kind, code = kinds.get(status, ("service_unavailable", "unavailable"))
-    return status, json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode(), []
+def _refusal(status: int, message: str) -> Answer:
+    _, (body,) = refused(status, message)
+    return status, Parcel.of(body), []

@@ -5,12 +5,14 @@ Shape letters: L layers, E logical experts; 2 is prefill and decode.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save
+
+from moe_serve.base.parcel import Parcel
 
 Counts = npt.NDArray[np.int64]
 MAX_RECORD_BYTES = 32 << 20
@@ -26,6 +28,10 @@ class LoadWindow:
     size: int
     _buckets: deque[tuple[int, Counts]] = field(default_factory=deque)
     _steps: int = 0
+    _total: Counts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._total = np.zeros((self.num_layers, 2, self.num_experts), dtype=np.int64)
 
     @property
     def num_steps(self) -> int:
@@ -37,16 +43,21 @@ class LoadWindow:
         counts = np.frombuffer(load, dtype=np.int64).reshape(self.num_layers, 2, self.num_experts)
         self._buckets.append((steps, counts))
         self._steps += steps
+        self._total += counts
         while self._steps - self._buckets[0][0] >= self.size:
-            self._steps -= self._buckets.popleft()[0]
+            gone, oldest = self._buckets.popleft()
+            self._steps -= gone
+            self._total -= oldest
         return counts
 
     def load(self, last_steps: int | None = None) -> Counts:
         """int64 (L, 2, E) summed over the window, or over its newest buckets with at least `last_steps` steps."""
-        total = np.zeros((self.num_layers, 2, self.num_experts), dtype=np.int64)
+        if last_steps is None:
+            return self._total.copy()
+        total = np.zeros_like(self._total)
         seen = 0
         for steps, counts in reversed(self._buckets):
-            if last_steps is not None and seen >= last_steps:
+            if seen >= last_steps:
                 break
             total += counts
             seen += steps
@@ -74,6 +85,12 @@ class Recording:
         else:
             self.steps.append(total)
 
-    def dump(self, metadata: dict[str, str]) -> bytes:
-        """A safetensors file with `logical_count` int64 (steps, L, E)."""
-        return save({"logical_count": np.ascontiguousarray(np.stack(self.steps))}, metadata=metadata)
+    def dump(self, metadata: dict[str, str]) -> Parcel:
+        """A safetensors file with `logical_count` int64 (steps, L, E); the steps are not copied."""
+        size = sum(step.nbytes for step in self.steps)
+        shape = [len(self.steps), *self.steps[0].shape]
+        array = {"dtype": "I64", "shape": shape, "data_offsets": [0, size]}
+        header = json.dumps({"__metadata__": metadata, "logical_count": array}).encode()
+        header += b" " * (-len(header) % 8)
+        data = (np.ascontiguousarray(step).data.cast("B") for step in self.steps)
+        return Parcel((len(header).to_bytes(8, "little") + header, *data))

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
+from collections.abc import Callable, Coroutine
+from functools import partial
 
 import msgspec
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.messages import FromMember, Stop
-from moe_serve.base.quiet import QuietLog
-from moe_serve.base.secret import new_nonce
-from moe_serve.world.fleet import Fleet, Send
-from moe_serve.world.handshake import ANSWER_BYTES, REFUSAL, judge_answer
-from moe_serve.world.link import HEADER, MAX_FRAME, PROOF_SECONDS, frame
+from moe_serve.base.messages import FromMember, Stop, ToMember
+from moe_serve.base.parcel import Parcel
+from moe_serve.eplb.questions import RequestQuestion, Solved
+from moe_serve.world.door import Door
+from moe_serve.world.fleet import Fleet
+from moe_serve.world.link import HEADER, MAX_FRAME, frame
+from moe_serve.world.outbox import MAX_WAITING_BYTES, Outbox, Turns
+from moe_serve.world.parcels import Send
+from moe_serve.world.solver import SOLVE_SECONDS, Solver
 
 TICK_SECONDS = 0.5
 BIND_TRIES = 5
 HELLO_SECONDS = 10.0
-MAX_STRANGERS = 256
-"""A world of thousands comes in waves of these; those dropped at the door try again."""
 log = logging.getLogger(__name__)
 _from_member: msgspec.msgpack.Decoder[FromMember] = msgspec.msgpack.Decoder(FromMember)
 
@@ -30,20 +32,34 @@ _from_member: msgspec.msgpack.Decoder[FromMember] = msgspec.msgpack.Decoder(From
 class Coordinator:
     """`start()`, then wait on `ready` and `ended`. All methods belong to one event loop.
 
-    Who does not know the `token` is not listened to; so many of them at once, and no more, are asked for it.
+    Who does not know the `token` is not listened to (door.py).
+
+    What is to be decided is worked out by solvers: one for decisions, one for requests, so that neither waits for the
+    other. Every task has an owner: one that ends although nobody asked it to ends the world, and says why.
     """
 
-    def __init__(self, fleet: Fleet, *, token: str) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        token: str,
+        solve_seconds: float = SOLVE_SECONDS,
+        outbox_bytes: int = MAX_WAITING_BYTES,
+    ) -> None:
         self.fleet = fleet
-        self._token = token
-        self._strangers = 0
-        self._quiet = QuietLog(log, time.monotonic)
+        self._door = Door(token)
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
+        self._outboxes: dict[int, Outbox] = {}
         self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._outbox_bytes = outbox_bytes
+        self._turns = Turns()
+        self._decisions = Solver(self._hear_solved, limit=solve_seconds, early=fleet.rebalancer is not None)
+        self._answers = Solver(self._hear_solved, limit=solve_seconds)
         self._ids = itertools.count()
         self._server: asyncio.Server | None = None
-        self._ticker: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     async def start(self, host: str, port: int) -> int:
         """Listen on `host` only; the port in use. A taken port is tried five times, then a ConfigError."""
@@ -59,95 +75,141 @@ class Coordinator:
                     ) from error
                 await asyncio.sleep(0.5)
         assert self._server is not None
-        self._ticker = asyncio.create_task(self._tick())
+        self._own(self._tick(), "the watch over silence")
+        self._own(self._turns.run(), "the turns of the lines")
+        self._own(self._decisions.run(), "the solver of decisions")
+        self._own(self._answers.run(), "the solver of requests")
         bound: int = self._server.sockets[0].getsockname()[1]
         return bound
 
     def end(self, stop: Stop) -> None:
         """End the world for a reason of the launcher's own."""
-        self._send(self.fleet.end(stop))
+        self._act(lambda: self.fleet.end(stop))
 
     def drain(self, timeout: float) -> None:
         """Finish what is in flight, then end."""
-        self._send(self.fleet.drain(timeout))
+        self._act(lambda: self.fleet.drain(timeout))
 
     async def close(self) -> None:
         """Stop listening and drop all lines."""
-        if self._ticker is not None:
-            self._ticker.cancel()
+        self._closing = True
         if self._server is not None:
             self._server.close()
         for writer in list(self._writers.values()):
             writer.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            self._send(self.fleet.tick(time.monotonic()))
+            self._act(lambda: self.fleet.tick(time.monotonic()))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            known = await self._meet(reader, writer)
+            known = await self._door.admit(reader, writer)
         except asyncio.CancelledError:
             return
         if not known:
             writer.close()
             return
         member = next(self._ids)
-        self._writers[member] = writer
+        outbox = Outbox(writer, self._turns, limit=self._outbox_bytes)
+        self._writers[member], self._outboxes[member] = writer, outbox
+        writing = self._own(_write(outbox), f"the writing to member {member}")
         try:
             async with asyncio.timeout(HELLO_SECONDS):
                 message = await _receive(reader)
             while message is not None:
-                self._send(self.fleet.hear(member, message, time.monotonic()))
+                self._act(partial(self.fleet.hear, member, message, time.monotonic()))
                 message = await _receive(reader)
-        except (OSError, TimeoutError, msgspec.MsgspecError) as error:
-            if self.fleet.ended is None:
-                log.warning("dropped a connection from %s: %s", writer.get_extra_info("peername"), error)
         except asyncio.CancelledError:
             return  # the loop ends; asyncio would report a cancelled handler as an error
+        except Exception as error:  # noqa: BLE001 (whatever a stranger sends ends his own connection)
+            if self.fleet.ended is None:
+                why = f"{type(error).__name__}: {error}"
+                log.warning("dropped a connection from %s: %s", writer.get_extra_info("peername"), why)
         finally:
-            self._writers.pop(member, None)
-            self._send(self.fleet.lost(member, time.monotonic()))
+            del self._writers[member], self._outboxes[member]
+            self._act(lambda: self.fleet.lost(member, time.monotonic()))
+            writing.cancel()
             writer.close()
 
-    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Whether somebody who connected knows the token; strangers are dropped without a word of theirs read."""
-        if self._strangers >= MAX_STRANGERS:
-            self._quiet.warning("dropped a connection: %d others have not said who they are", self._strangers)
-            return False
-        self._strangers += 1
-        nonce = new_nonce()
-        try:
-            writer.write(nonce)
-            async with asyncio.timeout(PROOF_SECONDS):
-                verdict = judge_answer(self._token, nonce, await reader.readexactly(ANSWER_BYTES))
-            writer.write(verdict)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            verdict = REFUSAL
-        finally:
-            self._strangers -= 1
-        if verdict == REFUSAL:
-            self._quiet.warning("dropped %s, who does not know this world's token", writer.get_extra_info("peername"))
-        return verdict != REFUSAL
+    def _hear_solved(self, solved: Solved) -> None:
+        self._act(lambda: self.fleet.hear_solved(solved, time.monotonic()))
 
-    def _send(self, sends: list[Send]) -> None:
-        for send in sends:
-            writer = self._writers.get(send.member)
-            if writer is not None and not writer.is_closing():
-                with contextlib.suppress(OSError, RuntimeError):
-                    writer.write(frame(send.message))
-                    if send.close:
-                        writer.close()
+    def _own(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._task_ended, name))
+        return task
+
+    def _task_ended(self, name: str, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not (task.cancelled() or self._closing):
+            error = task.exception()
+            self._fail(f"{name} ended: {_named(error) if error is not None else 'without a reason'}", error)
+
+    def _act(self, step: Callable[[], list[Send]]) -> None:
+        """A step of the state machine, and what follows. Its own exceptions are nobody else's death."""
+        try:
+            self._follow(step())
+        except Exception as error:  # noqa: BLE001 (our own bug, whatever it is, must be named)
+            self._fail(_named(error), error)
+
+    def _fail(self, why: str, error: BaseException | None) -> None:
+        log.error("the coordinator failed: %s", why, exc_info=error)
+        self._send(self.fleet.end(Stop(f"the coordinator failed: {why}", 1)))
+        self.ended.set()
+
+    def _follow(self, sends: list[Send]) -> None:
+        self._send(sends)
         for line in self.fleet.take_log():
             log.warning("%s", line)
         if self.fleet.rebalancer is not None:
             for line in self.fleet.rebalancer.take_log():
                 log.info("%s", line)
+        for question in self.fleet.take_questions():
+            if isinstance(question, RequestQuestion):
+                self._answers.ask(question)
+            else:
+                self._decisions.ask(question, alone=True)
         if self.fleet.ready:
             self.ready.set()
         if self.fleet.ended is not None:
             self.ended.set()
+
+    def _send(self, sends: list[Send]) -> None:
+        frames: dict[int, Parcel] = {}  # many members are told the same
+        for send in sends:
+            outbox = self._outboxes.get(send.member)
+            if outbox is None:
+                continue
+            key = id(send.message)
+            if key not in frames:
+                frames[key] = _framed(send.message)
+            outbox.put(frames[key], urgent=isinstance(send.message, Stop), close=send.close)
+            if outbox.is_full:
+                self._send(self.fleet.choked(send.member, outbox.waiting_bytes))
+
+
+async def _write(outbox: Outbox) -> None:
+    try:
+        await outbox.run()
+    except OSError:
+        return  # whoever reads from this connection says so
+
+
+def _framed(message: ToMember | Parcel) -> Parcel:
+    if isinstance(message, Parcel):
+        return Parcel((HEADER.pack(len(message)), *message.pieces))
+    return Parcel((frame(message),))
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 async def _receive(reader: asyncio.StreamReader) -> FromMember | None:

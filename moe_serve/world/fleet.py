@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from moe_serve.base.commands import StageExperts
 from moe_serve.base.config import differing_fields
 from moe_serve.base.messages import (
     Ack,
-    BalanceAnswer,
     BalanceAsk,
     Drain,
     Failure,
@@ -30,31 +28,23 @@ from moe_serve.base.messages import (
     StepLoad,
     Stop,
     StoreAt,
-    ToMember,
     Wake,
     Welcome,
     WorldReady,
     WorldView,
 )
 from moe_serve.base.topology import Topology
-from moe_serve.eplb.rearrangement import ForEngine, Order
+from moe_serve.eplb.questions import Question, SharesQuestion, Solved
+from moe_serve.eplb.rearrangement import ForEngine
 from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.eplb.surface import BalanceSurface
 from moe_serve.world.members import QUIET_SECONDS, Member, slow_step
+from moe_serve.world.parcels import Send, answer_parcel
 
 SILENCE_SECONDS = 7.0
 OWN_GAP_SECONDS = 8.0
 """A coordinator that was stopped for so long itself has been given up by all members."""
 PEER_GRACE_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Give `message` to `member`; afterwards close its line if `close`."""
-
-    member: int
-    message: ToMember
-    close: bool = False
 
 
 @dataclass(slots=True)
@@ -84,6 +74,7 @@ class Fleet:
     _own_gap: str = ""
     _draining: bool = False
     _log: list[str] = field(default_factory=list)
+    _surface: BalanceSurface = field(default_factory=lambda: BalanceSurface(None))
 
     def hear(self, member: int, message: FromMember, now: float) -> list[Send]:
         """A record from a connection; from somebody who knows the world's token; the first must be a Hello."""
@@ -120,22 +111,40 @@ class Fleet:
             case StepLoad():
                 return self._balance(lambda rebalancer: rebalancer.hear_load(message, now))
             case BalanceAsk():
-                # Engines that are still loading would lose an order.
-                surface = BalanceSurface(self.rebalancer, ready=self.ready)
-                status, body, orders = surface.ask(message.action, message.body, now)
-                answer = BalanceAnswer(number=message.number, status=status, body=body)
-                return [Send(member, answer), *self._to_engines(orders)]
+                return self._asked(member, message)
+
+    def hear_solved(self, solved: Solved, now: float) -> list[Send]:
+        """The answer to one of `take_questions()`."""
+        if self.ended is not None or self.rebalancer is None:
+            self._log.append("dropped what was worked out for load balancing: the world has ended")
+            return []
+        if not self._surface.is_waiting(solved.number):
+            return self._to_engines(self.rebalancer.hear_solved(solved, now))
+        question, (status, body, orders) = self._surface.conclude(solved, now)
+        return [Send(question.member, answer_parcel(question.request, status, body)), *self._to_engines(orders)]
+
+    def take_questions(self) -> list[Question]:
+        """What is to be worked out for load balancing, each given once."""
+        decisions = [] if self.rebalancer is None else self.rebalancer.take_questions()
+        return [*map(self._dated, decisions), *self._surface.take_questions()]
+
+    def _asked(self, member: int, ask: BalanceAsk) -> list[Send]:
+        """Engines that are still loading would lose an order."""
+        if self._surface.rebalancer is not self.rebalancer:
+            self._surface = BalanceSurface(self.rebalancer)
+        given = self._surface.ask(member, ask, ready=self.ready)
+        return [] if given is None else [Send(member, answer_parcel(ask.number, given[0], given[1]))]
 
     def _balance(self, hear: Callable[[Rebalancer], list[ForEngine]]) -> list[Send]:
         return [] if self.rebalancer is None else self._to_engines(hear(self.rebalancer))
 
     def _to_engines(self, orders: list[ForEngine]) -> list[Send]:
         engines = {known.hello.dp: member for member, known in self.members.items() if known.hello.role == "engine"}
-        return [Send(engines[each.dp], self._dated(each.order)) for each in orders if each.dp in engines]
+        return [Send(engines[each.dp], each.order) for each in orders if each.dp in engines]
 
-    def _dated(self, order: Order) -> Order:
-        dated = isinstance(order, StageExperts)
-        return msgspec.structs.replace(order, generation=self.generation) if dated else order
+    def _dated(self, question: Question) -> Question:
+        dated = isinstance(question, SharesQuestion)
+        return msgspec.structs.replace(question, generation=self.generation) if dated else question
 
     def lost(self, member: int, now: float) -> list[Send]:
         """A connection closed."""
@@ -156,14 +165,18 @@ class Fleet:
             return self.end(Stop(self._suspicion[1], 1))
         for member, known in list(self.members.items()):
             if not known.leaving and now - known.heard > SILENCE_SECONDS:
-                silence = f"has not been heard for {now - known.heard:.0f} s (is it stopped?){known.last_seen}"
-                if known.hello.essential:
-                    return self.end(Stop(f"{known.name} {silence}", 1))
-                del self.members[member]
-                gone = Send(member, Stop(f"{known.name} {silence}", 1), close=True)
-                return [gone, *self._do_without(known, silence)]
+                how = f"has not been heard for {now - known.heard:.0f} s (is it stopped?){known.last_seen}"
+                return self._give_up(member, known, how)
         slow = slow_step(self.members.values(), now, self._ready_since, self.step_timeout_seconds) if self.ready else ""
         return self.end(Stop(slow, 1)) if slow else self._balance(lambda rebalancer: rebalancer.tick(now))
+
+    def choked(self, member: int, waiting_bytes: int) -> list[Send]:
+        """A member does not take in what it is sent: so much waits for it, more than may."""
+        known = self.members.get(member)
+        if known is None or self.ended is not None:
+            return []
+        how = f"does not read what it is sent: {waiting_bytes / 2**20:.0f} MiB wait{known.last_seen}"
+        return self._give_up(member, known, how)
 
     def end(self, stop: Stop) -> list[Send]:
         """Tell everybody to stop; the first reason stays."""
@@ -276,6 +289,14 @@ class Fleet:
         if (self._draining and not others) or (known.hello.essential and not self._draining):
             return self.end(Stop(reason or f"{known.name} left", 0))
         return []
+
+    def _give_up(self, member: int, known: Member, how: str) -> list[Send]:
+        """A member that is connected but of no use."""
+        stop = Stop(f"{known.name} {how}", 1)
+        if known.hello.essential:
+            return self.end(stop)
+        del self.members[member]
+        return [Send(member, stop, close=True), *self._do_without(known, how)]
 
     def _do_without(self, known: Member, how: str) -> list[Send]:
         """A member that is not essential is gone, and the others go on."""

@@ -24,6 +24,7 @@ from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.engine.lockstep import Verdict, Vote
 from moe_serve.engine.rearranging import Rearranging
 from moe_serve.eplb.rebalancer import STAGE_SECONDS, Conflict
+from moe_serve.eplb.solving import propose
 from tests.support.stage_world import World
 
 STAGE = StageExperts(epoch=3, rows={}, shares={})
@@ -236,7 +237,7 @@ def ask_for_a_rearrangement(world: World) -> None:
     if not rebalancer.load().any():
         return
     try:
-        plan = rebalancer.propose()
+        plan = propose(rebalancer.situation(), rebalancer.policy)
         world.send(rebalancer.apply(plan, world.now, why="request"))
     except Conflict:
         assert rebalancer.in_flight

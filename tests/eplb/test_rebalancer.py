@@ -6,23 +6,29 @@ import numpy as np
 import pytest
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.messages import Record, StageReport
+from moe_serve.base.messages import Record, StageReport, StepLoad
 from moe_serve.eplb.books import MAX_HISTORY
 from moe_serve.eplb.placement import Placement, initial_placement, moves
 from moe_serve.eplb.policies.base import Problem
 from moe_serve.eplb.policies.shuffle import shuffle
 from moe_serve.eplb.policies.static import static
 from moe_serve.eplb.policies.sticky import sticky
+from moe_serve.eplb.questions import PlanQuestion, Question, SharesQuestion, Solved, Unsolved
 from moe_serve.eplb.rearrangement import MAX_CHUNK_BYTES, chunks_of
-from moe_serve.eplb.rebalancer import SHARE_REFRESH_STEPS, STAGE_SECONDS, Conflict
+from moe_serve.eplb.rebalancer import ROLLBACK, SHARE_REFRESH_STEPS, STAGE_SECONDS, Conflict
+from moe_serve.eplb.shares import layers_of, table_of_rank
 from tests.support.balancing import (
     EXPERTS,
     LAYERS,
     UNIX_TIME,
     Balanced,
+    answer_all,
     drops,
+    of_all,
+    opened,
     shares,
     skewed,
+    solved,
     stages,
 )
 
@@ -93,7 +99,7 @@ def test_a_policy_that_fails_or_forgets_an_expert_disturbs_nobody(policy: object
     assert made.rebalancer.totals.skipped == {"policy_failed": 1}
     assert "the policy failed" in made.rebalancer.take_log()[0]
     with pytest.raises(ConfigError, match=r"off by one|no copy of experts"):
-        made.rebalancer.propose()
+        made.propose()
 
 
 def test_a_gain_that_does_not_pay_is_a_skip_that_says_so() -> None:
@@ -128,30 +134,31 @@ def test_a_long_sleep_does_not_make_a_move_look_cheap() -> None:
 def test_what_a_commit_took_prices_the_next_move() -> None:
     made = Balanced(policy=shuffle, step_interval=1000)
     made.load()
-    plan = made.rebalancer.propose()
+    plan = made.propose()
     cheap = made.rebalancer.books.cost_share(plan, 1000)
     made.load()
     made.finish(made.begin())
     made.load()
     assert made.rebalancer.totals.moved_bytes / sum(made.rebalancer.totals.commit_seconds) < 1e9
-    assert made.rebalancer.books.cost_share(made.rebalancer.propose(), 1000) > 1000 * cheap
+    assert made.rebalancer.books.cost_share(made.propose(), 1000) > 1000 * cheap
 
 
 # --- how it goes on --------------------------------------------------------------------------------------------------
 
 
-def test_every_engine_gets_the_rows_of_the_layers_that_change_and_the_shares_of_its_ranks() -> None:
+def test_every_engine_gets_the_rows_of_the_layers_that_change_and_the_shares_for_its_ranks() -> None:
     made = loaded(dp=2, tp=2)
-    plan = made.rebalancer.propose()
-    orders = made.rebalancer.apply(plan, made.now, why="request")
+    plan = made.propose()
+    assert made.rebalancer.apply(plan, made.now, why="request") == []
+    orders = answer_all(made.rebalancer, made.now)
     assert [each.dp for each in orders] == [0, 1]
-    first, second = stages([each.order for each in orders])
-    assert first.rows == second.rows
+    assert orders[0].order is orders[1].order, "encoded once"
+    (first, second) = stages([opened(each.order) for each in orders])
+    assert first == second
     wanted = plan.placement.physical_to_logical_LP
     assert first.rows == {layer: wanted[layer].tolist() for layer in first.rows}
-    assert (set(first.shares), set(second.shares)) == ({0, 1}, {2, 3})
-    for rank, table in (first.shares | second.shares).items():
-        cumulative = np.frombuffer(table, dtype=np.float32).reshape(len(first.rows), EXPERTS, -1)
+    for rank in range(4):
+        cumulative = table_of_rank(first, layers_of(first.rows), plan.placement, rank)
         assert (np.diff(cumulative, axis=2) >= 0).all(), rank
         assert (cumulative[:, :, -1] == 1).all(), rank
 
@@ -172,7 +179,7 @@ def test_a_placement_is_served_once_all_engines_have_committed_it() -> None:
 
 def test_chunks_follow_each_other_and_are_one_rearrangement() -> None:
     made = loaded(expert_bytes=MAX_CHUNK_BYTES // 2)
-    plan = made.rebalancer.propose()
+    plan = made.propose()
     wanted = plan.placement.physical_to_logical_LP.tolist()
     num_moves = plan.num_moves
     assert made.finish(made.begin(plan.placement)) == LAYERS
@@ -240,7 +247,7 @@ def test_chunks_before_a_failure_stay_and_can_be_rolled_back() -> None:
     assert made.table == middle
     assert made.rebalancer.epoch == first[0].epoch
     assert made.rebalancer.totals.rebalances == 0
-    made.finish(stages([each.order for each in made.rebalancer.rollback(made.now)]))
+    made.finish(made.rollback())
     assert made.table == before
 
 
@@ -302,11 +309,12 @@ def test_news_of_other_epochs_is_ignored() -> None:
 
 def test_applying_twice_at_once_is_a_conflict() -> None:
     made = loaded()
+    first_table = made.rebalancer.placement
     first = made.begin()
     with pytest.raises(Conflict, match="under way"):
         made.begin()
     with pytest.raises(Conflict, match="under way"):
-        made.rebalancer.rollback(made.now)
+        made.apply(made.predict(first_table), why=ROLLBACK)
     made.finish(first)
 
 
@@ -320,33 +328,31 @@ def test_a_placement_of_another_world_is_refused_with_both_sizes() -> None:
     made = loaded()
     other = initial_placement("linear", num_layers=LAYERS, num_experts=EXPERTS, num_ranks=4, num_redundant=2)
     with pytest.raises(ConfigError, match=r"on 4 ranks; served are 3 layers, 8 experts, 10 slots on 2 ranks"):
-        made.rebalancer.predict(other)
+        made.predict(other)
 
 
 def test_rollbacks_go_back_one_rearrangement_each() -> None:
     made = loaded()
     tables = [made.table]
-    with pytest.raises(Conflict, match="nothing to roll back"):
-        made.rebalancer.rollback(made.now)
+    assert made.rebalancer.previous is None
     for _ in range(3):
         made.finish(made.begin())
         tables.append(made.table)
     for expected in tables[-2::-1]:
-        made.finish(stages([each.order for each in made.rebalancer.rollback(made.now)]))
+        made.finish(made.rollback())
         assert made.table == expected
-    with pytest.raises(Conflict, match="nothing to roll back"):
-        made.rebalancer.rollback(made.now)
+    assert made.rebalancer.previous is None
 
 
 def test_a_rollback_that_failed_can_be_tried_again() -> None:
     made = loaded()
     before = made.table
     made.finish(made.begin())
-    back = stages([each.order for each in made.rebalancer.rollback(made.now)])
+    back = made.rollback()
     made.report(0, "failed", back[0].epoch)
     made.all_report("dropped", back[0].epoch)
     assert made.table != before
-    made.finish(stages([each.order for each in made.rebalancer.rollback(made.now)]))
+    made.finish(made.rollback())
     assert made.table == before
 
 
@@ -354,18 +360,18 @@ def test_a_rollback_needs_no_load() -> None:
     made = loaded(window_size=1)
     made.finish(made.begin())
     made.load(np.zeros((LAYERS, 2, EXPERTS), dtype=np.int64))
-    assert stages([each.order for each in made.rebalancer.rollback(made.now)])
+    assert made.rollback()
 
 
 def test_a_plan_says_what_it_moves_and_brings() -> None:
     made = loaded(policy=sticky)
-    plan = made.rebalancer.propose()
+    plan = made.propose()
     assert plan.num_moves == len(moves(made.rebalancer.placement, plan.placement)) > 0
     assert plan.num_bytes == plan.num_moves * 1000
     assert 0 < plan.balancedness_before < plan.balancedness_after <= 1
     assert 0 < plan.gain < 1
     with pytest.raises(ConfigError, match="zero everywhere"):
-        Balanced().rebalancer.propose()
+        Balanced().propose()
 
 
 def test_history_is_bounded() -> None:
@@ -373,6 +379,92 @@ def test_history_is_bounded() -> None:
     for _ in range(MAX_HISTORY + 10):
         made.load()
     assert len(made.rebalancer.history) == MAX_HISTORY
+
+
+# --- what is being worked out -----------------------------------------------------------------------------------------
+
+
+def asked_for_a_plan() -> tuple[Balanced, PlanQuestion]:
+    """The interval is over and the question is out."""
+    made = Balanced(step_interval=4)
+    made.rebalancer.hear_load(StepLoad(step=1, steps=1, load=skewed().tobytes()), made.now)
+    (question,) = made.rebalancer.take_questions()
+    assert isinstance(question, PlanQuestion)
+    return made, question
+
+
+def failed(question: Question, reason: str = "no time") -> Solved:
+    return Solved(question.number, 1.0, Unsolved(reason))
+
+
+def test_while_a_plan_is_worked_out_reports_come_in_and_nothing_is_decided_twice() -> None:
+    made, question = asked_for_a_plan()
+    for step in range(2, 2 + 3 * SHARE_REFRESH_STEPS):
+        made.rebalancer.hear_load(StepLoad(step=step, steps=1, load=skewed(step).tobytes()), made.now)
+        assert made.rebalancer.take_questions() == []
+    assert made.rebalancer.window.num_steps == 100
+    assert np.array_equal(question.situation.load_LE, skewed().sum(axis=1)), "what was asked stays as it was"
+    made.rebalancer.hear_solved(solved(question), made.now)
+    (stage,) = made.rebalancer.take_questions()
+    assert isinstance(stage, SharesQuestion)
+    assert stage.stage
+    assert made.rebalancer.in_flight
+
+
+def test_a_plan_that_comes_after_a_manual_order_is_dropped_with_its_reason() -> None:
+    made, question = asked_for_a_plan()
+    made.rebalancer.apply(made.propose(), made.now, why="request")
+    (stage,) = made.rebalancer.take_questions()
+    assert made.rebalancer.totals.skipped == {"late": 1}
+    assert made.rebalancer.hear_solved(solved(question), made.now) == []
+    assert made.rebalancer.take_log() == [
+        "dropped what came too late: a plan: a rearrangement (request) began meanwhile"
+    ]
+    assert made.rebalancer.hear_solved(solved(question), made.now) == [], "once more does no harm"
+    assert "nobody asked for it" in made.rebalancer.take_log()[0]
+    made.finish(stages(of_all(made.rebalancer.hear_solved(solved(stage), made.now))))
+    assert made.rebalancer.totals.rebalances == 1
+
+
+def test_shares_that_come_after_a_rearrangement_has_begun_are_dropped_with_their_reason() -> None:
+    made = Balanced(step_interval=10_000)
+    for step in range(SHARE_REFRESH_STEPS):
+        made.rebalancer.hear_load(StepLoad(step=step, steps=1, load=skewed().tobytes()), made.now)
+    (question,) = made.rebalancer.take_questions()
+    first = made.begin()
+    assert made.rebalancer.hear_solved(solved(question), made.now) == []
+    assert "shares of copies: a rearrangement (request) began meanwhile" in made.rebalancer.take_log()[0]
+    assert made.rebalancer.totals.skipped == {}, "no rearrangement was skipped"
+    made.finish(first)
+
+
+def test_a_plan_for_a_placement_that_is_no_longer_served_is_a_conflict() -> None:
+    made = loaded()
+    old = made.propose()
+    made.finish(made.begin())
+    with pytest.raises(Conflict, match="has changed while this was planned"):
+        made.rebalancer.apply(old, made.now, why="request")
+
+
+def test_shares_that_cannot_be_solved_are_a_skip_and_end_a_rearrangement_where_it_is() -> None:
+    made = loaded(step_interval=10_000, expert_bytes=MAX_CHUNK_BYTES // 2)
+    first = made.begin()
+    for dp in (0, 1):
+        report = StageReport(epoch=first[0].epoch, state="committed")
+        made.rebalancer.hear_stage(dp, report, made.now)
+    middle = made.table
+    (stage,) = made.rebalancer.take_questions()
+    assert made.rebalancer.hear_solved(failed(stage), made.now) == []
+    assert not made.rebalancer.in_flight
+    assert made.table == middle
+    assert made.rebalancer.totals.skipped == {"stage_unsolved": 1}
+    assert "no time" in str(made.rebalancer.history[-1]["failure"])
+    while not (questions := made.rebalancer.take_questions()):
+        made.rebalancer.hear_load(StepLoad(step=made.step, steps=1, load=skewed().tobytes()), made.now)
+    assert made.rebalancer.hear_solved(failed(questions[0]), made.now) == []
+    assert made.rebalancer.totals.skipped == {"stage_unsolved": 1, "shares_failed": 1}
+    assert any("not solved: no time" in line for line in made.rebalancer.take_log())
+    assert made.begin(), "and it can be tried again"
 
 
 # --- shares and recordings -------------------------------------------------------------------------------------------
@@ -385,7 +477,7 @@ def test_shares_are_refreshed_for_the_epoch_that_is_served() -> None:
     found = [order for _ in range(2 * SHARE_REFRESH_STEPS) for order in shares(made.load())]
     assert len(found) == 2 * 2, "two refreshes, two engines"
     assert {order.epoch for order in found} == {1}
-    assert [set(order.shares) for order in found[:2]] == [{0}, {1}]
+    assert [set(order.shares) for order in found] == [{0}] * 4, "one node"
 
 
 def test_shares_rest_during_a_rearrangement_and_without_redundancy() -> None:

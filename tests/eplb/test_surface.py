@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from moe_serve.eplb.rearrangement import ForEngine
-from moe_serve.eplb.surface import BalanceSurface
-from tests.support.balancing import EXPERTS, LAYERS, UNIX_TIME, Balanced, skewed, stages
+from moe_serve.base.messages import BalanceAsk
+from moe_serve.eplb.questions import Solved, Unsolved
+from moe_serve.eplb.rearrangement import Order
+from moe_serve.eplb.surface import MAX_WAITING, BalanceSurface
+from tests.support.balancing import EXPERTS, LAYERS, UNIX_TIME, Balanced, skewed, solved, stages
 
 ACTIONS = ("state", "metrics", "plan", "apply", "rollback", "save", "record/start", "record/stop", "record/dump")
 
@@ -27,10 +29,20 @@ class Asked:
         if loaded:
             self.balanced.load(steps=10)
 
-    def ask(self, action: str, body: object = None) -> tuple[int, Any, list[ForEngine]]:
+    def ask(self, action: str, body: object = None) -> tuple[int, Any, list[Order]]:
         raw = b"" if body is None else json.dumps(body).encode()
-        status, answer, orders = self.surface.ask(action, raw, self.balanced.now)
+        status, answer, orders = self.whole(action, raw)
         return status, json.loads(answer), orders
+
+    def whole(self, action: str, raw: bytes) -> tuple[int, bytes, list[Order]]:
+        """The answer once what it needs is worked out, and all orders that follow."""
+        given = self.surface.ask(5, BalanceAsk(number=9, action=action, body=raw))
+        if given is None:
+            (question,) = self.surface.take_questions()
+            asker, given = self.surface.conclude(solved(question), self.balanced.now)
+            assert (asker.member, asker.request) == (5, 9)
+        status, body, orders = given
+        return status, body.join(), self.balanced.settled(orders)
 
     def refusal(self, action: str, body: object = None) -> tuple[int, str]:
         status, answer, orders = self.ask(action, body)
@@ -82,7 +94,7 @@ def test_a_plan_is_a_dry_run_whose_placement_can_be_applied() -> None:
     status, applied, orders = asked.ask("apply", {"placement": plan["placement"]})
     assert status == 202
     assert applied == plan
-    asked.balanced.finish(stages([each.order for each in orders]))
+    asked.balanced.finish(stages(orders))
     assert asked.balanced.table == plan["placement"]["physical_to_logical"] != before
     assert asked.ask("save")[1] == plan["placement"]
 
@@ -96,10 +108,10 @@ def test_apply_and_rollback_are_conflicts_while_a_rearrangement_is_under_way() -
         assert status == 409
         assert "under way" in message
     assert asked.ask("plan")[0] == 200, "a dry run disturbs nobody"
-    asked.balanced.finish(stages([each.order for each in orders]))
+    asked.balanced.finish(stages(orders))
     status, answer, orders = asked.ask("rollback")
     assert (status, answer["rolling_back_from"]) == (202, 1)
-    assert stages([each.order for each in orders])
+    assert stages(orders)
 
 
 def test_a_recording_is_started_stopped_and_dumped() -> None:
@@ -111,7 +123,7 @@ def test_a_recording_is_started_stopped_and_dumped() -> None:
     assert asked.ask("state")[1]["recording"] == {"on": True, "steps": 1}
     assert asked.ask("record/stop")[1] == {"recording": False, "steps": 1}
     asked.balanced.load(skewed(5))
-    status, dump, _ = asked.surface.ask("record/dump", b"", 0.0)
+    status, dump, _ = asked.whole("record/dump", b"")
     assert status == 200
     assert load(dump)["logical_count"].tolist() == [skewed(4).sum(axis=1).tolist()]
 
@@ -173,12 +185,17 @@ def test_without_load_there_is_nothing_to_plan() -> None:
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_balancing_that_is_off_or_not_ready_says_so(action: str) -> None:
-    status, answer, orders = BalanceSurface(None).ask(action, b"", 0.0)
+    asked = BalanceAsk(number=1, action=action)
+    off = BalanceSurface(None).ask(5, asked)
+    assert off is not None
+    status, answer, orders = off
     assert (status, orders) == (400, [])
-    assert b"--enable-eplb" in answer
-    status, answer, orders = BalanceSurface(Balanced().rebalancer, ready=False).ask(action, b"", 0.0)
+    assert b"--enable-eplb" in answer.join()
+    starting = BalanceSurface(Balanced().rebalancer).ask(5, asked, ready=False)
+    assert starting is not None
+    status, answer, orders = starting
     assert (status, orders) == (503, [])
-    assert b"still starting" in answer
+    assert b"still starting" in answer.join()
 
 
 json_values: st.SearchStrategy[object] = st.recursive(
@@ -196,7 +213,40 @@ bodies = st.binary(max_size=30) | st.builds(
 @given(st.sampled_from(ACTIONS), bodies)
 def test_no_body_makes_it_raise(action: str, body: bytes) -> None:
     asked = Asked()
-    status, answer, _ = asked.surface.ask(action, body, asked.balanced.now)
+    status, answer, _ = asked.whole(action, body)
     assert status in (200, 202, 400, 409)
     if action != "record/dump":
         json.loads(answer)
+
+
+def test_more_requests_than_may_wait_are_refused_until_one_is_answered() -> None:
+    surface = BalanceSurface(Balanced().rebalancer)
+    asked = BalanceAsk(number=1, action="state")
+    assert all(surface.ask(5, asked) is None for _ in range(MAX_WAITING))
+    refused = surface.ask(5, asked)
+    assert refused is not None
+    assert refused[0] == 503
+    assert b"wait already" in refused[1].join()
+    first, *_ = surface.take_questions()
+    surface.conclude(solved(first), 0.0)
+    assert surface.ask(5, asked) is None
+
+
+def test_a_request_that_nobody_could_work_out_is_a_503_with_the_reason() -> None:
+    surface = BalanceSurface(Balanced().rebalancer)
+    surface.ask(5, BalanceAsk(number=1, action="state"))
+    (question,) = surface.take_questions()
+    _, (status, body, orders) = surface.conclude(Solved(question.number, 1.0, Unsolved("it exited with code 3")), 0.0)
+    assert (status, orders) == (503, [])
+    assert b"exited with code 3" in body.join()
+
+
+def test_an_order_that_another_has_overtaken_while_it_was_worked_out_is_a_conflict() -> None:
+    asked = Asked()
+    asked.surface.ask(5, BalanceAsk(number=1, action="apply"))
+    (question,) = asked.surface.take_questions()
+    answer = solved(question)
+    asked.balanced.finish(asked.balanced.begin())
+    _, (status, body, orders) = asked.surface.conclude(answer, asked.balanced.now)
+    assert (status, orders) == (409, [])
+    assert b"has changed while this was planned" in body.join()

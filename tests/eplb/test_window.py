@@ -62,7 +62,7 @@ def test_a_recording_is_a_file_of_counts_by_step_layer_and_expert() -> None:
     recording.start()
     for value in (1, 5):
         recording.add(np.full((LAYERS, 2, EXPERTS), value, dtype=np.int64))
-    counts = load(recording.dump({"steps": "2"}))["logical_count"]
+    counts = load(recording.dump({"steps": "2"}).join())["logical_count"]
     assert counts.dtype == np.int64
     assert counts.tolist() == [[[2] * EXPERTS] * LAYERS, [[10] * EXPERTS] * LAYERS]
 

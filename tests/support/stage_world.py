@@ -29,6 +29,7 @@ from moe_serve.executor.replies import combine_replies
 from moe_serve.model.moe.expert_map import ExpertMap, even_copies
 from moe_serve.model.moe.experts import Experts
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
+from tests.support.balancing import answer_all, name_of, opened
 
 CPU = torch.device("cpu")
 LAYERS, EXPERTS, REDUNDANT, HIDDEN, WIDTH = 2, 4, 2, 2, 1
@@ -201,7 +202,7 @@ class World:
             window_size=20, step_interval=10**9, num_redundant_experts=REDUNDANT, policy="shuffle", min_gain=0
         )
         self.rebalancer = Rebalancer(
-            config, self.topology, placement, policy=shuffle, expert_bytes=EXPERT_BYTES, unix_time=lambda: 7.0
+            config, self.topology, placement, policy=name_of(shuffle), expert_bytes=EXPERT_BYTES, unix_time=lambda: 7.0
         )
         self.hub = Hub(dp * tp, self.chance)
         self.engines = []
@@ -224,9 +225,9 @@ class World:
         return np.array(counts, dtype=np.int64).tobytes()
 
     def send(self, orders: list[ForEngine]) -> None:
-        """Orders of the coordinator on their way."""
-        for each in orders:
-            self._post(self.engines[each.dp].inbox, each.order)
+        """Orders of the coordinator on their way, and those that follow from what it has worked out."""
+        for each in [*orders, *answer_all(self.rebalancer, self.now)]:
+            self._post(self.engines[each.dp].inbox, opened(each.order))
 
     def arrive(self, dp: int, steps: int) -> None:
         """A request for some steps."""

@@ -29,8 +29,9 @@ from moe_serve.base.messages import (
     WorldView,
 )
 from moe_serve.base.topology import Topology
-from moe_serve.world.fleet import Fleet, Send
-from tests.support.balancing import Balanced, skewed
+from moe_serve.world.fleet import Fleet
+from moe_serve.world.parcels import Send
+from tests.support.balancing import Balanced, opened, skewed, solved
 
 AGREEMENT = Config().agreement()
 
@@ -344,12 +345,13 @@ def test_every_message_type_is_handled() -> None:
 
 def test_an_engine_that_is_ready_says_how_large_an_expert_is_to_whoever_balances() -> None:
     fleet = make_fleet(dp=2)
-    fleet.rebalancer = Balanced(expert_bytes=0).rebalancer
+    balanced = Balanced(expert_bytes=0)
+    fleet.rebalancer = balanced.rebalancer
     for dp in range(2):
         fleet.hear(dp, engine(dp), 0.0)
         fleet.hear(dp, Ready(expert_bytes=77), 0.0)
     fleet.rebalancer.hear_load(StepLoad(step=1, steps=1, load=skewed().tobytes()), 0.0)
-    plan = fleet.rebalancer.propose()
+    plan = balanced.propose()
     assert plan.num_moves > 0
     assert plan.num_bytes == 77 * plan.num_moves
 
@@ -465,11 +467,36 @@ def test_a_world_does_not_wait_for_members_that_are_not_essential() -> None:
 def test_rearrangements_are_of_the_generation_of_the_world_and_news_of_another_is_ignored() -> None:
     fleet = formed(make_fleet())
     fleet.generation = 3
-    fleet.rebalancer = Balanced().rebalancer
+    balanced = Balanced()
+    fleet.rebalancer = balanced.rebalancer
     fleet.rebalancer.hear_load(StepLoad(step=1, steps=1, load=skewed().tobytes()), 0.0)
-    sends = fleet._to_engines(fleet.rebalancer.apply(fleet.rebalancer.propose(), 0.0, why="asked for"))
-    staged = [send.message for send in sends if isinstance(send.message, StageExperts)]
+    fleet.rebalancer.apply(balanced.propose(), 0.0, why="asked for")
+    (question,) = fleet.take_questions()
+    orders = [opened(send.message) for send in fleet.hear_solved(solved(question), 0.0)]
+    staged = [order for order in orders if isinstance(order, StageExperts)]
     assert [order.generation for order in staged] == [3, 3]
     failed = StageReport(epoch=staged[0].epoch, state="failed", reason="no room")
     assert fleet.hear(0, failed, 1.0) == []
     assert fleet.hear(0, msgspec.structs.replace(failed, generation=3), 1.0) != []
+
+
+def test_what_was_worked_out_for_a_world_that_has_ended_is_dropped_with_its_reason() -> None:
+    fleet = formed(make_fleet())
+    fleet.rebalancer = Balanced(step_interval=4).rebalancer
+    fleet.hear(0, StepLoad(step=1, steps=1, load=skewed().tobytes()), 0.0)
+    (question,) = fleet.take_questions()
+    fleet.end(Stop("enough", 0))
+    assert fleet.hear_solved(solved(question), 1.0) == []
+    assert fleet.take_log() == ["dropped what was worked out for load balancing: the world has ended"]
+
+
+def test_a_guest_that_does_not_read_is_sent_away_and_the_others_go_on() -> None:
+    fleet = formed(make_fleet())
+    fleet.hear(8, GUEST, 0)
+    sends = fleet.choked(8, 300 << 20)
+    assert isinstance(sends[0].message, Stop)
+    assert (sends[0].member, sends[0].close) == (8, True)
+    assert "does not read what it is sent: 300 MiB wait" in sends[0].message.reason
+    assert fleet.ended is None
+    assert 8 not in fleet.members
+    assert fleet.choked(8, 300 << 20) == []

@@ -16,6 +16,7 @@ from moe_serve.eplb.policies.base import Floats, nodes_of_ranks
 from moe_serve.eplb.search.scores import sum_by_rank
 
 SWEEPS = 10
+LEAST_RELIEF = 1e-9  # of a peak: less is rounding, and must not choose between sweeps
 POWER = 3.0  # of mean / rank load in a sweep; more swings to and fro
 
 
@@ -34,39 +35,34 @@ class Split:
     anywhere_LP: Floats
     on_node_LP: Floats
 
-    def cumulative(self, rank: int) -> tuple[Ints, Floats]:
-        """What the token path of source rank `rank` looks up: slots int64 (L, E, C) and cumulative shares (L, E, C).
+    def cumulative_on_node(self, node: int) -> Floats:
+        """float64 (L, E, C): what a token from a node looks up, if its rank has no copy or none is preferred.
 
-        A token with hash h in [0, 1) takes the first copy whose cumulative share is above h. Shares end at 1;
-        places beyond the last copy repeat it, and copies that get nothing repeat the share before them.
+        A token with hash h in [0, 1) takes the first copy, by slot, whose cumulative share is above h. Shares end at 1;
+        places beyond the last copy too, and copies that get nothing repeat the share before them.
         """
         slot_LEC = self.placement.logical_to_physical()
-        last_LE1 = np.take_along_axis(slot_LEC, self.placement.copies()[:, :, None] - 1, axis=2)
-        real_LEC = slot_LEC >= 0
-        slot_LEC = np.where(real_LEC, slot_LEC, last_LE1)
-        share_LP = self.shares_from(rank)
-        share_LEC = np.where(real_LEC, share_LP[np.arange(len(share_LP))[:, None, None], slot_LEC], 0.0)
-        total_LEC = np.cumsum(share_LEC, axis=2)
-        total_LEC /= total_LEC[:, :, -1:]
-        # Rounding must leave no hash without a copy, nor give one to a copy without a share.
-        remaining = np.cumsum(share_LEC[:, :, ::-1], axis=2)[:, :, ::-1] - share_LEC
-        total_LEC[remaining <= 0] = 1.0
-        return slot_LEC, total_LEC
+        share_LP = self._shares_on_node(node)
+        share_LEC = np.where(slot_LEC >= 0, share_LP[np.arange(len(share_LP))[:, None, None], slot_LEC], 0.0)
+        return cumulated(share_LEC)
 
-    def shares_from(self, rank: int) -> Floats:
-        """float64 (L, P): which part of an expert's tokens from source rank `rank` each slot gets."""
+    def _shares_on_node(self, node: int) -> Floats:
         if not self.prefer_local:
             return self.anywhere_LP
         where = _Where(self.placement, self.num_nodes)
-        on_rank_LE = where.on_rank_LRE[:, rank]
-        on_node_LE = where.on_node_LNE[:, where.node_R[rank]]
-        table_LP = self.placement.physical_to_logical_LP
-        mine_P, near_P = where.rank_P == rank, where.node_P == where.node_R[rank]
-        copies_here_LP = np.take_along_axis(on_rank_LE, table_LP, axis=1)
-        copies_near_LP = np.take_along_axis(on_node_LE, table_LP, axis=1)
-        local_LP = np.where(mine_P, 1.0 / np.maximum(copies_here_LP, 1), 0.0)
-        near_LP = np.where(near_P, self.on_node_LP, 0.0)
-        return np.where(copies_here_LP > 0, local_LP, np.where(copies_near_LP > 0, near_LP, self.anywhere_LP))
+        on_node_LE = where.on_node_LNE[:, node]
+        near_LP = np.where(where.node_P == node, self.on_node_LP, 0.0)
+        copies_near_LP = np.take_along_axis(on_node_LE, self.placement.physical_to_logical_LP, axis=1)
+        return np.where(copies_near_LP > 0, near_LP, self.anywhere_LP)
+
+
+def cumulated(share_XC: Floats) -> Floats:
+    """Cumulative shares; rounding must leave no hash without a copy, nor give one to a copy without a share."""
+    total_XC = np.cumsum(share_XC, axis=-1)
+    total_XC /= total_XC[..., -1:]
+    remaining_XC = np.cumsum(share_XC[..., ::-1], axis=-1)[..., ::-1] - share_XC
+    total_XC[remaining_XC <= 0] = 1.0
+    return total_XC
 
 
 def even_split(placement: Placement, *, num_nodes: int = 1, prefer_local: bool = False) -> Split:
@@ -83,17 +79,17 @@ def solve_split(
 
     `load` is float64 (L, E), then every rank sends the same part, or (R, L, E) by source rank.
     """
-    load_RLE = _by_source(placement, load)
     split = even_split(placement, num_nodes=num_nodes, prefer_local=prefer_local)
     where = _Where(placement, num_nodes)
-    fixed_LP, near_LP, far_LP = _pools(where, load_RLE, prefer_local)
+    fixed_LP, near_LP, far_LP = _pools(where, load, prefer_local)
     anywhere_LP, on_node_LP = split.anywhere_LP, split.on_node_LP
-    mean_L1 = load_RLE.sum(axis=(0, 2))[:, None] / placement.num_ranks
+    by_source_XLE = load.reshape(-1, placement.num_layers, placement.num_logical)
+    mean_L1 = by_source_XLE.sum(axis=(0, 2))[:, None] / placement.num_ranks
     best = anywhere_LP.copy(), on_node_LP.copy()
     best_peak_L = np.full(placement.num_layers, np.inf)
     for sweep in range(sweeps + 1 if placement.num_redundant else 0):
         rank_LR = sum_by_rank(fixed_LP + on_node_LP * near_LP + anywhere_LP * far_LP, placement.offsets)
-        better = rank_LR.max(axis=1) < best_peak_L
+        better = rank_LR.max(axis=1) < best_peak_L * (1 - LEAST_RELIEF)
         best_peak_L[better] = rank_LR.max(axis=1)[better]
         best[0][better], best[1][better] = anywhere_LP[better], on_node_LP[better]
         if sweep == sweeps:
@@ -109,21 +105,19 @@ def solve_split(
 def split_loads(split: Split, load: Floats) -> Floats:
     """float64 (L, P): tokens of each slot when `load`, (L, E) or (R, L, E) by source rank, is split so."""
     where = _Where(split.placement, split.num_nodes)
-    fixed_LP, near_LP, far_LP = _pools(where, _by_source(split.placement, load), split.prefer_local)
+    fixed_LP, near_LP, far_LP = _pools(where, load, split.prefer_local)
     return fixed_LP + split.on_node_LP * near_LP + split.anywhere_LP * far_LP
 
 
-def _by_source(placement: Placement, load: Floats) -> Floats:
-    """float64 (R, L, E); without sources known, the tokens come evenly from all ranks."""
+def _is_by_source(placement: Placement, load: Floats) -> bool:
+    """Whether the sources of tokens are known; without that they come evenly from all ranks."""
     ranks, layers, experts = placement.num_ranks, placement.num_layers, placement.num_logical
-    if load.shape == (layers, experts):
-        return np.broadcast_to(load / ranks, (ranks, layers, experts))
-    if load.shape == (ranks, layers, experts):
-        return load
-    raise ConfigError(
-        f"the load must have the shape [{layers}, {experts}] (layers, experts) or [{ranks}, {layers}, {experts}] "
-        f"(source ranks first), not {list(load.shape)}"
-    )
+    if load.shape not in ((layers, experts), (ranks, layers, experts)):
+        raise ConfigError(
+            f"the load must have the shape [{layers}, {experts}] (layers, experts) or [{ranks}, {layers}, {experts}] "
+            f"(source ranks first), not {list(load.shape)}"
+        )
+    return load.ndim == 3
 
 
 class _Where:
@@ -167,13 +161,19 @@ def _normalise(values_LP: Floats, cell_LP: Ints) -> Floats:
     return normalised
 
 
-def _pools(where: _Where, load_RLE: Floats, prefer_local: bool) -> tuple[Floats, Floats, Floats]:
+def _pools(where: _Where, load: Floats, prefer_local: bool) -> tuple[Floats, Floats, Floats]:
     """Tokens that each slot (L, P) must take, may share with copies on its node, and with copies anywhere."""
+    by_source = _is_by_source(where.placement, load)
+    if prefer_local:
+        return _pools_by_source(where, load) if by_source else _pools_of_even_sources(where, load)
+    table_LP = where.placement.physical_to_logical_LP
+    far_LE: Floats = load.sum(axis=0) if by_source else load
+    return np.zeros(table_LP.shape), np.zeros(table_LP.shape), np.take_along_axis(far_LE, table_LP, axis=1)
+
+
+def _pools_by_source(where: _Where, load_RLE: Floats) -> tuple[Floats, Floats, Floats]:
     table_LP = where.placement.physical_to_logical_LP
     row = np.arange(len(table_LP))[:, None]
-    if not prefer_local:
-        far_LE: Floats = load_RLE.sum(axis=0)
-        return np.zeros(table_LP.shape), np.zeros(table_LP.shape), far_LE[row, table_LP]
     local_LRE = where.on_rank_LRE
     copies_here_LP = local_LRE[row, where.rank_P, table_LP]
     fixed_LP = load_RLE[where.rank_P, row, table_LP] / copies_here_LP
@@ -183,4 +183,22 @@ def _pools(where: _Where, load_RLE: Floats, prefer_local: bool) -> tuple[Floats,
     served_NLE = where.on_node_LNE.transpose(1, 0, 2) > 0
     near_LP = by_node_NLE[where.node_P, row, table_LP]
     far_LE = np.where(served_NLE, 0.0, by_node_NLE).sum(axis=0)
+    return fixed_LP, near_LP, far_LE[row, table_LP]
+
+
+def _pools_of_even_sources(where: _Where, load_LE: Floats) -> tuple[Floats, Floats, Floats]:
+    """The same without an axis for the ranks: on a node, those that hold an expert are counted, the others alike."""
+    placement = where.placement
+    table_LP = placement.physical_to_logical_LP
+    layers, experts = placement.num_layers, placement.num_logical
+    row = np.arange(layers)[:, None]
+    each_LE = load_LE / placement.num_ranks
+    held, place, copies = np.unique(placement.holdings(), return_inverse=True, return_counts=True)
+    fixed_LP = each_LE[row, table_LP] / copies[place.reshape(table_LP.shape)]
+    layer, rank, expert = held // (placement.num_ranks * experts), held // experts % placement.num_ranks, held % experts
+    cells = (layer * where.num_nodes + where.node_R[rank]) * experts + expert
+    holders_LNE = np.bincount(cells, minlength=layers * where.num_nodes * experts).reshape(layers, -1, experts)
+    without_LNE = np.bincount(where.node_R, minlength=where.num_nodes)[:, None] - holders_LNE
+    near_LP = each_LE[row, table_LP] * without_LNE[row, where.node_P, table_LP]
+    far_LE = each_LE * np.where(holders_LNE > 0, 0, without_LNE).sum(axis=1)
     return fixed_LP, near_LP, far_LE[row, table_LP]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moe_serve.base.commands import SetShares, StageExperts, StageStatus, StepPlan
 from moe_serve.eplb.placement import Placement
+from moe_serve.eplb.shares import layers_of, table_of_rank
 from moe_serve.model.moe.expert_map import slots_of_copies
 from moe_serve.model.moe.layer import MoELayer
 from moe_serve.parallel.collectives import Group
@@ -39,7 +39,7 @@ class ExpertBalance:
     ) -> None:
         self._layers = layers
         self._group = group
-        self._num_logical = placement.num_logical
+        self._placed = placement
         self._epoch = 0
         self._shares: dict[int, Tensor] = {}
         self._recorder = LoadRecorder(len(layers), placement.num_logical, group.device)
@@ -74,9 +74,8 @@ class ExpertBalance:
     @torch.inference_mode()
     def stage(self, command: StageExperts) -> None:
         """Begin to fetch what the new placement of some layers needs."""
-        rank, layers = self._group.rank, sorted(command.rows)
-        shares_LEC = self._decode(command.shares[rank], len(layers))
-        self._shares = dict(zip(layers, shares_LEC, strict=True))
+        shares_LEC = self._table(command, layers_of(command.rows))
+        self._shares = dict(zip(sorted(command.rows), shares_LEC, strict=True))
         self._migrator.begin(Stage(command.epoch, command.rows))
 
     @torch.inference_mode()
@@ -84,7 +83,7 @@ class ExpertBalance:
         """Other shares for the placement that is served; those of another placement come too late or too early."""
         if command.epoch != self._epoch:
             return
-        shares_LEC = self._decode(command.shares[self._group.rank], len(self._layers))
+        shares_LEC = self._table(command, self._migrator.rows)
         for layer, shares_EC in enumerate(shares_LEC):
             self._map(layer, self._migrator.rows[layer], shares_EC)
 
@@ -115,10 +114,10 @@ class ExpertBalance:
         self._epoch, self._shares = epoch, {}
 
     def _map(self, layer: int, row: Sequence[int], shares_EC: Tensor) -> None:
-        slots_EC = slots_of_copies(row, self._num_logical, shares_EC.shape[1])
+        slots_EC = slots_of_copies(row, self._placed.num_logical, shares_EC.shape[1])
         self._layers[layer].expert_map.update(slots_EC.to(self._group.device), shares_EC)
 
-    def _decode(self, shares: bytes, num_layers: int) -> Tensor:
-        """Bytes from the wire as (layers, E, C) float32."""
-        table = np.frombuffer(shares, dtype=np.float32).reshape(num_layers, self._num_logical, -1)
-        return torch.from_numpy(table.copy()).to(self._group.device)
+    def _table(self, command: StageExperts | SetShares, rows_LP: Sequence[Sequence[int]]) -> Tensor:
+        """This rank's cumulative shares (layers, E, C) float32."""
+        table = table_of_rank(command, rows_LP, self._placed, self._group.rank)
+        return torch.from_numpy(table).to(self._group.device)

@@ -16,6 +16,7 @@ from moe_serve.eplb.policies.sticky import sticky
 from moe_serve.eplb.search.scores import mean_of_ratios, peaks, rank_loads, sum_by_rank
 from moe_serve.eplb.search.weights import Split, even_split, solve_split, split_loads
 from tests.eplb.problems import problems
+from tests.eplb.search.slow_shares import cumulative, shares_from
 
 
 @st.composite
@@ -34,7 +35,7 @@ def splits(draw: st.DrawFn) -> tuple[Split, Floats, Problem]:
 def test_shares_from_every_rank_sum_to_one_for_every_expert(case: tuple[Split, Floats, Problem]) -> None:
     split, _, problem = case
     for rank in range(problem.num_ranks):
-        shares_LP = split.shares_from(rank)
+        shares_LP = shares_from(split, rank)
         assert shares_LP.min() >= 0
         for layer, row in enumerate(split.placement.physical_to_logical_LP):
             sums = np.bincount(row, weights=shares_LP[layer], minlength=problem.num_experts)
@@ -46,7 +47,7 @@ def test_rank_loads_are_those_of_the_shares_of_all_sources(case: tuple[Split, Fl
     split, load_RLE, problem = case
     table_LP = split.placement.physical_to_logical_LP
     layers = np.arange(problem.num_layers)[:, None]
-    summed = sum(load_RLE[rank][layers, table_LP] * split.shares_from(rank) for rank in range(problem.num_ranks))
+    summed = sum(load_RLE[rank][layers, table_LP] * shares_from(split, rank) for rank in range(problem.num_ranks))
     assert np.allclose(summed, split_loads(split, load_RLE))
     assert np.isclose(split_loads(split, load_RLE).sum(), load_RLE.sum())
 
@@ -59,7 +60,7 @@ def test_a_copy_on_the_rank_is_taken_first_then_one_on_the_node(case: tuple[Spli
     rank_P = split.placement.rank_of_slot()
     node_R = nodes_of_ranks(problem.num_ranks, problem.num_nodes)
     for rank in range(problem.num_ranks):
-        shares_LP = split.shares_from(rank)
+        shares_LP = shares_from(split, rank)
         for layer, row in enumerate(split.placement.physical_to_logical_LP):
             for expert in range(problem.num_experts):
                 slots = row == expert
@@ -75,23 +76,23 @@ def test_every_hash_finds_a_copy_of_its_expert_that_has_a_share(
     split, _, problem = case
     layers = np.arange(problem.num_layers)[:, None]
     for rank in range(problem.num_ranks):
-        slot_LEC, total_LEC = split.cumulative(rank)
+        slot_LEC, total_LEC = cumulative(split, rank)
         assert (np.diff(total_LEC, axis=2) >= 0).all()
         assert (total_LEC[:, :, -1] == 1).all()
         nth_LE = (total_LEC <= token).sum(axis=2)
         slot_LE = np.take_along_axis(slot_LEC, nth_LE[:, :, None], axis=2)[:, :, 0]
         assert (split.placement.physical_to_logical_LP[layers, slot_LE] == np.arange(problem.num_experts)).all()
-        assert (split.shares_from(rank)[layers, slot_LE] > 0).all()
+        assert (shares_from(split, rank)[layers, slot_LE] > 0).all()
 
 
 def test_hashes_spread_over_the_copies_as_the_shares_say() -> None:
     placement = Placement(np.array([[0, 1, 0, 0]]), (0, 2, 3, 4), 2)
     split = solve_split(placement, np.array([[90.0, 30.0]]))
-    slot_LEC, total_LEC = split.cumulative(0)
+    slot_LEC, total_LEC = cumulative(split, 0)
     hashes = (np.arange(10_000) + 0.5) / 10_000
     chosen = slot_LEC[0, 0, (total_LEC[0, 0] <= hashes[:, None]).sum(axis=1)]
     shares = np.bincount(chosen, minlength=4) / 10_000
-    assert np.allclose(shares, split.shares_from(0)[0] * [1, 0, 1, 1], atol=1e-3)
+    assert np.allclose(shares, shares_from(split, 0)[0] * [1, 0, 1, 1], atol=1e-3)
     # The rank of slot 0 computes all of expert 1 too, so it should take less of expert 0: 10 of 90.
     assert np.allclose(shares, [10 / 90, 0, 40 / 90, 40 / 90], atol=0.02)
 

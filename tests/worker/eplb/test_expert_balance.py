@@ -60,7 +60,7 @@ class Scene:
         return Placement(table.astype(np.int64), offsets, E)
 
     def shares(self, number: int, placement: Placement, layers: Sequence[int]) -> dict[int, bytes]:
-        """Any cumulative shares for each rank, some of them zero."""
+        """Any cumulative shares for each rank, each a node of its own; some of them zero."""
         chance = np.random.default_rng((self.seed, number, 7))
         copies = int(placement.copies().max())
         tables = {}
@@ -168,7 +168,7 @@ def stage_of(scene: Scene, epoch: int) -> StageExperts:
     layers = [0] if epoch % 2 else list(range(LAYERS))
     placement = scene.placement(epoch)
     rows = {layer: placement.physical_to_logical_LP[layer].tolist() for layer in layers}
-    return StageExperts(epoch=epoch, rows=rows, shares=scene.shares(epoch, placement, layers))
+    return StageExperts(epoch=epoch, rows=rows, shares=scene.shares(epoch, placement, layers), num_nodes=RANKS)
 
 
 Counts = list[list[list[int]]]
@@ -185,7 +185,9 @@ def through_rearrangements(seat: Seat, scene: Scene) -> tuple[Counts, list[bytes
             part.poll(until="staged")
             done.append(part.step(commit=epoch))
             served = current(scene, epoch)
-            part.balance.set_shares(SetShares(epoch=epoch, shares=scene.shares(50, served, range(LAYERS))))
+            part.balance.set_shares(
+                SetShares(epoch=epoch, shares=scene.shares(50, served, range(LAYERS)), num_nodes=RANKS)
+            )
             done.append(part.step(collect=True))
     return [counts for counts, _ in done], [load for _, load in done]
 
@@ -299,7 +301,9 @@ def late_shares(seat: Seat, scene: Scene) -> tuple[bool, bool, bool]:
         changed = []
         for epoch in (0, 3, 2):
             before = [layer.expert_map.shares_EC.clone() for layer in part.layers]  # type: ignore[union-attr]
-            part.balance.set_shares(SetShares(epoch=epoch, shares=scene.shares(60, served, range(LAYERS))))
+            part.balance.set_shares(
+                SetShares(epoch=epoch, shares=scene.shares(60, served, range(LAYERS)), num_nodes=RANKS)
+            )
             pairs = zip(part.layers, before, strict=True)
             changed.append(any(not torch.equal(layer.expert_map.shares_EC, old) for layer, old in pairs))  # type: ignore[arg-type]
     return changed[0], changed[1], changed[2]

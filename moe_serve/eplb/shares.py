@@ -1,0 +1,64 @@
+"""Tables of shares as they travel: one for each node, and what a rank makes of its node's table. numpy only.
+
+A rank differs from its neighbours only in the experts that it holds itself, and those it can work out alone: so a table
+is sent for each node, not for each rank. Shape letters: L layers, E logical experts, C most copies of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_serve.base.commands import SetShares, StageExperts
+from moe_serve.eplb.placement import Placement
+from moe_serve.eplb.policies.base import nodes_of_ranks
+from moe_serve.eplb.search.weights import Split, cumulated
+
+Table = npt.NDArray[np.float32]
+
+
+def table_of_node(split: Split, node: int, layers: Sequence[int]) -> Table:
+    """float32 (layers, E, C): cumulative shares of rows from a node, on whose rank no copy is or none is preferred."""
+    return split.cumulative_on_node(node)[layers].astype(np.float32)
+
+
+def table_of_rank(
+    order: StageExperts | SetShares, rows_LP: Sequence[Sequence[int]], placed: Placement, rank: int
+) -> Table:
+    """float32 (L, E, C) for source rank `rank`. `rows_LP` of the layers that the order is about, in order.
+
+    `placed` any placement of this world: ranks own the same slots in all of them.
+    """
+    node = int(nodes_of_ranks(placed.num_ranks, order.num_nodes)[rank])
+    table_LEC = np.frombuffer(order.shares[node], dtype=np.float32).reshape(len(rows_LP), placed.num_logical, -1).copy()
+    if order.local_first and len(rows_LP):
+        placement = Placement(np.array(rows_LP, dtype=np.int64), placed.offsets, placed.num_logical)
+        _own_copies_first(table_LEC, placement, rank)
+    return table_LEC
+
+
+def layers_of(rows: Mapping[int, Sequence[int]]) -> list[Sequence[int]]:
+    """The rows of an order, in the order of its table."""
+    return [rows[layer] for layer in sorted(rows)]
+
+
+def _own_copies_first(table_LEC: Table, placement: Placement, rank: int) -> None:
+    """Rows of the rank whose expert it holds are split evenly over its own copies."""
+    mine = placement.slots_of(rank)
+    held_LS = placement.physical_to_logical_LP[:, mine.start : mine.stop]
+    layer_N, expert_N = np.unique(
+        np.stack([np.repeat(np.arange(len(held_LS)), held_LS.shape[1]), held_LS.ravel()]), axis=1
+    )
+    slot_NC = placement.logical_to_physical()[layer_N, expert_N]
+    here_NC = (slot_NC >= mine.start) & (slot_NC < mine.stop)
+    own_NC = cumulated(here_NC / here_NC.sum(axis=1, keepdims=True)).astype(np.float32)
+    table_LEC[layer_N, expert_N] = _as_wide(own_NC, table_LEC.shape[2])
+
+
+def _as_wide(own_NC: Table, most: int) -> Table:
+    """The table may have places beyond the copies of these layers."""
+    wide = np.ones((len(own_NC), most), dtype=np.float32)
+    wide[:, : own_NC.shape[1]] = own_NC
+    return wide
