@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from moe_serve.base.commands import SetShares, StageExperts, TokenLogprob
+from moe_serve.base.progress import Phase
 from moe_serve.base.sampling import SamplingParams
 
 Role = Literal["api", "engine", "worker"]
@@ -77,11 +78,12 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
-    """Alive. `step` last entered, `phase` where in it (for example `layer 3 dispatch`), `seconds` since then."""
+    """Alive. `step` last entered, `phase` (in `layer`) where in it, `seconds` since then."""
 
     step: int
-    phase: str
+    phase: Phase
     seconds: float
+    layer: int = 0
 
 
 class Ack(msgspec.Struct, frozen=True, tag="ack"):

@@ -11,7 +11,7 @@ import time
 import msgspec
 
 from moe_serve.base.messages import LoadReport, TokenEvent
-from moe_serve.base.progress import Progress
+from moe_serve.base.progress import Phase, Progress
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.lockstep import Naps, Vote, decide
 from moe_serve.engine.rearranging import Rearranging
@@ -66,7 +66,7 @@ class DPRank:
             return []
         self._undelivered = []
         self._padding_tokens += verdict.padding if self._pads else 0
-        self._progress.enter("step", self._step)
+        self._progress.enter(Phase.STEP, step=self._step)
         plan = msgspec.structs.replace(
             plan, step=self._step, dropped=dropped, tokens_by_dp_rank=verdict.tokens_by_dp_rank
         )
@@ -89,7 +89,7 @@ class DPRank:
         )
 
     def _exchange(self, vote: Vote) -> list[Vote]:
-        self._progress.enter("vote", self._step)
+        self._progress.enter(Phase.VOTE, step=self._step)
         started = time.perf_counter()
         votes = [Vote.from_ints(values) for values in self._group.all_gather_ints(vote.to_ints())]
         self._num_votes += 1

@@ -45,7 +45,7 @@ from moe_serve.base.messages import (
     WorldView,
 )
 from moe_serve.base.model_config import load_model_config
-from moe_serve.base.progress import Progress
+from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.tables import ALL2ALL
 from moe_serve.engine.build import build_core, describe_loaded
 from moe_serve.engine.core import EngineCore
@@ -157,7 +157,7 @@ class EngineProcess:
         self._executor = choose_executor(config)(config, meeting, self._progress)
         facts = self._executor.start()
         self._expert_bytes = facts.expert_bytes
-        self._progress.enter("meet the other engines")
+        self._progress.enter(Phase.MEET_ENGINES)
         votes = control_group(
             spec.dp,
             self._view.engines,
@@ -191,7 +191,7 @@ class EngineProcess:
             found = StoreAt(host, bound)
             self._link.send(found)
             return found
-        self._progress.enter("wait for rank 0's store")
+        self._progress.enter(Phase.FIND_STORE)
         deadline = time.monotonic() + MEET_SECONDS
         while True:
             try:
@@ -231,7 +231,7 @@ class EngineProcess:
         """Everything in the inbox; while asleep, wait for something."""
         while rank.naps.asleep or not self._inbox.empty():
             if rank.naps.asleep:
-                self._progress.enter("asleep")  # again: workers may have been asked for something meanwhile
+                self._progress.enter(Phase.ASLEEP)  # again: workers may have been asked for something meanwhile
             message = self._next_message(rank)
             match message:
                 case (str() as address, Generate() as request) if address in self._frontends:

@@ -98,7 +98,8 @@ class Fleet:
         known.heard = now
         match message:
             case Heartbeat():
-                known.step, known.phase, known.since = message.step, message.phase, now - message.seconds
+                known.step, known.since = message.step, now - message.seconds
+                known.phase, known.layer = message.phase, message.layer
                 return [Send(member, Ack())]
             case StoreAt():
                 self._store = message
@@ -193,7 +194,7 @@ class Fleet:
             if known is None:
                 names.append(f"engine dp {dp}" if role == "engine" else self.topology.describe_worker(dp, worker))
             elif not known.ready and role != "worker":
-                names.append(f"{known.name} (phase {known.phase!r})")
+                names.append(f"{known.name} (phase {known.place!r})")
         servers = [each for each in self.members.values() if each.hello.role == "api" and each.hello.essential]
         names += [f"{known.name} (not listening yet)" for known in servers if not known.ready]
         return names + ["API server"] * (self.num_frontends - len(servers))

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_serve.base.messages import Hello
+from moe_serve.base.progress import Phase
 from moe_serve.base.topology import Topology
 
 QUIET_SECONDS = 1.8
 """Beats come every second: when a step is slow, whoever has been quiet for so long is the first to suspect."""
-RESTING = ("asleep",)
-WAITING = ("vote", "dispatch", "combine", "all-reduce", "gather", "reply")
 
 
 @dataclass(slots=True)
@@ -25,7 +24,8 @@ class Member:
     note: str = ""
     leaving: bool = False
     step: int = 0
-    phase: str = "starting"
+    phase: Phase = Phase.STARTING
+    layer: int = 0
     since: float = 0.0
 
     @property
@@ -44,8 +44,13 @@ class Member:
         return self.hello.role, self.hello.dp, self.hello.worker
 
     @property
+    def place(self) -> str:
+        """Its phase, for people."""
+        return self.phase.describe(self.layer)
+
+    @property
     def last_seen(self) -> str:
-        return "" if self.hello.role == "api" else f"; last seen in step {self.step}, phase {self.phase!r}"
+        return "" if self.hello.role == "api" else f"; last seen in step {self.step}, phase {self.place!r}"
 
     def is_quiet(self, now: float) -> bool:
         return now - self.heard > QUIET_SECONDS
@@ -58,17 +63,18 @@ class Member:
 def slow_step(members: Iterable[Member], now: float, since: float, limit: float) -> str:
     """Who is to blame for a step of more than `limit` seconds since the world was ready (`since`), or ""."""
     ranks = [known for known in members if known.hello.role != "api" and not known.leaving]
-    awake = [known for known in ranks if known.phase not in RESTING]
-    slow = [known for known in awake if known.in_phase(now, since) > limit]
-    if not slow:
+    awake = [known for known in ranks if not known.phase.rests]
+    if not any(known.in_phase(now, since) > limit for known in awake):
         return ""
+    # Whoever beat last is not the first to be over the limit: beats may be so far apart.
+    slow = [known for known in awake if known.in_phase(now, since) > limit - QUIET_SECONDS]
     last = max(known.step for known in slow)
     behind = [known for known in ranks if known.step < last and known.hello.role == "engine"]
-    busy = [known for known in slow if not any(word in known.phase for word in WAITING)]
+    busy = [known for known in slow if not known.phase.waits_for_others]
     quiet = [known for known in ranks if known.is_quiet(now)]
     culprits = quiet or behind or busy or slow
     named = "; ".join(
-        f"{known.name} is in step {known.step}, phase {known.phase!r}, since {known.in_phase(now, since):.0f} s"
+        f"{known.name} is in step {known.step}, phase {known.place!r}, since {known.in_phase(now, since):.0f} s"
         for known in culprits
     )
     return f"step {last} has taken longer than step_timeout_seconds ({limit:g} s); it waits for: {named}"
