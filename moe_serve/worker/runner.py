@@ -68,6 +68,7 @@ class Runner:
             progress=self._progress,
             clock=clock,
         )
+        padded_before = self._decoder.all2all.padding_rows
         hidden_TD = self._decoder(inputs.token_ids_T, ctx)
         load = self._watch(plan, inputs, ctx)
         prompt_logprobs = self._prompt_logprobs(hidden_TD, inputs)
@@ -78,6 +79,7 @@ class Runner:
             prompt_logprobs=prompt_logprobs,
             seconds=time.perf_counter() - started,
             all2all_seconds=clock.all2all_seconds,
+            padding_rows=self._decoder.all2all.padding_rows - padded_before,
             load=load,
             stage=None if self._balance is None else self._balance.status(),
             commit_seconds=commit_seconds,

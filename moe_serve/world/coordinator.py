@@ -57,8 +57,8 @@ class Coordinator:
         self._send(self.fleet.end(stop))
 
     def drain(self, timeout: float) -> None:
-        """Finish what is in flight, then end."""
-        self._send(self.fleet.drain(timeout))
+        """Finish what is in flight within `timeout` seconds, then end."""
+        self._send(self.fleet.drain(timeout, time.monotonic()))
 
     async def close(self) -> None:
         """Stop listening and drop all lines."""

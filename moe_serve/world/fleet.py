@@ -32,6 +32,7 @@ from moe_serve.base.messages import (
     Stop,
     StoreAt,
     ToMember,
+    Unfinished,
     Wake,
     Welcome,
     WorldReady,
@@ -41,7 +42,7 @@ from moe_serve.base.topology import Topology
 from moe_serve.eplb.rearrangement import ForEngine, Order
 from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.eplb.surface import BalanceSurface
-from moe_serve.world.members import QUIET_SECONDS, Member, slow_step
+from moe_serve.world.members import QUIET_SECONDS, Member, left_behind, slow_step
 
 SILENCE_SECONDS = 7.0
 OWN_GAP_SECONDS = 8.0
@@ -84,7 +85,8 @@ class Fleet:
     _suspicion: tuple[float, str] | None = None
     _now: float | None = None
     _own_gap: str = ""
-    _draining: bool = False
+    _drain: Drain | None = None
+    _drain_until: float = 0.0
     _log: list[str] = field(default_factory=list)
 
     def hear(self, member: int, message: FromMember, now: float) -> list[Send]:
@@ -111,6 +113,9 @@ class Fleet:
                 return self._ready(now)
             case Wake():
                 return [Send(other, message) for other in self._role("engine") if other != member]
+            case Unfinished():
+                known.unfinished = message
+                return []
             case Leaving():
                 known.leaving = True
                 return self._left(known, message.reason) if known.hello.role == "api" else []
@@ -165,6 +170,10 @@ class Fleet:
                 del self.members[member]
                 gone = Send(member, Stop(f"{known.name} {silence}", 1), close=True)
                 return [gone, *self._do_without(known, silence)]
+        if self._drain is not None and now >= self._drain_until and self.ended is None:
+            within = f"within --shutdown-timeout ({self._drain.timeout:g} s)"
+            self._log.append(f"not finished {within}: {left_behind(self.members.values())}")
+            return self.end(Stop(f"what had not finished {within} was ended", 0))
         slow = slow_step(self.members.values(), now, self._ready_since, self.step_timeout_seconds) if self.ready else ""
         return self.end(Stop(slow, 1)) if slow else self._balance(lambda rebalancer: rebalancer.tick(now))
 
@@ -174,13 +183,13 @@ class Fleet:
             self.ended = stop
         return [Send(member, self.ended) for member in self.members]
 
-    def drain(self, timeout: float) -> list[Send]:
-        """Ask the front-ends to finish what they have; the world ends once they have left."""
+    def drain(self, timeout: float, now: float) -> list[Send]:
+        """Ask the front-ends to finish what they have; the world ends once they have left, or after `timeout`."""
         frontends = self._role("api")
         if not frontends or not self.ready:
             return self.end(Stop("asked to stop before the world was ready", 0))
-        self._draining = True
-        return [Send(member, Drain(timeout)) for member in frontends]
+        self._drain, self._drain_until = Drain(timeout), now + timeout
+        return [Send(member, self._drain) for member in (*frontends, *self._role("engine"))]
 
     def missing(self) -> list[str]:
         """Members that have not come or are not ready, by name."""
@@ -278,7 +287,7 @@ class Fleet:
     def _left(self, known: Member, reason: str) -> list[Send]:
         """A front-end left on purpose. Drained, the world ends with the last of them."""
         others = [each for each in self.members.values() if each.hello.role == "api" and not each.leaving]
-        if (self._draining and not others) or (known.hello.essential and not self._draining):
+        if not others if self._drain is not None else known.hello.essential:
             return self.end(Stop(reason or f"{known.name} left", 0))
         return []
 

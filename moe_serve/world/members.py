@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_serve.base.messages import Hello
+from moe_serve.base.messages import Hello, Unfinished
 from moe_serve.base.progress import Phase
 from moe_serve.base.topology import Topology
 
@@ -26,6 +26,7 @@ class Member:
     step: int = 0
     phase: Phase = Phase.STARTING
     layer: int = 0
+    unfinished: Unfinished | None = None
     since: float = 0.0
 
     @property
@@ -58,6 +59,27 @@ class Member:
     def in_phase(self, now: float, begin: float) -> float:
         """Seconds in its phase since `begin` as it last said itself; while it is quiet they go on."""
         return (now if self.is_quiet(now) else self.heard) - max(self.since, begin)
+
+
+def left_behind(members: Iterable[Member]) -> str:
+    """What a drain has not brought to an end: which requests of which rank, or who is still busy without any."""
+    known = list(members)
+    engines = sorted((each for each in known if each.hello.role == "engine"), key=lambda each: each.hello.dp)
+    parts = [f"engine dp {each.hello.dp}: {_listing(each.unfinished)}" for each in engines if _has_work(each)]
+    writing = [each.name for each in known if each.hello.role == "api" and not each.leaving]
+    return "; ".join(parts or [f"{name} is still sending answers" for name in writing])
+
+
+def _has_work(engine: Member) -> bool:
+    return engine.unfinished is None or engine.unfinished.num_requests > 0
+
+
+def _listing(left: Unfinished | None) -> str:
+    if left is None:
+        return "has not said what it has"
+    more = left.num_requests - len(left.oldest)
+    names = ", ".join(left.oldest) + (f" and {more} more" if more else "")
+    return f"{left.num_requests} request{'s' if left.num_requests > 1 else ''} ({names})"
 
 
 def slow_step(members: Iterable[Member], now: float, since: float, limit: float) -> str:

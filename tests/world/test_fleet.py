@@ -23,6 +23,7 @@ from moe_serve.base.messages import (
     StepLoad,
     Stop,
     StoreAt,
+    Unfinished,
     Wake,
     Welcome,
     WorldReady,
@@ -337,17 +338,47 @@ def test_a_rank_that_missed_the_step_is_blamed_even_asleep() -> None:
 
 def test_draining_asks_the_front_end_and_its_leaving_ends_the_world_in_order() -> None:
     fleet = formed(make_fleet())
-    assert fleet.drain(7) == [Send(9, Drain(7))]
+    assert fleet.drain(7, 1) == [Send(member, Drain(7)) for member in (9, 0, 1)]
     sends = fleet.hear(9, Leaving("drained"), 2)
     assert {send.member for send in sends} >= {0, 1}
     assert fleet.lost(9, 2) == []
     assert fleet.ended == Stop("drained", 0)
 
 
+def test_a_drain_ends_at_its_deadline_with_a_line_that_says_which_requests_of_which_rank_are_left() -> None:
+    fleet = formed(make_fleet(dp=3))
+    fleet.drain(3, 1)
+    fleet.hear(0, Unfinished(1, ["chat-1"]), 1)
+    fleet.hear(1, Unfinished(3, ["cmpl-7", "cmpl-8"]), 1)
+    fleet.hear(2, Unfinished(0), 1)
+    fleet.tick(3.9)
+    assert fleet.ended is None
+    sends = fleet.tick(4.0)
+    assert sorted(send.member for send in sends) == [0, 1, 2, 9]
+    assert fleet.ended == Stop("what had not finished within --shutdown-timeout (3 s) was ended", 0)
+    assert fleet.take_log() == [
+        "not finished within --shutdown-timeout (3 s): engine dp 0: 1 request (chat-1); "
+        "engine dp 1: 3 requests (cmpl-7, cmpl-8 and 1 more)"
+    ]
+
+
+def test_a_drain_whose_engines_are_done_or_say_nothing_names_who_holds_it_up() -> None:
+    for unfinished, expected in (
+        ([0, 1], "API server (pid 99 on here) is still sending answers"),
+        ([0], "engine dp 1: has not said what it has"),
+    ):
+        fleet = formed(make_fleet())
+        fleet.drain(0, 1)
+        for member in unfinished:
+            fleet.hear(member, Unfinished(0), 1)
+        fleet.tick(1.5)
+        assert fleet.take_log() == [f"not finished within --shutdown-timeout (0 s): {expected}"]
+
+
 def test_a_stop_asked_for_while_forming_ends_at_once() -> None:
     fleet = make_fleet()
     fleet.hear(0, engine(0), 0)
-    fleet.drain(30)
+    fleet.drain(30, 1)
     assert fleet.ended is not None
     assert fleet.ended.code == 0
 
@@ -446,7 +477,7 @@ def test_an_essential_member_ends_the_world_beside_others_that_are_not() -> None
 def test_a_drained_world_ends_with_the_last_of_its_front_ends() -> None:
     for gone in ("leaves", "dies"):
         fleet = with_guest()
-        assert fleet.drain(7) == [Send(9, Drain(7)), Send(8, Drain(7))]
+        assert fleet.drain(7, 1) == [Send(member, Drain(7)) for member in (9, 8, 0, 1)]
         fleet.hear(9, Leaving("drained"), 2)
         assert fleet.ended is None
         if gone == "leaves":
