@@ -36,7 +36,8 @@ def test_an_engine_whose_last_request_was_aborted_goes_on_reporting_its_dummy_st
     with httpx.Client(base_url=server.base_url, timeout=60) as client:
         body = {"prompt": "one", "max_tokens": 900, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body, headers={"X-data-parallel-rank": "1"}) as leaving:
-            next(leaving.iter_lines())
+            lines = leaving.iter_lines()  # kept, or the stream closes with it
+            assert next(lines).startswith("data: ")
             assert figure(server, "num_requests_running", 1) == 1
             load = Load(server, count=1).start()
     deadline = time.monotonic() + FRESH_SECONDS
