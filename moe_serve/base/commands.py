@@ -142,6 +142,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
     prompt_logprobs: dict[str, list[TokenLogprob]] = {}
     seconds: float = 0.0
     all2all_seconds: float = 0.0
+    padding_rows: int = 0
+    """Rows without a token that were sent to experts, over all layers; of all this engine's workers."""
     load: bytes = b""
     """With collect_load, from expert-parallel rank 0: int64 (layers, prefill and decode, experts), over all ranks."""
     stage: StageStatus | None = None

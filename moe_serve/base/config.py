@@ -76,7 +76,7 @@ class ServerSection(Section):
     api_key: SecretStr | None = Field(None, min_length=1)
     """Key that clients must send as a bearer token."""
     shutdown_timeout: float = Field(30, ge=0, allow_inf_nan=False)
-    """Seconds in-flight answers get to finish after SIGTERM."""
+    """Seconds in-flight answers get to finish after SIGTERM; what is left then is named and ended."""
     max_body_bytes: Size = 16 * 2**20
     """Largest request body."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

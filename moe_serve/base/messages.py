@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from moe_serve.base.commands import SetShares, StageExperts, TokenLogprob
+from moe_serve.base.progress import Phase
 from moe_serve.base.sampling import SamplingParams
 
 Role = Literal["api", "engine", "worker"]
@@ -77,11 +78,12 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
-    """Alive. `step` last entered, `phase` where in it (for example `layer 3 dispatch`), `seconds` since then."""
+    """Alive. `step` last entered, `phase` (in `layer`) where in it, `seconds` since then."""
 
     step: int
-    phase: str
+    phase: Phase
     seconds: float
+    layer: int = 0
 
 
 class Ack(msgspec.Struct, frozen=True, tag="ack"):
@@ -117,9 +119,19 @@ class Wake(msgspec.Struct, frozen=True, tag="wake"):
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
-    """Take no new requests, finish those in flight within `timeout` seconds, then say Leaving."""
+    """To front-ends: take no new requests, finish those in flight, say Leaving. To engines: say what is Unfinished.
+
+    After `timeout` seconds the coordinator ends the world, whatever is left.
+    """
 
     timeout: float
+
+
+class Unfinished(msgspec.Struct, frozen=True, tag="unfinished"):
+    """From an engine while the world drains: how many requests it still has, and the names of the oldest."""
+
+    num_requests: int
+    oldest: list[str] = []
 
 
 class Leaving(msgspec.Struct, frozen=True, tag="leaving"):
@@ -197,7 +209,9 @@ class BalanceAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="balance_answ
     body: bytes
 
 
-FromMember = Hello | Heartbeat | StoreAt | Ready | Wake | Leaving | Failure | StageReport | StepLoad | BalanceAsk
+FromMember = (
+    Hello | Heartbeat | StoreAt | Ready | Wake | Unfinished | Leaving | Failure | StageReport | StepLoad | BalanceAsk
+)
 ToMember = (
     Welcome
     | Refused
@@ -227,6 +241,7 @@ class EngineHello(msgspec.Struct, frozen=True, kw_only=True, tag="engine_hello")
     block_size: int
     max_model_len: int
     facts: dict[str, str] = {}
+    load_seconds: dict[str, float] = {}
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -260,8 +275,12 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     error: str | None = None
 
 
-class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
-    """An engine's state, after a step and when it changes. Counters only grow, from the engine's start."""
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defaults=True):
+    """An engine's state, with its events and, as long as it is awake, every half second.
+
+    Counters only grow, from the engine's start. `num_blocks` and `load_seconds` never change: an engine says them in
+    its hello, and its front-end writes them in here.
+    """
 
     step: int = 0
     num_running: int = 0

@@ -53,7 +53,9 @@ STEPS = Metric("steps", "counter", "Steps, dummy steps included.")
 DUMMY_STEPS = Metric("dummy_steps", "counter", "Steps without work of its own, run for the other DP ranks.")
 NAPS = Metric("naps", "counter", "Times this engine went to sleep.")
 DP_VOTE_SECONDS = Metric("dp_vote_seconds", "summary", "Waiting for the DP ranks' votes before a step.")
-DP_PADDING_TOKENS = Metric("dp_padding_tokens", "counter", "Rows computed only to make DP ranks equal.")
+DP_PADDING_TOKENS = Metric(
+    "dp_padding_tokens", "counter", "Rows without a token sent to experts to make shares equal, over all layers."
+)
 ALL2ALL_SECONDS = Metric("all2all_seconds", "summary", "Exchanging tokens between expert-parallel ranks, per step.")
 LOAD_PHASE_SECONDS = Metric("load_phase_seconds", "gauge", "How long each phase of starting took.", ("phase",))
 

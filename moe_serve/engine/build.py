@@ -26,7 +26,6 @@ def build_core(
         max_model_len=config.model.max_model_len or model.max_position_embeddings,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        load_seconds=facts.load_seconds,
     )
 
 

@@ -278,7 +278,10 @@ class EngineClient:
         )
 
     def _deliver(self, message: Events) -> None:
-        self._reports[message.dp] = message.report
+        hello = self._hellos[message.dp]
+        self._reports[message.dp] = msgspec.structs.replace(
+            message.report, num_blocks=hello.num_blocks, load_seconds=hello.load_seconds
+        )
         for event in message.events:
             self._balancer.progressed(event.request_id, len(event.token_ids))
             events = self._queues.get(event.request_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 
@@ -41,7 +41,6 @@ class EngineCore:
         eos_token_ids: Collection[int],
         step_timeout: float | None = None,
         name: str = "this engine",
-        load_seconds: Mapping[str, float] | None = None,
         draw_seed: Callable[[], int] = draw_seed,
     ) -> None:
         block_size = config.cache.block_size
@@ -63,7 +62,7 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         )
-        self._load = LoadReport(num_blocks=num_blocks, load_seconds=dict(load_seconds or {}))
+        self._load = LoadReport()
 
     @property
     def has_work(self) -> bool:
@@ -93,6 +92,7 @@ class EngineCore:
             steps=load.steps + 1,
             dummy_steps=load.dummy_steps + (not plan.scheduled),
             all2all_seconds=load.all2all_seconds + result.all2all_seconds,
+            padding_tokens=load.padding_tokens + result.padding_rows,
         )
         return StepOutcome(self.scheduler.update(plan, result), result)
 
@@ -122,7 +122,7 @@ class EngineCore:
         self.scheduler.abort(request_ids)
 
     def report(self) -> LoadReport:
-        """How this engine stands; what belongs to the DP group (votes, naps, padding) is left at 0."""
+        """How this engine stands; what belongs to the DP group (votes, naps) is left at 0."""
         return msgspec.structs.replace(
             self._load,
             num_running=len(self.scheduler.running),

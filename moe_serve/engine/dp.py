@@ -11,7 +11,7 @@ import time
 import msgspec
 
 from moe_serve.base.messages import LoadReport, TokenEvent
-from moe_serve.base.progress import Progress
+from moe_serve.base.progress import Phase, Progress
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.lockstep import Naps, Vote, decide
 from moe_serve.engine.rearranging import Rearranging
@@ -19,10 +19,7 @@ from moe_serve.parallel.groups import ControlGroup
 
 
 class DPRank:
-    """`pads`: the all2all backend pads ragged shares, so that wasted rows can be counted.
-
-    `rearranging` where experts may move. `generation` of the world, for the votes.
-    """
+    """`rearranging` where experts may move. `generation` of the world, for the votes."""
 
     def __init__(
         self,
@@ -30,7 +27,6 @@ class DPRank:
         votes: ControlGroup,
         *,
         progress: Progress,
-        pads: bool,
         rearranging: Rearranging | None = None,
         generation: int = 1,
     ) -> None:
@@ -39,13 +35,11 @@ class DPRank:
         self.naps = Naps()
         self._group = votes
         self._progress = progress
-        self._pads = pads
         self._generation = generation
         self._step = 0
         self._undelivered: list[str] = []
         self._num_votes = 0
         self._vote_seconds = 0.0
-        self._padding_tokens = 0
 
     @property
     def wants_turn(self) -> bool:
@@ -65,8 +59,7 @@ class DPRank:
             self.naps.fall_asleep()
             return []
         self._undelivered = []
-        self._padding_tokens += verdict.padding if self._pads else 0
-        self._progress.enter("step", self._step)
+        self._progress.enter(Phase.STEP, step=self._step)
         plan = msgspec.structs.replace(
             plan, step=self._step, dropped=dropped, tokens_by_dp_rank=verdict.tokens_by_dp_rank
         )
@@ -82,14 +75,13 @@ class DPRank:
         return msgspec.structs.replace(
             self.core.report(),
             step=self._step,
-            padding_tokens=self._padding_tokens,
             votes=self._num_votes,
             vote_seconds=self._vote_seconds,
             naps=self.naps.taken,
         )
 
     def _exchange(self, vote: Vote) -> list[Vote]:
-        self._progress.enter("vote", self._step)
+        self._progress.enter(Phase.VOTE, step=self._step)
         started = time.perf_counter()
         votes = [Vote.from_ints(values) for values in self._group.all_gather_ints(vote.to_ints())]
         self._num_votes += 1

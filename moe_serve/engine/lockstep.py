@@ -54,11 +54,6 @@ class Verdict:
     drop_after_pieces: int = -1
     recording: bool = False
 
-    @property
-    def padding(self) -> int:
-        """Rows that are carried for nothing if every rank's share is padded to the largest."""
-        return max(self.tokens_by_dp_rank) * len(self.tokens_by_dp_rank) - sum(self.tokens_by_dp_rank)
-
 
 def decide(votes: Sequence[Vote]) -> Verdict:
     """All ranks' votes, in order of DP rank, to what all of them do. Raises EngineError naming ranks out of step."""

@@ -28,9 +28,9 @@ from moe_serve.base.errors import (
 from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import (
     Abort,
+    Drain,
     DropStage,
     EngineHello,
-    Events,
     Failure,
     Generate,
     Hello,
@@ -39,20 +39,19 @@ from moe_serve.base.messages import (
     Stop,
     StoreAt,
     ToEngine,
-    TokenEvent,
     ToMember,
     Wake,
     WorldReady,
     WorldView,
 )
 from moe_serve.base.model_config import load_model_config
-from moe_serve.base.progress import Progress
-from moe_serve.base.tables import ALL2ALL
+from moe_serve.base.progress import Phase, Progress
 from moe_serve.engine.build import build_core, describe_loaded
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank
 from moe_serve.engine.owners import Owners
 from moe_serve.engine.rearranging import Rearranging
+from moe_serve.engine.reporting import Reporting
 from moe_serve.engine.sockets import FrontendSockets, LineLost
 from moe_serve.eplb.first_placement import check_placement
 from moe_serve.executor.base import Executor
@@ -160,7 +159,7 @@ class EngineProcess:
         self._executor = choose_executor(config)(config, meeting, self._progress)
         facts = self._executor.start()
         self._expert_bytes = facts.expert_bytes
-        self._progress.enter("meet the other engines")
+        self._progress.enter(Phase.MEET_ENGINES)
         votes = control_group(
             spec.dp,
             self._view.engines,
@@ -172,15 +171,11 @@ class EngineProcess:
         )
         num_blocks = votes.sync_kv_cache_blocks(facts.kv_blocks)
         core = build_core(self._executor, config, model_config, facts, num_blocks=num_blocks)
-        backend = ALL2ALL.load(parallel.all2all_backend)
-        pads = bool(backend.pads)  # type: ignore[attr-defined]
         rearranging = None
         if parallel.enable_eplb:
             interval = max(1, parallel.eplb_config.window_size // COLLECTIONS_PER_WINDOW)
             rearranging = Rearranging(self._executor, collect_interval=interval, generation=self._view.generation)
-        rank = DPRank(
-            core, votes, progress=self._progress, pads=pads, rearranging=rearranging, generation=self._view.generation
-        )
+        rank = DPRank(core, votes, progress=self._progress, rearranging=rearranging, generation=self._view.generation)
         return rank, self._describe(facts, num_blocks, core)
 
     def _meet(self) -> StoreAt:
@@ -196,7 +191,7 @@ class EngineProcess:
             found = StoreAt(host, bound)
             self._link.send(found)
             return found
-        self._progress.enter("wait for rank 0's store")
+        self._progress.enter(Phase.FIND_STORE)
         deadline = time.monotonic() + MEET_SECONDS
         while True:
             try:
@@ -215,6 +210,7 @@ class EngineProcess:
             block_size=self._config.cache.block_size,
             max_model_len=core.max_model_len,
             facts={"device": facts.device, "dtype": facts.dtype},
+            load_seconds=facts.load_seconds,
         )
 
     def _serve(self, rank: DPRank, hello: EngineHello) -> NoReturn:
@@ -222,26 +218,27 @@ class EngineProcess:
         sockets = FrontendSockets(
             hello, lambda address, message: self._inbox.put((address, message)), token=self._spec.token
         )
+        reporting = Reporting(self._spec.dp, self._owners, sockets, self._link)
         for address in self._frontends:
             sockets.connect(address)
         self._link.send(Ready(expert_bytes=self._expert_bytes))
         gc.collect()
         gc.freeze()
         while True:
-            self._take_in(rank, sockets)
+            self._take_in(rank, sockets, reporting)
             if not rank.naps.asleep:
-                self._tell(rank.turn(), rank, sockets)
+                reporting.tell(rank.turn(), rank, self._frontends)
             self._pass_on_news(rank)
 
-    def _take_in(self, rank: DPRank, sockets: FrontendSockets) -> None:
+    def _take_in(self, rank: DPRank, sockets: FrontendSockets, reporting: Reporting) -> None:
         """Everything in the inbox; while asleep, wait for something."""
         while rank.naps.asleep or not self._inbox.empty():
             if rank.naps.asleep:
-                self._progress.enter("asleep")  # again: workers may have been asked for something meanwhile
+                self._progress.enter(Phase.ASLEEP)  # again: workers may have been asked for something meanwhile
             message = self._next_message(rank)
             match message:
                 case (str() as address, Generate() as request) if address in self._frontends:
-                    self._accept(address, request, rank, sockets)
+                    self._accept(address, request, rank, reporting)
                 case (str(), Abort() as abort):
                     rank.core.abort(abort.request_ids)
                     self._owners.forget(abort.request_ids)
@@ -250,6 +247,8 @@ class EngineProcess:
                     self._check_line(address, lost)
                 case Wake() if message.generation == self._view.generation:
                     rank.naps.hear(message.nap)
+                case Drain():
+                    reporting.drain(rank)
                 case WorldView():
                     self._look(message, rank, sockets)
                 case StageExperts() | SetShares() | DropStage() | Record():
@@ -306,23 +305,12 @@ class EngineProcess:
         if lost.final and needed:
             raise EngineError(f"cannot reach the API server at {address} any more")
 
-    def _accept(self, address: str, request: Generate, rank: DPRank, sockets: FrontendSockets) -> None:
+    def _accept(self, address: str, request: Generate, rank: DPRank, reporting: Reporting) -> None:
         try:
             rank.core.add(request.request_id, request.token_ids, request.sampling)
             self._owners.add(request.request_id, address)
         except RequestError as error:
-            refusal = TokenEvent(request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error))
-            sockets.send(address, Events(self._spec.dp, [refusal], rank.report()))
-
-    def _tell(self, events: list[TokenEvent], rank: DPRank, sockets: FrontendSockets) -> None:
-        """Each front-end gets its own requests' events; all get the report when this rank falls asleep."""
-        by_owner = self._owners.sort(events)
-        if rank.naps.asleep:
-            by_owner |= {address: by_owner.get(address, []) for address in self._frontends}
-        if by_owner:
-            report = rank.report()
-            for owner, own in by_owner.items():
-                sockets.send(owner, Events(self._spec.dp, own, report))
+            reporting.refuse(address, request.request_id, str(error), rank)
 
 
 def _end(code: int) -> NoReturn:

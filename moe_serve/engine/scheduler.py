@@ -45,6 +45,11 @@ class Scheduler:
         behind = (len(request.token_ids) - request.num_computed for request in self.running.values())
         return self._waiting_tokens + sum(tokens for tokens in behind if tokens > 1)
 
+    @property
+    def unfinished(self) -> list[str]:
+        """All requests here, oldest first."""
+        return [*self.running, *self.waiting]
+
     def knows(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.waiting
 

@@ -27,7 +27,7 @@ from moe_serve.base.commands import (
 )
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineError, RankTimeout
-from moe_serve.base.progress import Progress
+from moe_serve.base.progress import Phase, Progress
 from moe_serve.executor.lines import WorkerLines
 from moe_serve.executor.replies import combine_facts, combine_replies
 from moe_serve.executor.seats import Seat, name_missing
@@ -98,17 +98,17 @@ class RemoteExecutor:
 
     def start(self) -> WorkerFacts:
         started = time.perf_counter()
-        self._progress.enter("start the workers")
+        self._progress.enter(Phase.START_WORKERS)
         self._come_together()
         seconds = round(time.perf_counter() - started, 3)
-        self._progress.enter("wait for the workers' reply: load")
+        self._progress.enter(Phase.REPLY)
         call = self._call(LoadModel())
         call.result(timeout=LOAD_SECONDS)
         return combine_facts(call.in_order(), start_seconds=seconds)
 
     def submit(self, command: Command) -> Future[Reply]:
         call = self._call(command)
-        self._progress.enter("wait for the workers' reply", command.step if isinstance(command, StepPlan) else None)
+        self._progress.enter(Phase.REPLY, step=command.step if isinstance(command, StepPlan) else None)
         return call
 
     def close(self) -> None:

@@ -10,14 +10,20 @@ from moe_serve.base.commands import Reply, StageStatus, StepResult, WorkerFacts
 
 
 def combine_replies(replies: Sequence[Reply], *, sampling_worker: int) -> Reply:
-    """What the worker that samples answers, but a stage of experts is as far as the last of the workers.
+    """What the worker that samples answers, but rows of padding are added up and a stage of experts is as far as the
+    last of the workers.
 
     `replies` by worker index.
     """
     told = replies[sampling_worker]
     if isinstance(told, StepResult):
-        stages = [reply.stage for reply in replies if isinstance(reply, StepResult) and reply.stage is not None]
-        return msgspec.structs.replace(told, stage=_combine_stages(stages, len(replies))) if stages else told
+        results = [reply for reply in replies if isinstance(reply, StepResult)]
+        stages = [result.stage for result in results if result.stage is not None]
+        return msgspec.structs.replace(
+            told,
+            padding_rows=sum(result.padding_rows for result in results),
+            stage=_combine_stages(stages, len(replies)) if stages else told.stage,
+        )
     if isinstance(told, StageStatus):
         return _combine_stages([reply for reply in replies if isinstance(reply, StageStatus)], len(replies))
     return told

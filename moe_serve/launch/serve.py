@@ -57,23 +57,23 @@ async def _serve(config: Config, model: ModelConfig) -> int:
 
 
 def _on_signals(node: Node) -> None:
-    """The first SIGTERM or Ctrl-C drains, the second ends at once."""
+    """The first SIGTERM or Ctrl-C drains, the second of either ends at once, with the exit code of its signal."""
     asked = 0
 
     def handle(number: signal.Signals) -> None:
         nonlocal asked
         asked += 1
-        if asked > 1 and number == signal.SIGINT:
+        if asked > 1:
+            log.warning("%s again: ending at once", number.name)
             node.kill()
-            os._exit(130)
-        if asked == 1:
-            timeout = node.config.server.shutdown_timeout
-            log.info(
-                "%s: finishing what is in flight (at most %g s; Ctrl-C again ends at once)",
-                number.name,
-                timeout,
-            )
-            node.drain(timeout)
+            os._exit(128 + number)
+        timeout = node.config.server.shutdown_timeout
+        log.info(
+            "%s: finishing what is in flight (at most %g s, --shutdown-timeout; a second one ends at once)",
+            number.name,
+            timeout,
+        )
+        node.drain(timeout)
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

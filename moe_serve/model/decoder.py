@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_serve.base.model_config import ModelConfig
+from moe_serve.base.progress import Phase, Progress
 from moe_serve.model.all2all.base import All2All
 from moe_serve.model.attention.base import AttentionBackend
 from moe_serve.model.context import ForwardContext, LayerKV, TokenKV
@@ -34,14 +35,14 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
         self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward
-        self.attention_phase = f"layer {index} attention"
-        self.feed_forward_phase = f"layer {index} {'experts' if isinstance(feed_forward, MoELayer) else 'dense'}"
+        self.index = index
+        self.feed_forward_phase = Phase.EXPERTS if isinstance(feed_forward, MoELayer) else Phase.DENSE
 
     def forward(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> Tensor:
         if x_TD.shape[0]:  # a dummy step brings no rows, on all TP ranks alike; its experts still serve other engines
-            ctx.progress.enter(self.attention_phase)
+            ctx.progress.enter(Phase.ATTENTION, layer=self.index)
             x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, kv, ctx)
-        ctx.progress.enter(self.feed_forward_phase)
+        ctx.progress.enter(self.feed_forward_phase, layer=self.index)
         out_TD: Tensor = self.feed_forward(self.feed_forward_norm(x_TD), ctx)
         return x_TD + out_TD
 
@@ -101,8 +102,8 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, token_ids_T: Tensor, ctx: ForwardContext) -> Tensor:
         """Hidden states after the final norm, (T, D). All ranks of the world call this in step."""
-        ctx.progress.enter("embedding")
-        x_TD = self.embedding(token_ids_T)
+        ctx.progress.enter(Phase.EMBEDDING)
+        x_TD = self.embedding(token_ids_T, ctx.progress)
         rotation = self.rope.rotation(ctx.positions_T, x_TD.dtype)
         for layer, kv in zip(self._layers, ctx.kv, strict=True):
             x_TD = layer(x_TD, rotation, kv, ctx)
@@ -110,9 +111,10 @@ class Decoder(nn.Module):
         return hidden_TD
 
     @torch.inference_mode()
-    def logits(self, hidden_SD: Tensor) -> Tensor:
+    def logits(self, hidden_SD: Tensor, progress: Progress) -> Tensor:
         """(S, V) float32, the whole vocabulary on every TP rank; all of them call it with the same rows."""
-        logits_SV: Tensor = self.head(hidden_SD)
+        progress.enter(Phase.LOGITS)
+        logits_SV: Tensor = self.head(hidden_SD, progress)
         return logits_SV
 
     def moe_layers(self) -> list[MoELayer]:

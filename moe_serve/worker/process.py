@@ -23,7 +23,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineError, MoEServeError, RankTimeout
 from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import Hello, Stop, ToMember
-from moe_serve.base.progress import Progress
+from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.sockets import prepare
 from moe_serve.base.topology import Topology
 from moe_serve.worker import wire
@@ -32,8 +32,6 @@ from moe_serve.world.link import Link
 
 FAREWELL_MILLISECONDS = 2_000
 ANSWER_SECONDS = 30.0
-RESTING = "asleep"
-"""Phase between commands; the coordinator does not take it for a slow step."""
 log = logging.getLogger("moe_serve.worker.process")  # run as __main__, which is no child of moe_serve
 
 
@@ -147,14 +145,14 @@ class WorkerProcess:
 
     def _serve(self, worker: Worker) -> int:
         while True:
-            self._progress.enter(RESTING)
+            self._progress.enter(Phase.ASLEEP)
             message = self._line.receive()
             match message:
                 case wire.Order(number, command):
                     try:
                         reply = self._carry_out(worker, command)
                     except Exception as error:  # the outermost loop of a process: log, report, end
-                        log.exception("the worker failed in phase %r", self._progress.phase)
+                        log.exception("the worker failed in phase %r", self._progress.place)
                         self._line.answer(number, Failed.of(error))
                         self._line.flush()
                         return 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.base.commands import Sampled, StepPlan, StepResult, TokenLogprob
-from moe_serve.base.progress import Progress
+from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.topology import Topology, split_range
 from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
@@ -54,7 +54,7 @@ class Runner:
     def run(self, plan: StepPlan) -> StepResult:
         """Carry out a plan. One without requests still goes through every layer: others may need our experts."""
         started = time.perf_counter()
-        self._progress.enter("prepare", plan.step)
+        self._progress.enter(Phase.PREPARE, step=plan.step)
         commit_seconds = 0.0 if self._balance is None else self._balance.before_step(plan)
         inputs = self._table.build(plan, rows_by_ep_rank(plan.tokens_by_dp_rank, self._topology))
         clock = StepClock()
@@ -68,6 +68,7 @@ class Runner:
             progress=self._progress,
             clock=clock,
         )
+        padded_before = self._decoder.all2all.padding_rows
         hidden_TD = self._decoder(inputs.token_ids_T, ctx)
         load = self._watch(plan, inputs, ctx)
         prompt_logprobs = self._prompt_logprobs(hidden_TD, inputs)
@@ -78,6 +79,7 @@ class Runner:
             prompt_logprobs=prompt_logprobs,
             seconds=time.perf_counter() - started,
             all2all_seconds=clock.all2all_seconds,
+            padding_rows=self._decoder.all2all.padding_rows - padded_before,
             load=load,
             stage=None if self._balance is None else self._balance.status(),
             commit_seconds=commit_seconds,
@@ -89,6 +91,8 @@ class Runner:
             return b""
         assert ctx.routes is not None
         assert inputs.decode_T is not None
+        if plan.collect_load:
+            self._progress.enter(Phase.COLLECT_LOAD)
         part = split_range(len(inputs.decode_T), self._topology.tp, self._tp_rank)
         return self._balance.after_step(plan, ctx.routes, inputs.decode_T[part.start : part.stop])
 
@@ -98,7 +102,7 @@ class Runner:
         logits_SV = self._logits(hidden_TD, inputs.sample_rows)
         if not self._samples:
             return []
-        self._progress.enter("sample")
+        self._progress.enter(Phase.SAMPLE)
         return sample(logits_SV, [self._table.state(request_id) for request_id in inputs.sample_ids])
 
     def _prompt_logprobs(self, hidden_TD: Tensor, inputs: StepInputs) -> dict[str, list[TokenLogprob]]:
@@ -115,10 +119,9 @@ class Runner:
 
     def _logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits of some rows; called with the same rows on every TP rank, each of which has part of the vocabulary."""
-        self._progress.enter("logits")
         if len(rows) < len(hidden_TD):
             hidden_TD = hidden_TD.index_select(0, torch.tensor(rows, device=hidden_TD.device))
-        return self._decoder.logits(hidden_TD)
+        return self._decoder.logits(hidden_TD, self._progress)
 
 
 @torch.inference_mode()
@@ -153,4 +156,4 @@ def rehearse(
         progress=progress,
     )
     hidden_TD = decoder(positions_T % decoder.config.vocab_size, ctx)
-    decoder.logits(hidden_TD[: min(num_seqs, rows)])
+    decoder.logits(hidden_TD[: min(num_seqs, rows)], progress)

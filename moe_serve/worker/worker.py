@@ -26,7 +26,7 @@ from moe_serve.base.commands import (
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineError
 from moe_serve.base.model_config import ModelConfig, load_model_config
-from moe_serve.base.progress import Progress
+from moe_serve.base.progress import Phase, Progress
 from moe_serve.model.build import build_model
 from moe_serve.model.context import LayerKV
 from moe_serve.model.decoder import Decoder
@@ -91,7 +91,7 @@ class Worker:
             raise
         except RuntimeError as error:
             # torch has no narrower class: out of memory, a kernel that fails, a broken connection.
-            where = f"{self._topology.describe(self._rank)} failed in phase {self._progress.phase!r}"
+            where = f"{self._topology.describe(self._rank)} failed in phase {self._progress.place!r}"
             if not isinstance(command, StepPlan) and _is_out_of_memory(error):
                 raise ConfigError(
                     f"{where}, out of memory: {error}; lower --kv-cache-memory-bytes, --gpu-memory-utilization, "
@@ -116,7 +116,7 @@ class Worker:
         model_config = load_model_config(folder)
         device = choose_device(config.model.device, self._meeting.site.local_rank + self._worker)
         dtype = choose_dtype(config.model.dtype, model_config.dtype, device)
-        with self._phase("meet the other ranks"):
+        with self._phase(Phase.MEET_RANKS):
             self._groups = build_groups(
                 self._topology,
                 self._rank,
@@ -128,7 +128,7 @@ class Worker:
                 migrates=self._watches_load,
                 generation=self._meeting.generation,
             )
-        with self._phase("build model"):
+        with self._phase(Phase.BUILD):
             decoder = build_model(
                 model_config,
                 parallel,
@@ -138,13 +138,13 @@ class Worker:
                 device=device,
                 max_tokens=config.scheduler.max_num_batched_tokens,
             )
-        with self._phase("load weights"):
+        with self._phase(Phase.LOAD):
             loaded = load_weights(decoder, folder, load_format=config.model.load_format, show_progress=self._rank == 0)
         self._decoder = decoder
         if self._watches_load:
             self._balance = self._make_balance(decoder, self._groups)
         shape = self._kv_shape(decoder)
-        with self._phase("measure memory"):
+        with self._phase(Phase.MEASURE):
             blocks = self._fitting_blocks(decoder, shape, model_config)
         return WorkerFacts(
             device=str(device),
@@ -224,7 +224,7 @@ class Worker:
     def _allocate(self, num_blocks: int) -> None:
         decoder = self._decoder
         assert decoder is not None, "AllocateKV before LoadModel"
-        self._progress.enter("allocate KV cache")
+        self._progress.enter(Phase.ALLOCATE)
         kv: tuple[LayerKV, ...] = self._kv_shape(decoder).allocate(num_blocks, decoder.device)
         self._runner = Runner(
             decoder,
@@ -239,11 +239,11 @@ class Worker:
         )
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self._progress.enter(name)
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        self._progress.enter(phase)
         started = time.perf_counter()
         yield
-        self._seconds[name] = round(time.perf_counter() - started, 3)
+        self._seconds[phase.value] = round(time.perf_counter() - started, 3)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

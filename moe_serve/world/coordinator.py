@@ -87,8 +87,8 @@ class Coordinator:
         self._act(lambda: self.fleet.end(stop))
 
     def drain(self, timeout: float) -> None:
-        """Finish what is in flight, then end."""
-        self._act(lambda: self.fleet.drain(timeout))
+        """Finish what is in flight within `timeout` seconds, then end."""
+        self._act(lambda: self.fleet.drain(timeout, time.monotonic()))
 
     async def close(self) -> None:
         """Stop listening and drop all lines."""

@@ -28,6 +28,7 @@ from moe_serve.base.messages import (
     StepLoad,
     Stop,
     StoreAt,
+    Unfinished,
     Wake,
     Welcome,
     WorldReady,
@@ -38,7 +39,7 @@ from moe_serve.eplb.questions import Question, SharesQuestion, Solved
 from moe_serve.eplb.rearrangement import ForEngine
 from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.eplb.surface import BalanceSurface
-from moe_serve.world.members import QUIET_SECONDS, Member, slow_step
+from moe_serve.world.members import QUIET_SECONDS, Member, left_behind, slow_step
 from moe_serve.world.parcels import Send, answer_parcel
 
 SILENCE_SECONDS = 7.0
@@ -72,7 +73,8 @@ class Fleet:
     _suspicion: tuple[float, str] | None = None
     _now: float | None = None
     _own_gap: str = ""
-    _draining: bool = False
+    _drain: Drain | None = None
+    _drain_until: float = 0.0
     _log: list[str] = field(default_factory=list)
     _surface: BalanceSurface = field(default_factory=lambda: BalanceSurface(None))
 
@@ -87,7 +89,8 @@ class Fleet:
         known.heard = now
         match message:
             case Heartbeat():
-                known.step, known.phase, known.since = message.step, message.phase, now - message.seconds
+                known.step, known.since = message.step, now - message.seconds
+                known.phase, known.layer = message.phase, message.layer
                 return [Send(member, Ack())]
             case StoreAt():
                 self._store = message
@@ -99,6 +102,9 @@ class Fleet:
                 return self._ready(now)
             case Wake():
                 return [Send(other, message) for other in self._role("engine") if other != member]
+            case Unfinished():
+                known.unfinished = message
+                return []
             case Leaving():
                 known.leaving = True
                 return self._left(known, message.reason) if known.hello.role == "api" else []
@@ -167,6 +173,10 @@ class Fleet:
             if not known.leaving and now - known.heard > SILENCE_SECONDS:
                 how = f"has not been heard for {now - known.heard:.0f} s (is it stopped?){known.last_seen}"
                 return self._give_up(member, known, how)
+        if self._drain is not None and now >= self._drain_until and self.ended is None:
+            within = f"within --shutdown-timeout ({self._drain.timeout:g} s)"
+            self._log.append(f"not finished {within}: {left_behind(self.members.values())}")
+            return self.end(Stop(f"what had not finished {within} was ended", 0))
         slow = slow_step(self.members.values(), now, self._ready_since, self.step_timeout_seconds) if self.ready else ""
         return self.end(Stop(slow, 1)) if slow else self._balance(lambda rebalancer: rebalancer.tick(now))
 
@@ -184,13 +194,13 @@ class Fleet:
             self.ended = stop
         return [Send(member, self.ended) for member in self.members]
 
-    def drain(self, timeout: float) -> list[Send]:
-        """Ask the front-ends to finish what they have; the world ends once they have left."""
+    def drain(self, timeout: float, now: float) -> list[Send]:
+        """Ask the front-ends to finish what they have; the world ends once they have left, or after `timeout`."""
         frontends = self._role("api")
         if not frontends or not self.ready:
             return self.end(Stop("asked to stop before the world was ready", 0))
-        self._draining = True
-        return [Send(member, Drain(timeout)) for member in frontends]
+        self._drain, self._drain_until = Drain(timeout), now + timeout
+        return [Send(member, self._drain) for member in (*frontends, *self._role("engine"))]
 
     def missing(self) -> list[str]:
         """Members that have not come or are not ready, by name."""
@@ -204,7 +214,7 @@ class Fleet:
             if known is None:
                 names.append(f"engine dp {dp}" if role == "engine" else self.topology.describe_worker(dp, worker))
             elif not known.ready and role != "worker":
-                names.append(f"{known.name} (phase {known.phase!r})")
+                names.append(f"{known.name} (phase {known.place!r})")
         servers = [each for each in self.members.values() if each.hello.role == "api" and each.hello.essential]
         names += [f"{known.name} (not listening yet)" for known in servers if not known.ready]
         return names + ["API server"] * (self.num_frontends - len(servers))
@@ -286,7 +296,7 @@ class Fleet:
     def _left(self, known: Member, reason: str) -> list[Send]:
         """A front-end left on purpose. Drained, the world ends with the last of them."""
         others = [each for each in self.members.values() if each.hello.role == "api" and not each.leaving]
-        if (self._draining and not others) or (known.hello.essential and not self._draining):
+        if not others if self._drain is not None else known.hello.essential:
             return self.end(Stop(reason or f"{known.name} left", 0))
         return []
 

@@ -121,7 +121,10 @@ class Link:
     def _beat(self) -> None:
         progress = self._progress
         while not self._closed.wait(BEAT_SECONDS):
-            self.send(Heartbeat(step=progress.step, phase=progress.phase, seconds=progress.seconds()))
+            where = Heartbeat(
+                step=progress.step, phase=progress.phase, seconds=progress.seconds(), layer=progress.layer
+            )
+            self.send(where)
 
     def _lost(self, why: str) -> None:
         if not self._closed.is_set():

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_serve.base.messages import Hello
+from moe_serve.base.messages import Hello, Unfinished
+from moe_serve.base.progress import Phase
 from moe_serve.base.topology import Topology
 
 QUIET_SECONDS = 1.8
 """Beats come every second: when a step is slow, whoever has been quiet for so long is the first to suspect."""
-RESTING = ("asleep",)
-WAITING = ("vote", "dispatch", "combine", "all-reduce", "gather", "reply")
 
 
 @dataclass(slots=True)
@@ -25,7 +24,9 @@ class Member:
     note: str = ""
     leaving: bool = False
     step: int = 0
-    phase: str = "starting"
+    phase: Phase = Phase.STARTING
+    layer: int = 0
+    unfinished: Unfinished | None = None
     since: float = 0.0
 
     @property
@@ -44,8 +45,13 @@ class Member:
         return self.hello.role, self.hello.dp, self.hello.worker
 
     @property
+    def place(self) -> str:
+        """Its phase, for people."""
+        return self.phase.describe(self.layer)
+
+    @property
     def last_seen(self) -> str:
-        return "" if self.hello.role == "api" else f"; last seen in step {self.step}, phase {self.phase!r}"
+        return "" if self.hello.role == "api" else f"; last seen in step {self.step}, phase {self.place!r}"
 
     def is_quiet(self, now: float) -> bool:
         return now - self.heard > QUIET_SECONDS
@@ -55,20 +61,42 @@ class Member:
         return (now if self.is_quiet(now) else self.heard) - max(self.since, begin)
 
 
+def left_behind(members: Iterable[Member]) -> str:
+    """What a drain has not brought to an end: which requests of which rank, or who is still busy without any."""
+    known = list(members)
+    engines = sorted((each for each in known if each.hello.role == "engine"), key=lambda each: each.hello.dp)
+    parts = [f"engine dp {each.hello.dp}: {_listing(each.unfinished)}" for each in engines if _has_work(each)]
+    writing = [each.name for each in known if each.hello.role == "api" and not each.leaving]
+    return "; ".join(parts or [f"{name} is still sending answers" for name in writing])
+
+
+def _has_work(engine: Member) -> bool:
+    return engine.unfinished is None or engine.unfinished.num_requests > 0
+
+
+def _listing(left: Unfinished | None) -> str:
+    if left is None:
+        return "has not said what it has"
+    more = left.num_requests - len(left.oldest)
+    names = ", ".join(left.oldest) + (f" and {more} more" if more else "")
+    return f"{left.num_requests} request{'s' if left.num_requests > 1 else ''} ({names})"
+
+
 def slow_step(members: Iterable[Member], now: float, since: float, limit: float) -> str:
     """Who is to blame for a step of more than `limit` seconds since the world was ready (`since`), or ""."""
     ranks = [known for known in members if known.hello.role != "api" and not known.leaving]
-    awake = [known for known in ranks if known.phase not in RESTING]
-    slow = [known for known in awake if known.in_phase(now, since) > limit]
-    if not slow:
+    awake = [known for known in ranks if not known.phase.rests]
+    if not any(known.in_phase(now, since) > limit for known in awake):
         return ""
+    # Whoever beat last is not the first to be over the limit: beats may be so far apart.
+    slow = [known for known in awake if known.in_phase(now, since) > limit - QUIET_SECONDS]
     last = max(known.step for known in slow)
     behind = [known for known in ranks if known.step < last and known.hello.role == "engine"]
-    busy = [known for known in slow if not any(word in known.phase for word in WAITING)]
+    busy = [known for known in slow if not known.phase.waits_for_others]
     quiet = [known for known in ranks if known.is_quiet(now)]
     culprits = quiet or behind or busy or slow
     named = "; ".join(
-        f"{known.name} is in step {known.step}, phase {known.phase!r}, since {known.in_phase(now, since):.0f} s"
+        f"{known.name} is in step {known.step}, phase {known.place!r}, since {known.in_phase(now, since):.0f} s"
         for known in culprits
     )
     return f"step {last} has taken longer than step_timeout_seconds ({limit:g} s); it waits for: {named}"

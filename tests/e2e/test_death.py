@@ -248,15 +248,30 @@ def test_answers_that_outlast_the_shutdown_timeout_end_with_an_error_event(model
             assert stream.error is not None
             assert "shutting down" in stream.error["message"]
         assert not server.wait_gone(0)
+        left = r"not finished within --shutdown-timeout \(1 s\): engine dp 0: 2 requests \(cmpl-\S+, cmpl-\S+\)$"
+        assert re.search(left, server.log(), re.MULTILINE), server.log()
 
 
-def test_a_second_interrupt_ends_at_once(model: str) -> None:
+def test_a_drain_that_the_api_server_does_not_hear_of_ends_at_its_deadline(model: str) -> None:
+    with serving(model, *SMALL, "--shutdown-timeout", "2") as server:
+        load = Load(server, count=2).start()
+        server.member("api.server").suspend()
+        asked = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - asked < 2 + GONE_SECONDS
+        assert re.search(r"\(2 s\): engine dp 0: \d requests? \(cmpl-", server.log()), server.log()
+        assert not server.wait_gone(0)
+        assert not load.wait_ended(1)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(model: str, second: signal.Signals) -> None:
     with serving(model, *SMALL, "--shutdown-timeout", "600") as server:
         load = Load(server, count=2).start()
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)
         until_draining(server)
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(2) == 130
+        server.process.send_signal(second)
+        assert server.process.wait(2) == 128 + second
         assert not server.wait_gone(1)
         assert not load.wait_ended(1)
         assert "Traceback" not in server.log()

@@ -52,11 +52,6 @@ def test_a_vote_survives_the_wire(vote: Vote) -> None:
     assert Vote.from_ints(vote.to_ints()) == vote
 
 
-@given(st.lists(st.integers(0, 100), min_size=1, max_size=8))
-def test_padding_is_what_the_largest_share_costs_the_others(tokens: list[int]) -> None:
-    assert Verdict(True, tokens).padding == sum(max(tokens) - own for own in tokens)
-
-
 def test_a_wake_that_arrives_before_its_nap_ends_it() -> None:
     naps = Naps()
     naps.hear(1)

@@ -14,6 +14,11 @@ def test_the_tokens_are_those_of_the_worker_that_samples(sampling_worker: int) -
     assert combine_replies(replies, sampling_worker=sampling_worker) == replies[sampling_worker]
 
 
+def test_rows_of_padding_are_those_of_all_workers_together() -> None:
+    replies = [StepResult(step=3, padding_rows=worker) for worker in range(4)]
+    assert combine_replies(replies, sampling_worker=2) == StepResult(step=3, padding_rows=6)
+
+
 def test_a_stage_is_as_far_as_the_last_worker_whoever_samples() -> None:
     stages = [StageStatus(epoch=1, staged=worker != 1, bytes_received=5) for worker in range(4)]
     combined = StageStatus(epoch=1, staged=False, bytes_received=20)

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.ranks
 CPU = torch.device("cpu")
 E, D, F, K = 10, 12, 8, 3
 MAX_ROWS = 9
+PADDED = (2, 6, 0, 5)
+"""What the ragged rows lack of the largest share."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,20 @@ def under_placements(seat: Seat, size: int, backend: str) -> list[Tensor]:
     return found
 
 
+def padding_of(seat: Seat, size: int, backend: str) -> list[int]:
+    """What the count says after each of two exchanges."""
+    all2all = backend_of(seat, size, backend, ExpertLayout(E, None))
+    x_TD, ids_TK, weights_TK = batch(CASES[1], seat.rank)
+    said = []
+    for _ in range(2):
+        ids = ids_TK.to(all2all.id_dtype)
+        arrived = all2all.dispatch(x_TD, ids, weights_TK, CASES[1].rows_by_rank[:size]).wait()
+        said.append(all2all.padding_rows)
+        if isinstance(arrived, Batched):
+            assert arrived.rows.shape[1] == sum(CASES[1].rows_by_rank[:size]) + sum(PADDED)
+    return said
+
+
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     with Ranks(4) as world:
@@ -181,6 +197,12 @@ def test_a_backend_gives_what_a_dense_computation_gives(ranks: Ranks, backend: s
                 rtol=tolerance,
                 msg=lambda text, name=case.name: f"{name}: {text}",
             )
+
+
+@pytest.mark.parametrize("backend", list(ALL2ALL))
+def test_a_backend_counts_the_rows_that_it_really_pads_and_no_others(ranks: Ranks, backend: str) -> None:
+    padded = PADDED if backend == "torch_padded" else (0, 0, 0, 0)
+    assert ranks.run(padding_of, 4, backend) == [[rows, 2 * rows] for rows in padded]
 
 
 @pytest.mark.parametrize("backend", [name for name in ALL2ALL if ALL2ALL.load(name).exact])  # type: ignore[attr-defined]

@@ -124,7 +124,7 @@ def all_logits(
         )
         hidden_TD = decoder(torch.tensor(ids, dtype=torch.int64, device=decoder.device), ctx)
         if ours:
-            parts = torch.split(decoder.logits(hidden_TD), [count for _, count in ours])
+            parts = torch.split(decoder.logits(hidden_TD, ctx.progress), [count for _, count in ours])
             for (index, _), part in zip(ours, parts, strict=True):
                 found[index].append(part)
     return [torch.cat(parts) for parts in found]

@@ -23,11 +23,13 @@ from moe_serve.base.messages import (
     StepLoad,
     Stop,
     StoreAt,
+    Unfinished,
     Wake,
     Welcome,
     WorldReady,
     WorldView,
 )
+from moe_serve.base.progress import Phase
 from moe_serve.base.topology import Topology
 from moe_serve.world.fleet import Fleet
 from moe_serve.world.parcels import Send
@@ -68,8 +70,10 @@ def formed(fleet: Fleet, now: float = 0.0) -> Fleet:
     return fleet
 
 
-def beat(fleet: Fleet, member: int, now: float, *, step: int = 1, phase: str = "asleep", seconds: float = 0) -> None:
-    fleet.hear(member, Heartbeat(step=step, phase=phase, seconds=seconds), now)
+def beat(
+    fleet: Fleet, member: int, now: float, *, step: int = 1, phase: Phase = Phase.ASLEEP, seconds: float = 0
+) -> None:
+    fleet.hear(member, Heartbeat(step=step, phase=phase, seconds=seconds, layer=2), now)
 
 
 def answers(sends: list[Send], member: int) -> list[object]:
@@ -79,12 +83,12 @@ def answers(sends: list[Send], member: int) -> list[object]:
 def test_a_member_is_welcome_and_its_beats_are_acknowledged() -> None:
     fleet = make_fleet()
     assert answers(fleet.hear(0, engine(0), 0), 0) == [Welcome(WorldView(engines=2))]
-    assert answers(fleet.hear(0, Heartbeat(step=0, phase="x", seconds=0), 1), 0) == [Ack()]
+    assert answers(fleet.hear(0, Heartbeat(step=0, phase=Phase.STARTING, seconds=0), 1), 0) == [Ack()]
 
 
 def test_who_says_no_hello_is_refused_and_disturbs_nobody() -> None:
     fleet = formed(make_fleet())
-    for message in (Heartbeat(step=1, phase="", seconds=0), Wake(1), Ready()):
+    for message in (Heartbeat(step=1, phase=Phase.STARTING, seconds=0), Wake(1), Ready()):
         sends = fleet.hear(77, message, 1)
         assert [type(send.message) for send in sends] == [Refused]
         assert sends[0].close
@@ -178,14 +182,14 @@ def test_a_wake_reaches_the_other_engines_only() -> None:
 
 def test_a_closed_line_is_a_death_and_everybody_hears_who_died() -> None:
     fleet = formed(make_fleet())
-    beat(fleet, 1, 1, step=812, phase="layer 3 dispatch")
+    beat(fleet, 1, 1, step=812, phase=Phase.DISPATCH)
     sends = fleet.lost(1, 2)
     assert {send.member for send in sends} == {0, 9}
     stop = sends[0].message
     assert isinstance(stop, Stop)
     assert stop.code == 1
     assert "engine dp 1 (pid 101" in stop.reason
-    assert "step 812, phase 'layer 3 dispatch'" in stop.reason
+    assert "step 812, phase 'layer 2 dispatch'" in stop.reason
 
 
 def test_the_one_who_died_is_blamed_before_the_one_who_noticed() -> None:
@@ -232,7 +236,7 @@ def test_sleep_may_last_for_ever() -> None:
     fleet = formed(make_fleet(step_timeout=5))
     for now in range(1, 500):
         for member in (0, 1, 9):
-            beat(fleet, member, float(now), phase="starting" if member == 9 else "asleep", seconds=float(now))
+            beat(fleet, member, float(now), phase=Phase.STARTING if member == 9 else Phase.ASLEEP, seconds=float(now))
         fleet.tick(float(now))
     assert fleet.ended is None
 
@@ -240,9 +244,9 @@ def test_sleep_may_last_for_ever() -> None:
 def test_a_slow_step_names_the_rank_the_others_wait_for() -> None:
     fleet = formed(make_fleet(dp=3, step_timeout=5))
     for now in range(1, 8):
-        beat(fleet, 0, float(now), step=9, phase="layer 2 dispatch", seconds=float(now))
-        beat(fleet, 1, float(now), step=9, phase="layer 2 experts", seconds=float(now))
-        beat(fleet, 2, float(now), step=9, phase="layer 2 combine", seconds=float(now))
+        beat(fleet, 0, float(now), step=9, phase=Phase.DISPATCH, seconds=float(now))
+        beat(fleet, 1, float(now), step=9, phase=Phase.EXPERTS, seconds=float(now))
+        beat(fleet, 2, float(now), step=9, phase=Phase.COMBINE, seconds=float(now))
         beat(fleet, 9, float(now))
         fleet.tick(float(now))
     assert fleet.ended is not None
@@ -251,12 +255,25 @@ def test_a_slow_step_names_the_rank_the_others_wait_for() -> None:
     assert "engine dp 0" not in fleet.ended.reason
 
 
+def test_who_beats_a_moment_later_is_blamed_before_one_that_waits_and_beat_first() -> None:
+    for phase, waits in ((Phase.EXPERTS, False), (Phase.DISPATCH, True)):
+        fleet = formed(make_fleet(step_timeout=5))
+        for now in range(1, 8):
+            beat(fleet, 1, now - 0.1, step=9, phase=phase, seconds=now - 1.2)
+            beat(fleet, 0, float(now), step=9, phase=Phase.DISPATCH, seconds=now - 0.9)
+            beat(fleet, 9, float(now))
+            fleet.tick(float(now))
+        assert fleet.ended is not None
+        assert "engine dp 1" in fleet.ended.reason
+        assert ("engine dp 0" in fleet.ended.reason) == waits
+
+
 def test_a_slow_step_is_blamed_on_who_fell_silent_in_it() -> None:
     fleet = formed(make_fleet(step_timeout=4))
     for now in range(1, 8):
-        beat(fleet, 0, float(now), step=9, phase="layer 2 experts", seconds=now - 2)
+        beat(fleet, 0, float(now), step=9, phase=Phase.EXPERTS, seconds=now - 2)
         if now < 3:
-            beat(fleet, 1, float(now), step=9, phase="layer 2 combine", seconds=now - 2)
+            beat(fleet, 1, float(now), step=9, phase=Phase.COMBINE, seconds=now - 2)
         beat(fleet, 9, float(now))
         fleet.tick(float(now))
     assert fleet.ended is not None
@@ -270,7 +287,7 @@ def test_what_took_long_before_the_world_was_ready_is_no_slow_step() -> None:
         fleet.hear(dp, engine(dp), 0)
     fleet.hear(9, API, 0)
     for member in (0, 1, 9):
-        beat(fleet, member, 9.0, phase="wait for the workers' reply", seconds=9)
+        beat(fleet, member, 9.0, phase=Phase.REPLY, seconds=9)
         fleet.hear(member, Ready(), 9.1)
     assert fleet.ready
     fleet.tick(9.2)
@@ -311,8 +328,8 @@ def test_all_that_ever_joined_are_remembered_by_host_and_process() -> None:
 def test_a_rank_that_missed_the_step_is_blamed_even_asleep() -> None:
     fleet = formed(make_fleet(step_timeout=5))
     for now in range(1, 8):
-        beat(fleet, 0, float(now), step=9, phase="vote", seconds=float(now))
-        beat(fleet, 1, float(now), step=8, phase="asleep", seconds=float(now))
+        beat(fleet, 0, float(now), step=9, phase=Phase.VOTE, seconds=float(now))
+        beat(fleet, 1, float(now), step=8, phase=Phase.ASLEEP, seconds=float(now))
         beat(fleet, 9, float(now))
         fleet.tick(float(now))
     assert fleet.ended is not None
@@ -321,24 +338,54 @@ def test_a_rank_that_missed_the_step_is_blamed_even_asleep() -> None:
 
 def test_draining_asks_the_front_end_and_its_leaving_ends_the_world_in_order() -> None:
     fleet = formed(make_fleet())
-    assert fleet.drain(7) == [Send(9, Drain(7))]
+    assert fleet.drain(7, 1) == [Send(member, Drain(7)) for member in (9, 0, 1)]
     sends = fleet.hear(9, Leaving("drained"), 2)
     assert {send.member for send in sends} >= {0, 1}
     assert fleet.lost(9, 2) == []
     assert fleet.ended == Stop("drained", 0)
 
 
+def test_a_drain_ends_at_its_deadline_with_a_line_that_says_which_requests_of_which_rank_are_left() -> None:
+    fleet = formed(make_fleet(dp=3))
+    fleet.drain(3, 1)
+    fleet.hear(0, Unfinished(1, ["chat-1"]), 1)
+    fleet.hear(1, Unfinished(3, ["cmpl-7", "cmpl-8"]), 1)
+    fleet.hear(2, Unfinished(0), 1)
+    fleet.tick(3.9)
+    assert fleet.ended is None
+    sends = fleet.tick(4.0)
+    assert sorted(send.member for send in sends) == [0, 1, 2, 9]
+    assert fleet.ended == Stop("what had not finished within --shutdown-timeout (3 s) was ended", 0)
+    assert fleet.take_log() == [
+        "not finished within --shutdown-timeout (3 s): engine dp 0: 1 request (chat-1); "
+        "engine dp 1: 3 requests (cmpl-7, cmpl-8 and 1 more)"
+    ]
+
+
+def test_a_drain_whose_engines_are_done_or_say_nothing_names_who_holds_it_up() -> None:
+    for unfinished, expected in (
+        ([0, 1], "API server (pid 99 on here) is still sending answers"),
+        ([0], "engine dp 1: has not said what it has"),
+    ):
+        fleet = formed(make_fleet())
+        fleet.drain(0, 1)
+        for member in unfinished:
+            fleet.hear(member, Unfinished(0), 1)
+        fleet.tick(1.5)
+        assert fleet.take_log() == [f"not finished within --shutdown-timeout (0 s): {expected}"]
+
+
 def test_a_stop_asked_for_while_forming_ends_at_once() -> None:
     fleet = make_fleet()
     fleet.hear(0, engine(0), 0)
-    fleet.drain(30)
+    fleet.drain(30, 1)
     assert fleet.ended is not None
     assert fleet.ended.code == 0
 
 
 def test_every_message_type_is_handled() -> None:
     fleet = formed(make_fleet())
-    messages: list[FromMember] = [StoreAt("a", 1), Ready(), Wake(1), Heartbeat(step=1, phase="", seconds=0)]
+    messages: list[FromMember] = [StoreAt("a", 1), Ready(), Wake(1), Heartbeat(step=1, phase=Phase.STARTING, seconds=0)]
     for message in messages:
         assert isinstance(fleet.hear(0, message, 1), list)
 
@@ -430,7 +477,7 @@ def test_an_essential_member_ends_the_world_beside_others_that_are_not() -> None
 def test_a_drained_world_ends_with_the_last_of_its_front_ends() -> None:
     for gone in ("leaves", "dies"):
         fleet = with_guest()
-        assert fleet.drain(7) == [Send(9, Drain(7)), Send(8, Drain(7))]
+        assert fleet.drain(7, 1) == [Send(member, Drain(7)) for member in (9, 8, 0, 1)]
         fleet.hear(9, Leaving("drained"), 2)
         assert fleet.ended is None
         if gone == "leaves":

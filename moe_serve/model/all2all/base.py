@@ -79,8 +79,8 @@ class All2All(Protocol):
     """Type of the ids that dispatch wants."""
     exact: ClassVar[bool]
     """combine adds the K terms of a row in top-k order, so the placement of experts cannot change a bit."""
-    pads: ClassVar[bool]
-    """Ragged row counts are padded to the largest on the wire."""
+    padding_rows: int
+    """Rows without a token that this rank has sent out so far, to fill its share up; 0 where nothing is padded."""
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None: ...
 

@@ -25,7 +25,7 @@ class Naive:
     applies_weights: ClassVar[Literal["combine", "experts"]] = "combine"
     id_dtype: ClassVar[torch.dtype] = torch.int32
     exact: ClassVar[bool] = False
-    pads: ClassVar[bool] = False
+    padding_rows = 0
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
         self._group = group

@@ -50,7 +50,7 @@ class TorchAllToAll:
     applies_weights: ClassVar[Literal["combine", "experts"]] = "combine"
     id_dtype: ClassVar[torch.dtype] = torch.int64
     exact: ClassVar[bool] = True
-    pads: ClassVar[bool] = False
+    padding_rows = 0
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
         self._group = group

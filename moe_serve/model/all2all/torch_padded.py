@@ -55,9 +55,9 @@ class TorchPadded:
     applies_weights: ClassVar[Literal["combine", "experts"]] = "combine"
     id_dtype: ClassVar[torch.dtype] = torch.int64
     exact: ClassVar[bool] = True
-    pads: ClassVar[bool] = True
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
+        self.padding_rows = 0
         self._group = group
         self._max_rows = shape.max_rows
         self._sharded = layout.offsets is None
@@ -74,6 +74,7 @@ class TorchPadded:
         owner_TK = torch.searchsorted(self._ends_N, physical_ids_TK, right=True)
         home = _Home(owner_TK, weights_TK, x_TD.dtype, padded)
         missing = padded - x_TD.shape[0]
+        self.padding_rows += missing
         parts = (
             functional.pad(x_TD, (0, 0, 0, missing)),
             functional.pad(physical_ids_TK, (0, 0, 0, missing), value=-1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_serve.base.progress import Phase
 from moe_serve.model.attention.base import AttentionBackend
 from moe_serve.model.context import ForwardContext, LayerKV, TokenKV
 from moe_serve.model.layers.linear import Linear, weight
@@ -53,17 +54,17 @@ class Attention(nn.Module):
             qk = rotate(qkv[:, : heads + kv_heads], rotation)
             q_THd, k_TGd = qk[:, :heads], qk[:, heads:]
         else:
-            q_THd, k_TGd = self._normed(qkv[:, :heads], qkv[:, heads : heads + kv_heads])
+            q_THd, k_TGd = self._normed(qkv[:, :heads], qkv[:, heads : heads + kv_heads], ctx)
             q_THd, k_TGd = rotate(q_THd, rotation), rotate(k_TGd, rotation)
         out_THd = self.backend.forward(q_THd, k_TGd, qkv[:, heads + kv_heads :], kv, ctx.attention)
-        out_TD = self.group.all_reduce(self.o(out_THd.reshape(-1, heads * self.head_dim)))
+        out_TD = self._sum(self.o(out_THd.reshape(-1, heads * self.head_dim)), ctx)
         return out_TD if self.o_bias is None else out_TD + self.o_bias
 
-    def _normed(self, q_THd: Tensor, k_TGd: Tensor) -> tuple[Tensor, Tensor]:
+    def _normed(self, q_THd: Tensor, k_TGd: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         if self.qk_norm == "head":
             return rms_norm(q_THd, self.q_norm, self.eps), rms_norm(k_TGd, self.k_norm, self.eps)
         q_wide, k_wide = q_THd.float(), k_TGd.float()
-        sums_2T = self._sums(q_wide, k_wide)
+        sums_2T = self._sums(q_wide, k_wide, ctx)
         config = self.partition.config
         q_mean, k_mean = (
             sums_2T[0] / (config.num_heads * self.head_dim),
@@ -73,9 +74,16 @@ class Attention(nn.Module):
         k = (k_wide * torch.rsqrt(k_mean + self.eps)[:, None, None]).to(k_TGd.dtype) * self.k_norm
         return q, k
 
-    def _sums(self, q_wide: Tensor, k_wide: Tensor) -> Tensor:
+    def _sums(self, q_wide: Tensor, k_wide: Tensor, ctx: ForwardContext) -> Tensor:
         """Sums of squares of all heads of all TP ranks, (2, T); each KV head counts once however many hold it."""
         own = torch.stack((q_wide.square().sum((1, 2)), k_wide.square().sum((1, 2)) / self.partition.kv_replicas))
+        sums_2T = self._sum(own, ctx)
+        ctx.progress.enter(Phase.ATTENTION)
+        return sums_2T
+
+    def _sum(self, own: Tensor, ctx: ForwardContext) -> Tensor:
+        if self.group.size > 1:
+            ctx.progress.enter(Phase.TENSOR_PARALLEL)
         return self.group.all_reduce(own)
 
     def targets(self) -> dict[str, Tensor]:

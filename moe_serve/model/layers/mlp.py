@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_serve.base.progress import Phase
 from moe_serve.model.context import ForwardContext
 from moe_serve.model.layers.linear import weight
 from moe_serve.parallel.collectives import Group
@@ -43,7 +44,12 @@ class DenseMLP(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
         """Without rows, on all TP ranks alike, nobody needs anybody."""
-        return self.group.all_reduce(self.mlp(x_TD)) if x_TD.shape[0] else x_TD
+        if not x_TD.shape[0]:
+            return x_TD
+        part_TD: Tensor = self.mlp(x_TD)
+        if self.group.size > 1:
+            ctx.progress.enter(Phase.TENSOR_PARALLEL)
+        return self.group.all_reduce(part_TD)
 
     def targets(self) -> dict[str, Tensor]:
         """Logical weight -> where it lives."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from moe_serve.base.progress import Phase
 from moe_serve.base.topology import split_range
 from moe_serve.model.all2all.base import All2All
 from moe_serve.model.context import ForwardContext
@@ -46,6 +47,8 @@ class MoELayer(nn.Module):
         parts = [split_range(x_TD.shape[0], tp.size, rank) for rank in range(tp.size)]
         mine = slice(parts[tp.rank].start, parts[tp.rank].stop)
         out_SD = self._own_rows(x_TD[mine], mine, ctx)
+        if tp.size > 1:
+            ctx.progress.enter(Phase.TENSOR_PARALLEL)
         return tp.all_gather_ragged(out_SD, [len(part) for part in parts])
 
     def _own_rows(self, x_SD: Tensor, mine: slice, ctx: ForwardContext) -> Tensor:
@@ -54,18 +57,24 @@ class MoELayer(nn.Module):
             ctx.routes.append(ids_SK)
         slots_SK = self.expert_map(ids_SK, None if ctx.row_hash_T is None else ctx.row_hash_T[mine])
         slots_SK = slots_SK.to(self.all2all.id_dtype)
-        dispatched = _timed(lambda: self.all2all.dispatch(x_SD, slots_SK, weights_SK, ctx.rows_by_ep_rank), ctx)
+        rows = ctx.rows_by_ep_rank
+        dispatched = _exchange(Phase.DISPATCH, lambda: self.all2all.dispatch(x_SD, slots_SK, weights_SK, rows), ctx)
         shared_SD = None if self.shared is None else self.shared(x_SD)  # computed while the rows travel
-        arrived = _timed(dispatched.wait, ctx)
+        arrived = _exchange(Phase.DISPATCH, dispatched.wait, ctx)
         outputs = self.experts(arrived)
-        combined: Pending[Tensor] = _timed(lambda: self.all2all.combine(outputs, arrived), ctx)
-        out_SD = _timed(combined.wait, ctx)
+        combined: Pending[Tensor] = _exchange(Phase.COMBINE, lambda: self.all2all.combine(outputs, arrived), ctx)
+        out_SD = _exchange(Phase.COMBINE, combined.wait, ctx)
         return out_SD if shared_SD is None else out_SD + shared_SD
 
 
-def _timed(exchange: Callable[[], Value], ctx: ForwardContext) -> Value:
-    """Count an exchange's seconds on the host; on a CUDA device that is the launch, not the transfer."""
+def _exchange(phase: Phase, exchange: Callable[[], Value], ctx: ForwardContext) -> Value:
+    """Count an exchange's seconds on the host; on a CUDA device that is the launch, not the transfer.
+
+    Between two exchanges a rank is at its experts again, and others wait for it.
+    """
+    ctx.progress.enter(phase)
     started = time.perf_counter()
     value = exchange()
     ctx.clock.all2all_seconds += time.perf_counter() - started
+    ctx.progress.enter(Phase.EXPERTS)
     return value
