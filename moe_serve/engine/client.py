@@ -21,6 +21,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, RequestError
 from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent, WorldView
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.admission import EngineRoom
 from moe_serve.engine.router import Balancer
 
 log = logging.getLogger(__name__)
@@ -65,10 +66,23 @@ class AsyncEngines(Protocol):
     @property
     def reports(self) -> Mapping[int, LoadReport]: ...
 
+    @property
+    def room(self) -> EngineRoom:
+        """What the engines that this front-end serves can hold at once; known once they are ready."""
+        ...
+
     async def submit(
-        self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        dp_rank: int | None = None,
+        group: str = "",
     ) -> SequenceStream:
         """Choose a DP rank (`dp_rank` if given), send one sequence there, and follow it.
+
+        Sequences of one `group` take turns with other groups as one.
 
         Raises EngineDead when the world is broken and RequestError for what cannot be.
         """
@@ -185,6 +199,13 @@ class EngineClient:
         return self._reports
 
     @property
+    def room(self) -> EngineRoom:
+        """See AsyncEngines.room."""
+        hellos = list(self._hellos.values())
+        tokens = sum(hello.num_blocks * hello.block_size for hello in hellos)
+        return EngineRoom(self._scheduler.max_num_seqs * len(hellos), tokens)
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._queues)
 
@@ -207,7 +228,13 @@ class EngineClient:
                 self._deliver(message)
 
     async def submit(
-        self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        dp_rank: int | None = None,
+        group: str = "",
     ) -> SubmittedStream:
         """See AsyncEngines.submit."""
         self._check_alive()
@@ -217,7 +244,8 @@ class EngineClient:
         self._balancer.sent(request_id, rank, len(token_ids))
         stream = SubmittedStream(rank, events, partial(self._leave, request_id, rank))
         try:
-            await self._send(rank, Generate(request_id=request_id, token_ids=token_ids, sampling=sampling))
+            message = Generate(request_id=request_id, token_ids=token_ids, sampling=sampling, group=group)
+            await self._send(rank, message)
         except BaseException:  # a caller that is cancelled here has no stream to close
             await stream.aclose()
             raise

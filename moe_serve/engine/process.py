@@ -291,7 +291,7 @@ class EngineProcess:
 
     def _accept(self, address: str, request: Generate, rank: DPRank, sockets: FrontendSockets) -> None:
         try:
-            rank.core.add(request.request_id, request.token_ids, request.sampling)
+            rank.core.add(request.request_id, request.token_ids, request.sampling, group=request.group)
             self._owners.add(request.request_id, address)
         except RequestError as error:
             refusal = TokenEvent(request_id=request.request_id, token_ids=[], finish_reason="error", error=str(error))

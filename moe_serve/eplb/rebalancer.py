@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from moe_serve.base.commands import SetShares, StageExperts
-from moe_serve.base.errors import ConfigError
+from moe_serve.base.errors import ConfigError, Conflict
 from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.topology import Topology
@@ -38,10 +38,6 @@ ROLLBACK = "rollback"
 FAILED, SILENT = "stage_failed", "stage_silent"
 FIRST_INTERVAL_SHARE = 4
 SHARE_REFRESH_STEPS = 50
-
-
-class Conflict(ConfigError):
-    """What is asked for is not possible now."""
 
 
 class Rebalancer:

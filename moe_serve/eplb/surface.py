@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from moe_serve.base.errors import ConfigError
+from moe_serve.base.errors import ConfigError, Conflict
 from moe_serve.base.tables import EPLB_POLICIES
 from moe_serve.eplb.placement_file import placement_from_document, placement_to_document
 from moe_serve.eplb.policies.base import Policy
 from moe_serve.eplb.rearrangement import ForEngine, Proposal
-from moe_serve.eplb.rebalancer import Conflict, Rebalancer
+from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.eplb.search.scores import all_scores, mean_of_ratios
 
 Answer = tuple[int, bytes, list[ForEngine]]

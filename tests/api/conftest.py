@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from moe_serve.api.app import ApiState
+from moe_serve.api.state import ApiState
 from tests.support.fake_engines import FakeEngines
 from tests.support.http_server import engines_of, make_state, serving
 from tests.support.tokenizer_folders import write_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_serve.base.errors import ConfigError
+from moe_serve.base.errors import ConfigError, Conflict
 from moe_serve.base.messages import Record, StageReport
 from moe_serve.eplb.books import MAX_HISTORY
 from moe_serve.eplb.placement import Placement, initial_placement, moves
@@ -14,7 +14,7 @@ from moe_serve.eplb.policies.shuffle import shuffle
 from moe_serve.eplb.policies.static import static
 from moe_serve.eplb.policies.sticky import sticky
 from moe_serve.eplb.rearrangement import MAX_CHUNK_BYTES, chunks_of
-from moe_serve.eplb.rebalancer import SHARE_REFRESH_STEPS, STAGE_SECONDS, Conflict
+from moe_serve.eplb.rebalancer import SHARE_REFRESH_STEPS, STAGE_SECONDS
 from tests.support.balancing import (
     EXPERTS,
     LAYERS,
