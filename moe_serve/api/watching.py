@@ -41,17 +41,18 @@ class WatchRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                self._tell_refusal(scope, status)
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
         finally:
-            self._tell(scope, status, time.monotonic() - began)
+            if self._lines:
+                seconds = time.monotonic() - began
+                access_log.info('%s "%s %s" %d %.3f s', _client(scope), scope["method"], _shown(scope), status, seconds)
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+    def _tell_refusal(self, scope: Scope, status: int) -> None:
         problem = scope.get(PROBLEM)
-        if self._lines:
-            access_log.info('%s "%s %s" %d %.3f s', _client(scope), scope["method"], _shown(scope), status, seconds)
         if isinstance(problem, ApiProblem):
             self._metrics.refused(problem.reason)
             words = ascii(problem.message[:SHOWN_CHARACTERS])[1:-1]

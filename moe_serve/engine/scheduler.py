@@ -22,10 +22,10 @@ from moe_serve.engine.request import Request, State
 from moe_serve.engine.turns import StepShares, WaitingLine
 
 GROUP_PLACES = 4
-GROUP_TOKENS = 8
-"""Beside others, a group of several sequences gets a quarter of a step's places and an eighth of its tokens."""
-PROMPT_LOGPROB_PIECE = 8
-"""Of prompts whose log-probabilities are asked for, a step takes an eighth of its tokens: each row costs as much as a
+GROUP_TOKENS = 16
+"""Beside others, a group of several sequences gets a quarter of a step's places and a sixteenth of its tokens."""
+PROMPT_LOGPROB_PIECE = 16
+"""Of prompts whose log-probabilities are asked for, a step takes a sixteenth of its tokens: each row costs as much as a
 sampled one, and everybody else waits for the step to end."""
 
 

@@ -49,3 +49,4 @@ def served(running: Served) -> Iterator[Served]:
     yield running
     running.engines.calm()
     running.state.draining = False
+    assert running.state.admission.num_waiting == 0, "a request left its place taken"
