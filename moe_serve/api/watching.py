@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def log_sparingly() -> None:
     """Whoever connects can cause these lines, so there is a limit to them."""
     access_log.addFilter(Sparingly(burst=LINES_PER_SECOND, seconds=1))
-    for name in (__name__, "moe_serve.api.connections", "uvicorn.error", "asyncio"):
+    for name in (__name__, "moe_serve.api.connections", "moe_serve.engine.client", "uvicorn.error", "asyncio"):
         logging.getLogger(name).addFilter(Sparingly(burst=REFUSALS_PER_SECOND, seconds=1))
 
 

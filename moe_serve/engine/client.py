@@ -216,16 +216,22 @@ class EngineClient:
     async def run(self) -> None:
         """Receive for ever; records from strangers are dropped."""
         while True:
-            identity, body = await self._socket.recv_multipart()
-            try:
-                message = self._decoder.decode(body)
-            except msgspec.MsgspecError as error:
-                log.warning("dropped a malformed record from an engine socket: %s", error)
-                continue
+            frames = await self._socket.recv_multipart()
+            message = self._read(frames[1:])
             if isinstance(message, EngineHello):
-                self._welcome(identity, message)
-            elif self._ranks.get(identity) == message.dp:
+                self._welcome(frames[0], message)
+            elif message is not None and self._ranks.get(frames[0]) == message.dp:
                 self._deliver(message)
+
+    def _read(self, frames: Sequence[bytes]) -> FromEngine | None:
+        """A record; None where a stranger's bytes are none, whatever they are."""
+        try:
+            if len(frames) != 1:
+                raise ValueError(f"{len(frames)} frames instead of one")
+            return self._decoder.decode(frames[0])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            log.warning("dropped a malformed record from an engine socket: %s", error)
+            return None
 
     async def submit(
         self,
