@@ -48,9 +48,12 @@ class LimitBody:
             exchange.let_go()
 
     def _limit(self, scope: Scope) -> int:
+        server = self._server
         if scope["method"] != "POST":
-            return min(OTHER_BYTES, self._server.max_body_bytes)
-        return min(ORDER_BYTES if scope["path"].startswith(ORDERS) else 2**62, self._server.max_body_bytes)
+            return min(OTHER_BYTES, server.max_body_bytes)
+        if scope["path"].startswith(ORDERS):
+            return min(ORDER_BYTES, server.max_body_bytes)
+        return server.max_body_bytes
 
 
 class Unfinished:

@@ -21,13 +21,6 @@ from moe_serve.engine.block_pool import BlockPool, extend_chain
 from moe_serve.engine.request import Request, State
 from moe_serve.engine.turns import StepShares, WaitingLine
 
-GROUP_PLACES = 4
-GROUP_TOKENS = 16
-"""Beside others, a group of several sequences gets a quarter of a step's places and a sixteenth of its tokens."""
-PROMPT_LOGPROB_PIECE = 16
-"""Of prompts whose log-probabilities are asked for, a step takes a sixteenth of its tokens: each row costs as much as a
-sampled one, and everybody else waits for the step to end."""
-
 
 class Scheduler:
     """`schedule()` makes a plan; `update()` books its result, or `revert()` puts it back. Several may be in the air.
@@ -45,7 +38,6 @@ class Scheduler:
         self.num_preemptions = 0
         self._waiting_tokens = 0
         self._turn = 0
-        self._logprob_room = 0
         self._sizes: Counter[str] = Counter()  # running requests by group
         self._dropped: list[str] = []  # the workers still know these
         self._in_air: dict[str, Request] = {}  # by id: one that was aborted keeps its id busy until it lands
@@ -84,7 +76,8 @@ class Scheduler:
         new: list[NewRequest] = []
         self._make_way()
         preemptions = self.num_preemptions
-        shares = self._begin_turn()
+        self._turn += 1
+        shares = StepShares(self.max_num_seqs, self.max_num_batched_tokens, self._sizes + self.waiting.sizes)
         budget = self._schedule_running(parts, new, self.max_num_batched_tokens, shares)
         if preemptions == self.num_preemptions:  # else the head of the queue just had to leave
             budget = self._schedule_waiting(parts, new, budget, shares)
@@ -136,15 +129,6 @@ class Scheduler:
         request = self.running.get(request_id)
         return request is not None and request.sent_tokens > 0
 
-    def _begin_turn(self) -> StepShares:
-        self._turn += 1
-        self._logprob_room = max(1, self.max_num_batched_tokens // PROMPT_LOGPROB_PIECE)
-        return StepShares(
-            places=max(1, self.max_num_seqs // GROUP_PLACES),
-            tokens=max(1, self.max_num_batched_tokens // GROUP_TOKENS),
-            sizes=self._sizes + self.waiting.sizes,
-        )
-
     def _make_way(self) -> None:
         """Let the next in line have places and blocks of the group that holds most, while that has two more than it."""
         if not self.waiting:
@@ -153,11 +137,9 @@ class Scheduler:
         num_blocks = -(-len(request.token_ids) // self.pool.block_size)
         while len(self.running) >= self.max_num_seqs or self.pool.num_free < num_blocks:
             group, most = self._sizes.most_common(1)[0] if self._sizes else ("", 0)
-            if most < self._sizes[request.group] + 2:
-                return
             held = (each for each in reversed(self.running.values()) if each.group == group)
             victim = next((each for each in held if each.request_id not in self._in_air), None)
-            if victim is None:
+            if victim is None or most < self._sizes[request.group] + 2:
                 return
             self._preempt(victim)
 
@@ -171,7 +153,7 @@ class Scheduler:
                 break
             if request.state is not State.RUNNING:
                 continue  # preempted by one that was served before it
-            num_tokens = self._allowed(request, budget, shares)
+            num_tokens = shares.allow(request, budget)
             if not num_tokens:
                 continue
             if not self._make_room(request, request.num_computed + num_tokens):
@@ -184,23 +166,15 @@ class Scheduler:
     def _schedule_waiting(self, parts: list[Scheduled], new: list[NewRequest], budget: int, shares: StepShares) -> int:
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             request = self.waiting.first(self._sizes)
-            if not self._allowed(request, budget, shares):
+            if not shares.allow(request, budget):
                 others = self.waiting.in_turn(self._sizes)
-                request = next((each for each in others if self._allowed(each, budget, shares)), request)
-            if request.request_id in self._in_air or not self._allowed(request, budget, shares):
+                request = next((each for each in others if shares.allow(each, budget)), request)
+            if request.request_id in self._in_air or not shares.allow(request, budget):
                 break
             if not self._admit(request):
                 break
-            budget -= self._plan(request, self._allowed(request, budget, shares), parts, new, shares)
+            budget -= self._plan(request, shares.allow(request, budget), parts, new, shares)
         return budget
-
-    def _allowed(self, request: Request, budget: int, shares: StepShares) -> int:
-        """How many tokens a request may have of what is left of a step."""
-        num_tokens = min(len(request.token_ids) - request.num_computed, budget)
-        room = shares.room(request.group)
-        if room is not None:
-            num_tokens = min(num_tokens, room)
-        return min(num_tokens, self._logprob_room) if self._scores_prompt(request) else num_tokens
 
     def _plan(
         self,
@@ -210,17 +184,11 @@ class Scheduler:
         new: list[NewRequest],
         shares: StepShares,
     ) -> int:
-        if self._scores_prompt(request):
-            self._logprob_room -= num_tokens
-        shares.take(request.group, num_tokens)
+        shares.take(request, num_tokens)
         request.last_turn = self._turn
         self._introduce(request, new)
         parts.append(self._part(request, num_tokens))
         return num_tokens
-
-    @staticmethod
-    def _scores_prompt(request: Request) -> bool:
-        return request.prompt_logprobs is not None and request.num_computed + 1 < request.num_prompt
 
     def _introduce(self, request: Request, new: list[NewRequest]) -> None:
         """Tell the workers all about a request that they do not know."""

@@ -10,6 +10,12 @@ from collections.abc import Iterator
 
 from moe_serve.engine.request import Request
 
+GROUP_PLACES = 4
+GROUP_TOKENS = 16
+"""Beside others, a group of several sequences gets a quarter of a step's places and a sixteenth of its tokens."""
+PROMPT_LOGPROB_PIECE = 16
+"""Of prompts whose log-probabilities are asked for, a step takes a sixteenth of its tokens: each row costs as much as a
+sampled one, and everybody else waits for the step to end."""
 Line = OrderedDict[str, Request]
 
 
@@ -77,19 +83,29 @@ class StepShares:
     A group of one sequence is not held back: what it may take is an ordinary step's work.
     """
 
-    def __init__(self, *, places: int, tokens: int, sizes: Counter[str]) -> None:
-        self._places, self._tokens, self._sizes = places, tokens, sizes
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, sizes: Counter[str]) -> None:
+        self._places = max(1, max_num_seqs // GROUP_PLACES)
+        self._tokens = max(1, max_num_batched_tokens // GROUP_TOKENS)
+        self._scored = max(1, max_num_batched_tokens // PROMPT_LOGPROB_PIECE)
+        self._sizes = sizes
         self._used_places: Counter[str] = Counter()
         self._used_tokens: Counter[str] = Counter()
 
-    def room(self, group: str) -> int | None:
-        """Tokens that the next sequence of a group may have; None where nothing but the step's budget counts."""
-        if len(self._sizes) <= 1 or self._sizes[group] <= 1:
-            return None
-        if self._used_places[group] >= self._places:
-            return 0
-        return max(0, self._tokens - self._used_tokens[group])
+    def allow(self, request: Request, budget: int) -> int:
+        """How many tokens a request may have of what is left of a step."""
+        num_tokens = min(len(request.token_ids) - request.num_computed, budget)
+        if len(self._sizes) > 1 and self._sizes[request.group] > 1:
+            full = self._used_places[request.group] >= self._places
+            num_tokens = 0 if full else min(num_tokens, self._tokens - self._used_tokens[request.group])
+        return min(num_tokens, self._scored) if _scores_prompt(request) else num_tokens
 
-    def take(self, group: str, num_tokens: int) -> None:
-        self._used_places[group] += 1
-        self._used_tokens[group] += num_tokens
+    def take(self, request: Request, num_tokens: int) -> None:
+        """A request gets so many."""
+        self._used_places[request.group] += 1
+        self._used_tokens[request.group] += num_tokens
+        if _scores_prompt(request):
+            self._scored -= num_tokens
+
+
+def _scores_prompt(request: Request) -> bool:
+    return request.prompt_logprobs is not None and request.num_computed + 1 < request.num_prompt

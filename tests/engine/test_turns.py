@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_serve.engine.scheduler import GROUP_PLACES, GROUP_TOKENS, PROMPT_LOGPROB_PIECE
+from moe_serve.engine.turns import GROUP_PLACES, GROUP_TOKENS, PROMPT_LOGPROB_PIECE
 from tests.engine.test_scheduler import Bench, parts, prompt
 
 
