@@ -8,111 +8,74 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from moe_serve.api import prepare
-from moe_serve.api.balance import Balance
 from moe_serve.api.balance_metrics import render_balance
-from moe_serve.api.errors import problem_of
+from moe_serve.api.errors import PROBLEM, problem_of
 from moe_serve.api.generation import GrowingAnswer, GrowingSequence
 from moe_serve.api.logprobs import Echo
 from moe_serve.api.metrics import Metrics, RequestClock
-from moe_serve.api.middleware import LimitBody, RequireKey
+from moe_serve.api.middleware import LimitBody
+from moe_serve.api.orders import Access
 from moe_serve.api.responses import ChatForm, CompletionForm, Form, Heading, event_stream, whole_body
-from moe_serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read_body
+from moe_serve.api.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    TokenizeBody,
+    check_is_json,
+    read_body,
+)
+from moe_serve.api.state import ApiState
 from moe_serve.api.streaming import EventStream, unless_disconnected
-from moe_serve.base.config import Config
-from moe_serve.base.errors import EngineDead, MoEServeError, Overloaded, UnknownModel
+from moe_serve.api.watching import WatchRequests
+from moe_serve.base.errors import EngineDead, MoEServeError
 from moe_serve.base.sampling import SamplingParams
-from moe_serve.engine.client import AsyncEngines
-from moe_serve.text.tokenizer import Tokenizer
+from moe_serve.engine.admission import Place, closed_on_error
 
 RANK_HEADER = "X-data-parallel-rank"
 BALANCE_ACTIONS = ("plan", "apply", "rollback", "save", "record/start", "record/stop")
 CLIENT_CLOSED = 499  # nobody reads it; it is what logs say
 
 
-@dataclass(slots=True)
-class ApiState:
-    """What the routes work with. `vocab_size` the model's, where it is not the tokenizer's."""
-
-    config: Config
-    model_name: str
-    tokenizer: Tokenizer
-    engines: AsyncEngines
-    generation_defaults: Mapping[str, float] = field(default_factory=dict)
-    created: int = field(default_factory=lambda: int(time.time()))
-    draining: bool = False
-    retry_after: int = 5
-    vocab_size: int | None = None
-    balance: Balance | None = None
-
-    @property
-    def num_ids(self) -> int:
-        """Token ids a client may name lie in [0, num_ids)."""
-        return self.vocab_size or self.tokenizer.vocab_size
-
-    def start_draining(self, retry_after: int = 5) -> None:
-        """Refuse new requests from now on."""
-        self.draining = True
-        self.retry_after = retry_after
-
-    def why_not_ready(self) -> str | None:
-        """Why a request could not be served now; None when it could."""
-        if not self.engines.alive:
-            return self.engines.dead_reason or "the engines are gone"
-        if not self.engines.ready:
-            return "the engines are still starting"
-        return "the server is shutting down" if self.draining else None
-
-    def check_ready(self) -> None:
-        """Raise EngineDead or Overloaded unless a request could be served now."""
-        reason = self.why_not_ready()
-        if reason is not None:
-            raise Overloaded(reason, retry_after=self.retry_after) if self.engines.alive else EngineDead(reason)
-
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
-            raise UnknownModel(
-                f"the model {name[:200]!r} does not exist here; served is {self.model_name!r} "
-                "(server option --served-model-name)",
-                param="model",
-            )
-
-
 def create_app(state: ApiState) -> FastAPI:
     """The application; it owns its metrics and nothing else."""
     app = FastAPI(title="moe-serve", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    engines = state.engines
-    metrics = Metrics(state.model_name, engines.data_parallel_size, lambda: engines.reports)
-    routes = Routes(state, metrics)
-    for path in ("/livez", "/readyz", "/health", "/version", "/metrics", "/config", "/v1/models"):
-        app.add_api_route(path, getattr(routes, path.rsplit("/", 1)[1]), methods=["GET"], response_model=None)
-    app.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"], response_model=None)
+    routes = Routes(state, state.metrics)
+    gets: dict[str, Callable[..., Awaitable[Response]]] = {
+        path: getattr(routes, path.rsplit("/", 1)[1])
+        for path in ("/livez", "/readyz", "/health", "/version", "/metrics", "/config", "/v1/models", "/eplb")
+    }
+    gets |= {"/v1/models/{name:path}": routes.model, "/eplb/record/dump": routes.eplb_dump}
+    for path, get in gets.items():
+        app.add_api_route(path, get, methods=["GET", "HEAD"], response_model=None)
     posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/v1/completions": routes.completions,
         "/v1/chat/completions": routes.chat,
         "/tokenize": routes.tokenize,
         "/detokenize": routes.detokenize,
     }
-    app.add_api_route("/eplb", routes.eplb, methods=["GET"], response_model=None)
-    app.add_api_route("/eplb/record/dump", routes.eplb_dump, methods=["GET"], response_model=None)
     for action in BALANCE_ACTIONS:
         posts[f"/eplb/{action}"] = routes.eplb_action(action)
     for path, route in posts.items():
         app.add_api_route(path, route, methods=["POST"], response_model=None)
-    key = state.config.server.api_key
-    app.add_middleware(LimitBody, max_bytes=state.config.server.max_body_bytes)
-    app.add_middleware(RequireKey, key=None if key is None else key.get_secret_value())
+    server = state.config.server
+    app.add_middleware(LimitBody, server=server)
+    app.add_middleware(Access, server=server)
+    if server.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=server.allowed_origins, allow_methods="*", allow_headers="*")
+    app.add_middleware(WatchRequests, metrics=state.metrics, lines=server.access_log)
     for kind in (MoEServeError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
@@ -166,6 +129,7 @@ class Routes:
 
         async def route(request: Request) -> Response:
             self._state.check_ready()
+            check_is_json(request.headers.get("content-type", ""))
             return await self._ask_balance(action, await request.body())
 
         return route
@@ -188,10 +152,17 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         arrival = time.monotonic()
-        self._state.check_ready()
+        self._state.check_open()
         body = await read_body(CompletionBody, request)
         self._state.check_model(body.model)
         sampling = body.to_sampling(self._state.generation_defaults)
+        place = self._state.admission.admit(len(body.prompt) * sampling.n, prepare.guess(body) * sampling.n)
+        with closed_on_error(place):
+            return await self._complete(request, body, sampling, place, arrival)
+
+    async def _complete(
+        self, request: Request, body: CompletionBody, sampling: SamplingParams, place: Place, arrival: float
+    ) -> Response:
         prompts = await prepare.completion_prompts(self._state.tokenizer, body)
         heading = self._heading("cmpl")
         choices = self._choices(heading.id, prompts, sampling, arrival, param="prompt", discard=body.only_scores)
@@ -202,20 +173,27 @@ class Routes:
             echoed = [prepare.echo_of(self._state.tokenizer, *pair, skip) for pair in pairs]
             echo = {choice.index: echoed[choice.index // sampling.n] for choice in choices}
         form = CompletionForm(heading, self._state.tokenizer, sampling.logprobs, echo)
-        return await self._answer(request, choices, form, bool(body.stream), body.include_usage)
+        return await self._answer(request, choices, form, body, place)
 
     async def chat(self, request: Request) -> Response:
         arrival = time.monotonic()
-        self._state.check_ready()
+        self._state.check_open()
         body = await read_body(ChatBody, request)
         self._state.check_model(body.model)
         sampling = body.to_sampling(self._state.generation_defaults)
+        place = self._state.admission.admit(sampling.n, prepare.guess(body) * sampling.n)
+        with closed_on_error(place):
+            return await self._chat(request, body, sampling, place, arrival)
+
+    async def _chat(
+        self, request: Request, body: ChatBody, sampling: SamplingParams, place: Place, arrival: float
+    ) -> Response:
         prompt = await prepare.chat_prompt(self._state.tokenizer, body)
         heading = self._heading("chatcmpl")
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         choices = self._choices(heading.id, [prompt], sampling, arrival, param="messages", limit_param=limit)
         form = ChatForm(heading, self._state.tokenizer, sampling.logprobs)
-        return await self._answer(request, choices, form, bool(body.stream), body.include_usage)
+        return await self._answer(request, choices, form, body, place)
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(TokenizeBody, request)
@@ -282,23 +260,24 @@ class Routes:
         return choices
 
     async def _answer(
-        self, request: Request, choices: list[GrowingSequence], form: Form, stream: bool, include_usage: bool
+        self, request: Request, choices: list[GrowingSequence], form: Form, body: GenerationBody, place: Place
     ) -> Response:
         engines = self._state.engines
+        place.settle(len(choices), sum(len(choice.token_ids) for choice in choices))
         rank = prepare.pinned_rank(request.headers.get(RANK_HEADER), engines.data_parallel_size, RANK_HEADER)
-        answer = GrowingAnswer(engines, choices, dp_rank=rank)
+        answer = GrowingAnswer(engines, choices, dp_rank=rank, place=place, group=form.heading.id)
         await answer.start()
         headers = {"X-Request-Id": form.heading.id}
-        if stream:
-            events: AsyncIterator[bytes] = event_stream(answer, form, include_usage=include_usage)
+        if body.stream:
+            events: AsyncIterator[bytes] = event_stream(answer, form, include_usage=body.include_usage)
             return EventStream(events, headers=headers | _rank_header(answer), on_close=answer.aclose)
         try:
-            body = await unless_disconnected(request, whole_body(answer, form))
+            whole = await unless_disconnected(request, whole_body(answer, form))
         finally:
             await answer.aclose()
-        if body is None:
+        if whole is None:
             return Response(status_code=CLIENT_CLOSED)
-        return Response(body, headers=headers | _rank_header(answer), media_type="application/json")
+        return Response(whole, headers=headers | _rank_header(answer), media_type="application/json")
 
 
 def package_version() -> str:
@@ -321,7 +300,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         what = "no such path" if error.status_code == 404 else "method not allowed"
         error = HTTPException(error.status_code, f"{what}: {request.method} {request.url.path[:200]}", error.headers)
-    return problem_of(error).response()
+    request.scope[PROBLEM] = problem = problem_of(error)
+    return problem.response()
 
 
 async def _answer_nobody(_request: Request, _error: Exception) -> Response:

@@ -9,21 +9,21 @@ from typing import TypedDict
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from moe_serve.base.errors import EngineDead, MoEServeError, Overloaded, RequestError
+from moe_serve.base.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    EngineDead,
+    MoEServeError,
+    NotAllowed,
+    Overloaded,
+    RefusalReason,
+    RequestError,
+)
 
-
-class BodyTooLarge(RequestError):
-    """The request body is over the limit."""
-
-    status = 413
-    code = "body_too_large"
-
-
-class NotJson(RequestError):
-    """The request body says that it is something else than JSON."""
-
-    status = 415
+PROBLEM = "moe_serve.problem"
+"""Key of a request's scope: the ApiProblem it was answered with."""
 
 
 class ErrorFields(TypedDict):
@@ -43,6 +43,7 @@ class ApiProblem:
     param: str | None = None
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    reason: RefusalReason = "request"
 
     def body(self) -> dict[str, ErrorFields]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
@@ -52,18 +53,33 @@ class ApiProblem:
             msgspec.json.encode(self.body()), self.status, dict(self.headers), media_type="application/json"
         )
 
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with it, where whoever watches can see why."""
+        scope[PROBLEM] = self
+        await self.response()(scope, receive, send)
+
 
 def problem_of(error: Exception) -> ApiProblem:
     """The status and words for an error; what is not ours becomes a 500 without details."""
     if isinstance(error, RequestError):
-        return ApiProblem(error.status, str(error), param=error.param, code=error.code)
+        reason = _REASONS.get(type(error), "request")
+        return ApiProblem(error.status, str(error), param=error.param, code=error.code, reason=reason)
     if isinstance(error, Overloaded):
         headers = {"Retry-After": str(error.retry_after)}
-        return ApiProblem(503, str(error), "service_unavailable", code="unavailable", headers=headers)
+        message = str(error)
+        return ApiProblem(503, message, "service_unavailable", code="unavailable", headers=headers, reason=error.reason)
     if isinstance(error, EngineDead):
-        return ApiProblem(503, str(error), "server_error", code="engine_dead")
+        return ApiProblem(503, str(error), "server_error", code="engine_dead", reason="not_ready")
     if isinstance(error, MoEServeError):
-        return ApiProblem(500, str(error), "server_error", code="engine_error")
+        return ApiProblem(500, str(error), "server_error", code="engine_error", reason="failure")
     if isinstance(error, HTTPException):
         return ApiProblem(error.status_code, str(error.detail), headers=error.headers or {})
-    return ApiProblem(500, "internal error; the server's log has the details", "server_error", code="internal_error")
+    message = "internal error; the server's log has the details"
+    return ApiProblem(500, message, "server_error", code="internal_error", reason="failure")
+
+
+_REASONS: Mapping[type[RequestError], RefusalReason] = {
+    BodyTooLarge: "body_size",
+    BodyTooSlow: "slow",
+    NotAllowed: "origin",
+}

@@ -13,9 +13,13 @@ from moe_serve.base.commands import TokenLogprob
 from moe_serve.base.errors import EngineDead, EngineError
 from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.admission import Place
 from moe_serve.engine.client import AsyncEngines, SequenceStream
 from moe_serve.text.growing import GrowingText
 from moe_serve.text.tokenizer import Tokenizer
+
+SUBMITTED_AT_A_TIME = 32
+"""Sequences of one request that are sent before others' streams get their turn."""
 
 
 @dataclass(slots=True)
@@ -81,10 +85,23 @@ class GrowingSequence:
 
 
 class GrowingAnswer:
-    """All choices of a request. Iterate once for their deltas; `aclose()` aborts what is unfinished."""
+    """All choices of a request, a `group` at the engines. Iterate once for their deltas.
 
-    def __init__(self, engines: AsyncEngines, choices: Sequence[GrowingSequence], *, dp_rank: int | None) -> None:
+    `aclose()` aborts what is unfinished and gives the request's `place` back.
+    """
+
+    def __init__(
+        self,
+        engines: AsyncEngines,
+        choices: Sequence[GrowingSequence],
+        *,
+        dp_rank: int | None,
+        place: Place,
+        group: str,
+    ) -> None:
         self.choices = choices
+        self._place = place
+        self._group = group
         self._engines = engines
         self._dp_rank = dp_rank
         # Bounded: a client that reads slowly slows its own choices' pumps, nothing else.
@@ -94,10 +111,12 @@ class GrowingAnswer:
 
     async def start(self) -> None:
         """Submit everything; raises at once what the engines refuse at once, and then leaves nothing behind."""
-        for choice in self.choices:
+        for number, choice in enumerate(self.choices, 1):
             try:
+                if number % SUBMITTED_AT_A_TIME == 0:
+                    await asyncio.sleep(0)
                 stream = await self._engines.submit(
-                    choice.request_id, choice.token_ids, choice.sampling, dp_rank=self._dp_rank
+                    choice.request_id, choice.token_ids, choice.sampling, dp_rank=self._dp_rank, group=self._group
                 )
             except BaseException as error:
                 choice.clock.end("error" if isinstance(error, Exception) else "abort")
@@ -130,6 +149,7 @@ class GrowingAnswer:
         await asyncio.gather(*(stream.aclose() for stream in self._streams), return_exceptions=True)
         for choice in self.choices:
             choice.clock.end("abort")  # unless it ended some other way before
+        self._place.close()
 
     async def _pump(self, choice: GrowingSequence, stream: SequenceStream) -> None:
         try:
@@ -140,10 +160,15 @@ class GrowingAnswer:
             await self._news.put(error)
 
     async def _follow(self, choice: GrowingSequence, stream: SequenceStream) -> None:
+        began = False
         async for event in stream:
             delta = choice.take(event, stream.rank)
+            if not began:
+                began = True
+                self._place.began(len(choice.token_ids))
             if delta.finish_reason is not None:
                 choice.clock.end(delta.finish_reason)
+                self._place.finished()
             await self._news.put(delta)
             if choice.finished:
                 return

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from moe_serve.base import metrics as table
+from moe_serve.base.errors import RefusalReason
 from moe_serve.base.messages import FinishReason, LoadReport
 from moe_serve.base.metrics import COMMON_LABELS, Metric
 
@@ -25,8 +27,21 @@ class Metrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(EngineCollector(model_name, num_engines, reports))
         self._model_name = model_name
+        self.totals: defaultdict[Metric, float] = defaultdict(float)
+        """Of the counters, over all ranks."""
         self._counters = {m: self._counter(m) for m in table.REQUEST_METRICS if m.kind == "counter"}
         self._histograms = {m: self._histogram(m) for m in table.REQUEST_METRICS if m.kind == "histogram"}
+        self._refused = Counter(
+            table.REQUESTS_REFUSED.full_name,
+            table.REQUESTS_REFUSED.help,
+            ("model_name", *table.REQUESTS_REFUSED.labels),
+            registry=self._registry,
+        )
+        self._connections = Gauge(
+            table.NUM_CONNECTIONS.full_name, table.NUM_CONNECTIONS.help, ("model_name",), registry=self._registry
+        ).labels(model_name)
+        for reason in get_args(RefusalReason):
+            self._refused.labels(model_name, reason)
         for rank in range(num_engines):
             self._show_zeros(rank)
 
@@ -35,7 +50,16 @@ class Metrics:
         return generate_latest(self._registry)
 
     def add(self, metric: Metric, amount: float, rank: int | None, *labels: str) -> None:
+        self.totals[metric] += amount
         self._counters[metric].labels(self._model_name, _engine(rank), *labels).inc(amount)
+
+    def refused(self, reason: RefusalReason) -> None:
+        """An HTTP request was not served."""
+        self._refused.labels(self._model_name, reason).inc()
+
+    def connections(self, count: int) -> None:
+        """So many HTTP connections are open now."""
+        self._connections.set(count)
 
     def observe(self, metric: Metric, value: float, rank: int | None) -> None:
         self._histograms[metric].labels(self._model_name, _engine(rank)).observe(value)

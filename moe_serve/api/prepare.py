@@ -11,6 +11,7 @@ from moe_serve.api.logprobs import Echo
 from moe_serve.api.schemas import ChatBody, CompletionBody, TokenizeBody, shown
 from moe_serve.base.errors import ContextTooLong, RequestError
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.admission import guess_tokens
 from moe_serve.text.tokenizer import Tokenizer
 
 INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread, so that they hold up nobody else's stream
@@ -50,6 +51,20 @@ async def tokenized(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
         return await chat_prompt(tokenizer, body)
     special = body.add_special_tokens is not False
     return (await encode_all(tokenizer, [body.prompt], add_special_tokens=special))[0]
+
+
+def guess(body: CompletionBody | ChatBody) -> int:
+    """About how many prompt tokens a body brings, told without a tokenizer."""
+    if isinstance(body, CompletionBody):
+        return sum(guess_tokens(len(each)) if isinstance(each, str) else len(each) for each in body.prompt)
+    return sum(guess_tokens(len(text)) for message in body.messages for text in _texts(message.get("content")))
+
+
+def _texts(content: object) -> list[str]:
+    """The texts of a message, which is text or a list of parts."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def echo_of(tokenizer: Tokenizer, prompt: str | list[int], token_ids: list[int], skip_special_tokens: bool) -> Echo:

@@ -3,6 +3,7 @@ deltas, so a streamed answer and a whole one cannot differ."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from moe_serve.base.errors import MoEServeError
 from moe_serve.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
+INLINE_LOGPROBS = 32
 DONE = b"data: [DONE]\n\n"
 _LINE_ENDS = [(end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\u0085\u2028\u2029"]
 log = logging.getLogger(__name__)
@@ -161,16 +163,27 @@ async def whole_body(answer: GrowingAnswer, form: Form) -> bytes:
     wholes: dict[int, Part] = {}
     texts: dict[int, list[str]] = {}
     async for delta in answer.deltas():
-        part = form.part(delta)
+        part = await _part(form, delta)
         texts.setdefault(part.index, []).append(part.text)
         whole = wholes.setdefault(part.index, part)
         if whole is not part:
             _join(whole, part)
     for index, whole in wholes.items():
         whole.text = "".join(texts[index])
-    choices = [form.choice(wholes[index]) for index in sorted(wholes)]
+    choices = []
+    for index in sorted(wholes):
+        # One at a time: thousands of prompts with log-probabilities are megabytes, and others' streams go on between.
+        choices.append(msgspec.Raw(msgspec.json.encode(form.choice(wholes.pop(index)))))
+        await asyncio.sleep(0)
     body = form.heading.fields(form.body_object) | {"choices": choices, "usage": usage(answer.choices)}
     return msgspec.json.encode(body)
+
+
+async def _part(form: Form, delta: Delta) -> Part:
+    """Log-probabilities of a long prompt are written in a thread, so that they hold up nobody else's stream."""
+    if len(delta.prompt_logprobs or ()) <= INLINE_LOGPROBS:
+        return form.part(delta)
+    return await asyncio.to_thread(form.part, delta)
 
 
 def _join(whole: Part, part: Part) -> None:
@@ -186,7 +199,7 @@ async def event_stream(answer: GrowingAnswer, form: Form, *, include_usage: bool
     usage_field: Json = {"usage": None} if include_usage else {}
     try:
         async for delta in answer.deltas():
-            for choice in form.chunks(form.part(delta)):
+            for choice in form.chunks(await _part(form, delta)):
                 yield event(heading | {"choices": [choice]} | usage_field)
     except Exception as error:
         # Also a bug of ours: the status is long sent, so this event is the only way to say that the text ends here.

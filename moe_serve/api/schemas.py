@@ -15,9 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from moe_serve.api.errors import NotJson
 from moe_serve.api.messages import checked_messages, checked_tools
-from moe_serve.base.errors import RequestError
+from moe_serve.base.errors import NotJson, RequestError
 from moe_serve.base.sampling import SamplingParams
 
 MAX_SEQUENCES = 2048  # prompts x n of one request
@@ -284,13 +283,17 @@ async def read_body(kind: type[Body], request: Request) -> Body:
     A body of another declared type is refused: a web page of a stranger may send a form or plain text to a server on
     this machine without asking, JSON it may not.
     """
-    declared = request.headers.get("content-type", "application/json")
-    if declared.partition(";")[0].strip().lower() != "application/json":
-        raise NotJson(f"the body must be JSON (header Content-Type: application/json), not {shown(declared)}")
+    check_is_json(request.headers.get("content-type", "application/json"))
     body = await request.body()
     if len(body) <= INLINE_BYTES:
         return parse(kind, body)
     return await asyncio.to_thread(parse, kind, body)
+
+
+def check_is_json(declared: str) -> None:
+    """Raise NotJson for another Content-Type."""
+    if declared.partition(";")[0].strip().lower() != "application/json":
+        raise NotJson(f"the body must be JSON (header Content-Type: application/json), not {shown(declared)}")
 
 
 def parse(kind: type[Body], body: bytes) -> Body:

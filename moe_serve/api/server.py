@@ -11,12 +11,15 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-import uvicorn
-
-from moe_serve.api.app import ApiState, create_app
+from moe_serve.api.app import create_app
 from moe_serve.api.balance import CoordinatorBalance
+from moe_serve.api.connections import HttpServer
+from moe_serve.api.state import ApiState
+from moe_serve.api.throughput import Throughput, report_throughput
+from moe_serve.api.watching import log_sparingly
 from moe_serve.base.errors import ConfigError, RankTimeout
 from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import BalanceAnswer, Drain, Failure, Hello, Ready, Stop, ToMember, WorldView
@@ -86,11 +89,12 @@ class ApiServer:
         try:
             listening = listen(self._config.server.host, self._config.server.port)
             state = self._make_state()
+            server = HttpServer(create_app(state), state.config.server, state.metrics)
         except ConfigError as error:
             link.send(Failure(str(error), config=True))
             await self._orders.get()
             return 2
-        return await self._serve(link, listening, state)
+        return await self._serve(link, listening, state, server)
 
     def _make_state(self) -> ApiState:
         folder = Path(self._config.model.model or "")
@@ -106,34 +110,44 @@ class ApiServer:
             balance=self._balance,
         )
 
-    async def _serve(self, link: Link, listening: socket.socket, state: ApiState) -> int:
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(state), log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off"
-            )
-        )
+    async def _serve(self, link: Link, listening: socket.socket, state: ApiState, server: HttpServer) -> int:
+        log_sparingly()
         serving = asyncio.create_task(server.serve(sockets=[listening]))
-        receiving = asyncio.create_task(self._engines.run())
-        announcing = asyncio.create_task(self._announce(link, listening))
-        ordered = asyncio.create_task(self._orders.get())
-        done, _ = await asyncio.wait({serving, receiving, ordered}, return_when=asyncio.FIRST_COMPLETED)
-        if ordered in done:
-            order = ordered.result()
-        elif receiving in done:
-            receiving.result()
-            order = Stop("the engine socket closed", 1)
-        else:
-            order = Stop("the API server was asked to end", 0)
+        throughput = Throughput(state.metrics, lambda: self._engines.reports, lambda: state.admission.num_waiting)
+        tasks = {
+            "receiving from engines": asyncio.create_task(self._engines.run()),
+            "the announcement": asyncio.create_task(self._announce(link, listening)),
+            "reports of throughput": asyncio.create_task(report_throughput(throughput)),
+        }
+        order = await self._until_ordered(serving, tasks)
         if isinstance(order, Drain):
             order = await self._drain(order, state)
         code = await self._end(order)
         link.close(order.reason)
-        announcing.cancel()
-        receiving.cancel()
+        for task in tasks.values():
+            task.cancel()
         server.should_exit = True
-        await serving
+        await asyncio.gather(serving, *tasks.values(), return_exceptions=True)
         self._engines.close()
         return code
+
+    async def _until_ordered(
+        self, serving: asyncio.Task[None], tasks: Mapping[str, asyncio.Task[None]]
+    ) -> Stop | Drain:
+        """Until somebody says how this ends, or one of the `tasks` fails: none of them ends unnoticed."""
+        ordered = asyncio.create_task(self._orders.get())
+        running = {serving, *tasks.values()}
+        while True:
+            done, _ = await asyncio.wait({ordered, *running}, return_when=asyncio.FIRST_COMPLETED)
+            if ordered in done:
+                return ordered.result()
+            for name, task in {"the HTTP server": serving, **tasks}.items():
+                if task.done() and (error := task.exception()) is not None:
+                    log.error("%s failed", name, exc_info=error)
+                    return Stop(f"the API server failed: {name}: {type(error).__name__}: {error}", 1)
+            if serving in done:
+                return Stop("the API server was asked to end", 0)
+            running -= done  # what was to be done once is done
 
     async def _announce(self, link: Link, listening: socket.socket) -> None:
         await self._engines.wait_ready()

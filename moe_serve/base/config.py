@@ -54,6 +54,12 @@ class SchedulerSection(Section):
     """Most requests in one step of an engine; unless given, not more than max_num_batched_tokens."""
     max_num_batched_tokens: Size = 2048
     """Most tokens in one step of an engine; longer prompts are cut into chunks."""
+    max_num_queued_reqs: int | None = Field(None, ge=0)
+    """Requests that may wait before a new one is refused with 503, for each API server; two rounds of max_num_seqs of
+    its engines if not given."""
+    max_num_queued_tokens: int | None = Field(None, ge=0)
+    """Prompt tokens that may wait before a new request is refused with 503, for each API server; twice the KV cache of
+    its engines if not given."""
     step_timeout_seconds: float = Field(60, gt=0, allow_inf_nan=False)
     """A step that takes longer ends the server with a message that says which rank it waited for."""
 
@@ -75,10 +81,28 @@ class ServerSection(Section):
     """Port the HTTP server listens on."""
     api_key: SecretStr | None = Field(None, min_length=1)
     """Key that clients must send as a bearer token."""
+    admin_api_key: SecretStr | None = Field(None, min_length=1)
+    """Key that orders need (POST /eplb/...); the API key if not given. Without either, orders are taken only from this
+    machine."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages that may use this server from a browser, such as https://chat.example; * for all."""
     shutdown_timeout: float = Field(30, ge=0, allow_inf_nan=False)
     """Seconds in-flight answers get to finish after SIGTERM; what is left then is named and ended."""
     max_body_bytes: Size = 16 * 2**20
-    """Largest request body."""
+    """Largest request body; orders (POST /eplb/...) may have 8 MiB, everything that is not a POST 64 KiB."""
+    max_unfinished_body_bytes: Size = 256 * 2**20
+    """Bytes of bodies that have not arrived whole, of all connections together, before more are refused with 503."""
+    max_connections: Size | None = None
+    """HTTP connections held at once, before more are answered with 503; as many as the limit of open files allows if
+    not given."""
+    timeout_keep_alive: float = Field(90, ge=0, allow_inf_nan=False)
+    """Seconds that an idle connection is kept; more than a load balancer in front keeps its own."""
+    timeout_headers: float = Field(20, gt=0, allow_inf_nan=False)
+    """Seconds for the head of a request to arrive, from its first byte or from the connection."""
+    timeout_body: float = Field(60, gt=0, allow_inf_nan=False)
+    """Seconds for the body of a request to arrive, and one more for each 16 KiB of it."""
+    access_log: bool = True
+    """Log a line for each request. Lines about refused requests and about throughput come anyway."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much to log."""
 
@@ -172,8 +196,10 @@ class Config(Section):
     def to_json(self) -> str:
         """JSON for another process of this world, secrets included; only options that were set."""
         values = self.model_dump(mode="json", exclude_unset=True)
-        if self.server.api_key is not None:
-            values["server"]["api_key"] = self.server.api_key.get_secret_value()
+        for name in ("api_key", "admin_api_key"):
+            secret: SecretStr | None = getattr(self.server, name)
+            if secret is not None:
+                values["server"][name] = secret.get_secret_value()
         return json.dumps(values)
 
 

@@ -2,12 +2,18 @@
 
 MoEServeError
 ├── ConfigError          what the operator asked for cannot be (exit code 2 at start)
-│   └── CheckpointError  a model folder that is absent, broken or not supported
+│   ├── CheckpointError  a model folder that is absent, broken or not supported
+│   └── Conflict         an order about load balancing that cannot be carried out now (HTTP 409)
 ├── MissingExtra         an optional library is not installed
 ├── RequestError         what a client asked for cannot be (HTTP 400)
 │   ├── ContextTooLong   prompt + max_tokens does not fit max_model_len
-│   └── UnknownModel     no such model here (HTTP 404)
+│   ├── UnknownModel     no such model here (HTTP 404)
+│   ├── NotAllowed       an order from somebody who may not give it (HTTP 403)
+│   ├── BodyTooLarge     the body is over its limit (HTTP 413)
+│   ├── BodyTooSlow      the body did not come in time (HTTP 408)
+│   └── NotJson          the body says that it is something else (HTTP 415)
 ├── Overloaded           not now (HTTP 503 with Retry-After)
+├── ServerError          a server that `moe-serve chat` talks to refused or broke off
 └── EngineError          the serving world broke (HTTP 500/503; the server ends)
     ├── WorkerDied       a worker process is gone
     ├── EngineDead       an engine, or the world it belongs to, is gone
@@ -18,6 +24,24 @@ A message says what was given, what is allowed and which option changes it.
 """
 
 from __future__ import annotations
+
+from typing import Literal
+
+RefusalReason = Literal[
+    "queued_reqs",
+    "queued_tokens",
+    "connections",
+    "unfinished_bodies",
+    "not_ready",
+    "slow",
+    "malformed",
+    "key",
+    "origin",
+    "body_size",
+    "request",
+    "failure",
+]
+"""Why the HTTP server refused something, as its metric and its log lines say it."""
 
 
 class MoEServeError(Exception):
@@ -30,6 +54,10 @@ class ConfigError(MoEServeError, ValueError):
 
 class CheckpointError(ConfigError):
     """A model folder is absent, broken or not supported."""
+
+
+class Conflict(ConfigError):
+    """An order cannot be carried out now."""
 
 
 class MissingExtra(MoEServeError, ImportError):
@@ -60,12 +88,48 @@ class UnknownModel(RequestError):
     code = "model_not_found"
 
 
-class Overloaded(MoEServeError):
-    """The server cannot take this request now (shutting down). `retry_after` is in seconds."""
+class NotAllowed(RequestError):
+    """An order from somebody who may not give it."""
 
-    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+    status = 403
+    code = "forbidden"
+
+
+class BodyTooLarge(RequestError):
+    """The request body is over the limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class BodyTooSlow(RequestError):
+    """The request body did not come in time."""
+
+    status = 408
+    code = "body_too_slow"
+
+
+class NotJson(RequestError):
+    """The request body says that it is something else than JSON."""
+
+    status = 415
+
+
+class Overloaded(MoEServeError):
+    """The server cannot take this request now. `retry_after` is in seconds; `reason` is a label of its metric."""
+
+    def __init__(self, message: str, *, retry_after: int = 5, reason: RefusalReason = "not_ready") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason: RefusalReason = reason
+
+
+class ServerError(MoEServeError):
+    """A server refused a request, or its answer broke off. `code` as OpenAI's API gives it."""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class EngineError(MoEServeError, RuntimeError):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -30,3 +33,37 @@ def _for_file(who: str) -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s [{who}] %(message)s", "%H:%M:%S"))
     return handler
+
+
+class Sparingly(logging.Filter):
+    """Lets `burst` records of each kind (a logger's message before its arguments) pass within `seconds`, no more.
+
+    What was held back is told with the next one that passes. For lines that a stranger can cause at will.
+    """
+
+    def __init__(self, *, burst: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._burst, self._seconds, self._clock = burst, seconds, clock
+        self._kinds: dict[object, _Kind] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record passes; the next after some that did not says how many."""
+        now = self._clock()
+        kind = self._kinds.setdefault((record.name, record.msg), _Kind(now))
+        if now - kind.began >= self._seconds:
+            kind.began, kind.passed = now, 0
+        if kind.passed >= self._burst:
+            kind.held_back += 1
+            return False
+        kind.passed += 1
+        if kind.held_back:
+            record.msg = f"{record.msg} (and {kind.held_back} more like it)"
+            kind.held_back = 0
+        return True
+
+
+@dataclass(slots=True)
+class _Kind:
+    began: float
+    passed: int = 0
+    held_back: int = 0

@@ -245,11 +245,15 @@ class EngineHello(msgspec.Struct, frozen=True, kw_only=True, tag="engine_hello")
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
-    """One sequence to generate (n choices are n of these). `max_tokens` in `sampling` is already settled."""
+    """One sequence to generate (n choices are n of these). `max_tokens` in `sampling` is already settled.
+
+    Sequences of one `group` (an HTTP request) share one turn; without a group a sequence has a turn of its own.
+    """
 
     request_id: str
     token_ids: list[int]
     sampling: SamplingParams
+    group: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

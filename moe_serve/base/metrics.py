@@ -41,6 +41,10 @@ E2E_REQUEST_LATENCY = Metric(
     "e2e_request_latency_seconds", "histogram", "From a request's arrival to its last token.", buckets=_LATENCY
 )
 
+# Of the HTTP server; without an engine label.
+REQUESTS_REFUSED = Metric("requests_refused", "counter", "HTTP requests that were refused, by why.", ("reason",))
+NUM_CONNECTIONS = Metric("http_connections", "gauge", "Open HTTP connections.")
+
 # Read from each engine's latest report.
 NUM_REQUESTS_RUNNING = Metric("num_requests_running", "gauge", "Requests being computed.")
 NUM_REQUESTS_WAITING = Metric("num_requests_waiting", "gauge", "Requests that wait for room.")
@@ -102,6 +106,7 @@ ENGINE_METRICS = (
     ALL2ALL_SECONDS,
     LOAD_PHASE_SECONDS,
 )
+SERVER_METRICS = (REQUESTS_REFUSED, NUM_CONNECTIONS)
 BALANCE_METRICS = (
     EPLB_BALANCEDNESS,
     EPLB_MEAN_OF_RATIOS,

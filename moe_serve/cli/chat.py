@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from moe_serve.base.errors import ConfigError, MissingExtra, MoEServeError
+from moe_serve.base.errors import ConfigError, MissingExtra, MoEServeError, ServerError
 from moe_serve.base.registry import import_target
 
 CONNECT_SECONDS = 10.0
@@ -28,14 +28,6 @@ Message = dict[str, str]
 
 # Text of a model must not steer the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-
-
-class ServerError(MoEServeError):
-    """The server refused a request or broke an answer off. `code` as in OpenAI's errors."""
-
-    def __init__(self, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from moe_serve.base.errors import EngineDead, RequestError
 from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent, WorldView
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.sockets import UNREADABLE, prepare
+from moe_serve.engine.admission import EngineRoom
 from moe_serve.engine.router import Balancer
 
-MAX_EVENTS_BYTES = 1 << 28
-"""Of one step of one engine: log-probabilities of its prompts, most of all."""
+MAX_EVENTS_BYTES = 1 << 28  # of one step of one engine: log-probabilities of its prompts, most of all
 log = logging.getLogger(__name__)
 
 
@@ -67,10 +67,23 @@ class AsyncEngines(Protocol):
     @property
     def reports(self) -> Mapping[int, LoadReport]: ...
 
+    @property
+    def room(self) -> EngineRoom:
+        """What the engines that this front-end serves can hold at once; known once they are ready."""
+        ...
+
     async def submit(
-        self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        dp_rank: int | None = None,
+        group: str = "",
     ) -> SequenceStream:
         """Choose a DP rank (`dp_rank` if given), send one sequence there, and follow it.
+
+        Sequences of one `group` take turns with other groups as one.
 
         Raises EngineDead when the world is broken and RequestError for what cannot be.
         """
@@ -184,6 +197,13 @@ class EngineClient:
         return self._reports
 
     @property
+    def room(self) -> EngineRoom:
+        """See AsyncEngines.room."""
+        hellos = list(self._hellos.values())
+        tokens = sum(hello.num_blocks * hello.block_size for hello in hellos)
+        return EngineRoom(self._scheduler.max_num_seqs * len(hellos), tokens)
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._queues)
 
@@ -194,19 +214,31 @@ class EngineClient:
     async def run(self) -> None:
         """Receive for ever; what cannot be read is dropped."""
         while True:
-            identity, *bodies = await self._socket.recv_multipart()
-            try:
-                message = self._decoder.decode(b"".join(bodies))
-            except UNREADABLE as error:
-                log.warning("dropped a malformed record from an engine socket: %s", error)
-                continue
+            frames = await self._socket.recv_multipart()
+            message = self._read(frames[1:])
             if isinstance(message, EngineHello):
-                self._welcome(identity, message)
-            elif self._ranks.get(identity) == message.dp:
+                self._welcome(frames[0], message)
+            elif message is not None and self._ranks.get(frames[0]) == message.dp:
                 self._deliver(message)
 
+    def _read(self, frames: Sequence[bytes]) -> FromEngine | None:
+        """A record; None where a stranger's bytes are none, whatever they are."""
+        try:
+            if len(frames) != 1:
+                raise ValueError(f"{len(frames)} frames instead of one")
+            return self._decoder.decode(frames[0])
+        except (*UNREADABLE, ValueError) as error:
+            log.warning("dropped a malformed record from an engine socket: %s", error)
+            return None
+
     async def submit(
-        self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        dp_rank: int | None = None,
+        group: str = "",
     ) -> SubmittedStream:
         """See AsyncEngines.submit."""
         self._check_alive()
@@ -216,7 +248,8 @@ class EngineClient:
         self._balancer.sent(request_id, rank, len(token_ids))
         stream = SubmittedStream(rank, events, partial(self._leave, request_id, rank))
         try:
-            await self._send(rank, Generate(request_id=request_id, token_ids=token_ids, sampling=sampling))
+            message = Generate(request_id=request_id, token_ids=token_ids, sampling=sampling, group=group)
+            await self._send(rank, message)
         except BaseException:  # a caller that is cancelled here has no stream to close
             await stream.aclose()
             raise

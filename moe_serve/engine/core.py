@@ -103,7 +103,7 @@ class EngineCore:
         """
         self.scheduler.revert(flight.plan)
 
-    def add(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> None:
+    def add(self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, group: str = "") -> None:
         """Queue a request; RequestError says why it cannot be served. Others are not disturbed."""
         self._check(request_id, token_ids, sampling)
         self.scheduler.add(
@@ -114,6 +114,7 @@ class EngineCore:
                 max_model_len=self.max_model_len,
                 eos_token_ids=self.eos_token_ids,
                 draw_seed=self.draw_seed,
+                group=group,
             )
         )
 

@@ -307,7 +307,7 @@ class EngineProcess:
 
     def _accept(self, address: str, request: Generate, rank: DPRank, reporting: Reporting) -> None:
         try:
-            rank.core.add(request.request_id, request.token_ids, request.sampling)
+            rank.core.add(request.request_id, request.token_ids, request.sampling, group=request.group)
             self._owners.add(request.request_id, address)
         except RequestError as error:
             reporting.refuse(address, request.request_id, str(error), rank)

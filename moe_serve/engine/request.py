@@ -24,9 +24,11 @@ class Request:
     `sent_tokens`, `sent_blocks`: how many the workers know. `num_cached`: prompt tokens found in the prefix
     cache when it first ran. `chain`: the names of its full blocks (see block_pool), `num_published` of them
     shared. `prompt_logprobs`: what the workers gave so far; None if not asked for or already passed on.
+    `group`: the HTTP request it is part of (see turns). `last_turn`: when it was last given tokens.
     """
 
     request_id: str
+    group: str
     token_ids: list[int]
     num_prompt: int
     sampling: SamplingParams
@@ -43,6 +45,7 @@ class Request:
     sent_tokens: int = 0
     sent_blocks: int = 0
     prompt_logprobs: list[TokenLogprob] | None = None
+    last_turn: int = 0
 
     @property
     def num_generated(self) -> int:
@@ -84,11 +87,16 @@ def make_request(
     max_model_len: int,
     eos_token_ids: Collection[int],
     draw_seed: Callable[[], int],
+    group: str = "",
 ) -> Request:
-    """A waiting request. With ignore_eos an eos id is a token like any other, also for min_tokens."""
+    """A waiting request; without a `group` it is one of its own.
+
+    With ignore_eos an eos id is a token like any other, also for min_tokens.
+    """
     limit = max_model_len if sampling.max_tokens is None else len(token_ids) + sampling.max_tokens
     return Request(
         request_id=request_id,
+        group=group or request_id,
         token_ids=list(token_ids),
         num_prompt=len(token_ids),
         sampling=sampling,

@@ -1,13 +1,16 @@
 """Decides what an engine computes next: so many tokens of each request. No phases, no tensors, no clock.
 
-First come, first served: running requests go first, oldest first; everything running is older than
-everything waiting. A request is admitted only when blocks for all its known tokens are free; when a running
-one cannot grow, the youngest gives up its blocks and is computed again later. So the oldest always moves on.
+Running requests go first, oldest first. A request is admitted only when blocks for all its known tokens are free;
+when a running one cannot grow, the youngest gives up its blocks and is computed again later. So the oldest always
+moves on.
+
+Sequences of one HTTP request are a group, and groups take turns (engine/turns.py): who holds least is admitted next,
+even in the place of the youngest of the largest group; and beside others a large group gets a part of a step.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Iterable
 
 from moe_serve.base.commands import NewRequest, Sampled, Scheduled, StepPlan, StepResult
@@ -15,6 +18,7 @@ from moe_serve.base.errors import EngineError
 from moe_serve.base.messages import FinishReason, TokenEvent
 from moe_serve.engine.block_pool import BlockPool, extend_chain
 from moe_serve.engine.request import Request, State
+from moe_serve.engine.turns import StepShares, WaitingLine
 
 
 class Scheduler:
@@ -29,9 +33,11 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: dict[str, Request] = {}  # oldest first
-        self.waiting: OrderedDict[str, Request] = OrderedDict()  # oldest first
+        self.waiting = WaitingLine()
         self.num_preemptions = 0
         self._waiting_tokens = 0
+        self._turn = 0
+        self._sizes: Counter[str] = Counter()  # running requests by group
         self._dropped: list[str] = []  # the workers still know these
         self._in_air: dict[str, Request] = {}  # by id: one that was aborted keeps its id busy until it lands
 
@@ -55,7 +61,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         assert not self.knows(request.request_id)
-        self.waiting[request.request_id] = request
+        self.waiting.add(request)
         self._waiting_tokens += len(request.token_ids)
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -72,10 +78,13 @@ class Scheduler:
         """
         parts: list[Scheduled] = []
         new: list[NewRequest] = []
+        self._make_way()
         preemptions = self.num_preemptions
-        budget = self._schedule_running(parts, new, self.max_num_batched_tokens)
+        self._turn += 1
+        shares = StepShares(self.max_num_seqs, self.max_num_batched_tokens, self._sizes + self.waiting.sizes)
+        budget = self._schedule_running(parts, new, self.max_num_batched_tokens, shares)
         if preemptions == self.num_preemptions:  # else the head of the queue just had to leave
-            budget = self._schedule_waiting(parts, new, budget)
+            budget = self._schedule_waiting(parts, new, budget, shares)
         dropped: list[str] = []
         if parts:  # an empty plan may never reach the workers, so it must not carry news
             dropped, self._dropped = list(dict.fromkeys(self._dropped)), dropped
@@ -124,33 +133,66 @@ class Scheduler:
         request = self.running.get(request_id)
         return request is not None and request.sent_tokens > 0
 
-    def _schedule_running(self, parts: list[Scheduled], new: list[NewRequest], budget: int) -> int:
+    def _make_way(self) -> None:
+        """Let the next in line have places and blocks of the group that holds most, while that has two more than it."""
+        if not self.waiting:
+            return
+        request = self.waiting.first(self._sizes)
+        num_blocks = -(-len(request.token_ids) // self.pool.block_size)
+        while len(self.running) >= self.max_num_seqs or self.pool.num_free < num_blocks:
+            group, most = self._sizes.most_common(1)[0] if self._sizes else ("", 0)
+            held = (each for each in reversed(self.running.values()) if each.group == group)
+            victim = next((each for each in held if each.request_id not in self._in_air), None)
+            if victim is None or most < self._sizes[request.group] + 2:
+                return
+            self._preempt(victim)
+
+    def _schedule_running(self, parts: list[Scheduled], new: list[NewRequest], budget: int, shares: StepShares) -> int:
         """Give each running request its next tokens; returns what is left of the budget."""
-        for request in tuple(self.running.values()):
+        # Who went without longest is first, of those the oldest.
+        for request in sorted(self.running.values(), key=lambda request: request.last_turn):
             if request.request_id in self._in_air:
                 continue
-            num_tokens = min(len(request.token_ids) - request.num_computed, budget)
-            if not num_tokens:
+            if not budget:
                 break
             if request.state is not State.RUNNING:
-                break  # preempted, and so are all younger ones
+                continue  # preempted by one that was served before it
+            num_tokens = shares.allow(request, budget)
+            if not num_tokens:
+                continue
             if not self._make_room(request, request.num_computed + num_tokens):
-                break
-            self._introduce(request, new)
-            parts.append(self._part(request, num_tokens))
-            budget -= num_tokens
+                if request.state is State.RUNNING:
+                    break
+                continue
+            budget -= self._plan(request, num_tokens, parts, new, shares)
         return budget
 
-    def _schedule_waiting(self, parts: list[Scheduled], new: list[NewRequest], budget: int) -> int:
+    def _schedule_waiting(self, parts: list[Scheduled], new: list[NewRequest], budget: int, shares: StepShares) -> int:
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            request = next(iter(self.waiting.values()))
-            if request.request_id in self._in_air or not self._admit(request):
+            request = self.waiting.first(self._sizes)
+            if not shares.allow(request, budget):
+                others = self.waiting.in_turn(self._sizes)
+                request = next((each for each in others if shares.allow(each, budget)), request)
+            if request.request_id in self._in_air or not shares.allow(request, budget):
                 break
-            num_tokens = min(len(request.token_ids) - request.num_computed, budget)
-            self._introduce(request, new)
-            parts.append(self._part(request, num_tokens))
-            budget -= num_tokens
+            if not self._admit(request):
+                break
+            budget -= self._plan(request, shares.allow(request, budget), parts, new, shares)
         return budget
+
+    def _plan(
+        self,
+        request: Request,
+        num_tokens: int,
+        parts: list[Scheduled],
+        new: list[NewRequest],
+        shares: StepShares,
+    ) -> int:
+        shares.take(request, num_tokens)
+        request.last_turn = self._turn
+        self._introduce(request, new)
+        parts.append(self._part(request, num_tokens))
+        return num_tokens
 
     def _introduce(self, request: Request, new: list[NewRequest]) -> None:
         """Tell the workers all about a request that they do not know."""
@@ -180,9 +222,8 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.pool.release(request.blocks)
         request.rewind()
-        del self.running[request.request_id]
-        self.waiting[request.request_id] = request
-        self.waiting.move_to_end(request.request_id, last=False)
+        self._stop_running(request)
+        self.waiting.put_back(request)
         self._waiting_tokens += len(request.token_ids)
         self._dropped.append(request.request_id)
         self.num_preemptions += 1
@@ -201,11 +242,18 @@ class Scheduler:
             request.num_cached = request.num_computed
             if self.pool.caching and request.prompt_logprobs is None:
                 self.pool.count_query(request.num_prompt, request.num_cached)
-        del self.waiting[request.request_id]
+        self.waiting.remove(request)
         self._waiting_tokens -= len(request.token_ids)
         request.state = State.RUNNING
         self.running[request.request_id] = request
+        self._sizes[request.group] += 1
         return True
+
+    def _stop_running(self, request: Request) -> None:
+        del self.running[request.request_id]
+        self._sizes[request.group] -= 1
+        if not self._sizes[request.group]:
+            del self._sizes[request.group]
 
     def _find_prefix(self, request: Request) -> list[int]:
         """Published blocks the request can use; its last token is always computed, to give the next one."""
@@ -271,12 +319,12 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.state is State.RUNNING:
-            del self.running[request.request_id]
+            self._stop_running(request)
             self.pool.release(request.blocks)
             request.blocks = []
             self._dropped.append(request.request_id)
         else:
-            del self.waiting[request.request_id]
+            self.waiting.remove(request)
             self._waiting_tokens -= len(request.token_ids)
         request.state = State.FINISHED
         request.finish_reason = reason

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_serve.base.errors import ConfigError
+from moe_serve.base.errors import ConfigError, Conflict
 from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.topology import Topology
@@ -35,10 +35,6 @@ ROLLBACK = "rollback"
 FAILED, SILENT, UNSOLVED = "stage_failed", "stage_silent", "stage_unsolved"
 FIRST_INTERVAL_SHARE = 4
 SHARE_REFRESH_STEPS = 50
-
-
-class Conflict(ConfigError):
-    """What is asked for is not possible now."""
 
 
 class Rebalancer:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from moe_serve.base.errors import ConfigError
+from moe_serve.base.errors import ConfigError, Conflict
 from moe_serve.base.messages import BalanceAsk
 from moe_serve.base.parcel import Parcel
 from moe_serve.eplb.answers import NOT_RECORDED, refused
 from moe_serve.eplb.questions import Facts, Requested, RequestQuestion, Solved, Unsolved
 from moe_serve.eplb.rearrangement import ForEngine, Proposal
-from moe_serve.eplb.rebalancer import ROLLBACK, Conflict, Rebalancer
+from moe_serve.eplb.rebalancer import ROLLBACK, Rebalancer
 
 Answer = tuple[int, Parcel, list[ForEngine]]
 OFF = "load balancing is off; start the server with --enable-eplb"

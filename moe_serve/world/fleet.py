@@ -39,7 +39,7 @@ from moe_serve.eplb.questions import Question, SharesQuestion, Solved
 from moe_serve.eplb.rearrangement import ForEngine
 from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.eplb.surface import BalanceSurface
-from moe_serve.world.members import QUIET_SECONDS, Member, left_behind, slow_step
+from moe_serve.world.members import QUIET_SECONDS, Member, left_behind, slow_step, why_not
 from moe_serve.world.parcels import Send, answer_parcel
 
 SILENCE_SECONDS = 7.0
@@ -263,17 +263,7 @@ class Fleet:
         newcomer = Member(hello, self.topology, heard=now, since=now)
         if self.ended is not None:
             return [Send(member, Refused(f"this world has ended: {self.ended.reason}"), close=True)]
-        if hello.role != "api":
-            if newcomer.key not in self._expected():
-                return [Send(member, Refused(f"{newcomer.name} has no place in {self.topology}"), close=True)]
-            if any(known.key == newcomer.key for known in self.members.values()):
-                return [Send(member, Refused(f"{newcomer.name} is here already"), close=True)]
-            if not hello.essential:
-                reason = f"{newcomer.name} must be essential: every step needs every rank"
-                return [Send(member, Refused(reason), close=True)]
-        outside = [dp for dp in hello.serves or () if not 0 <= dp < self.topology.dp]
-        if outside or hello.serves == []:
-            reason = f"{newcomer.name} must serve DP ranks in [0, {self.topology.dp}), not {hello.serves}"
+        if reason := why_not(newcomer, self._expected(), self.members.values()):
             return [Send(member, Refused(reason), close=True)]
         differences = differing_fields(self.agreement, hello.agreement) if hello.agreement else []
         if differences:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from moe_serve.base.messages import Hello, Unfinished
@@ -59,6 +59,22 @@ class Member:
     def in_phase(self, now: float, begin: float) -> float:
         """Seconds in its phase since `begin` as it last said itself; while it is quiet they go on."""
         return (now if self.is_quiet(now) else self.heard) - max(self.since, begin)
+
+
+def why_not(newcomer: Member, places: Collection[tuple[str, int, int]], members: Iterable[Member]) -> str:
+    """Why somebody who said hello cannot become a member; "" if he can. `places` as Member.key."""
+    hello, topology = newcomer.hello, newcomer.topology
+    if hello.role != "api":
+        if newcomer.key not in places:
+            return f"{newcomer.name} has no place in {topology}"
+        if any(known.key == newcomer.key for known in members):
+            return f"{newcomer.name} is here already"
+        if not hello.essential:
+            return f"{newcomer.name} must be essential: every step needs every rank"
+    outside = [dp for dp in hello.serves or () if not 0 <= dp < topology.dp]
+    if outside or hello.serves == []:
+        return f"{newcomer.name} must serve DP ranks in [0, {topology.dp}), not {hello.serves}"
+    return ""
 
 
 def left_behind(members: Iterable[Member]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from moe_serve.api.app import ApiState
+from moe_serve.api.state import ApiState
 from tests.support.fake_engines import FakeEngines
 from tests.support.http_server import engines_of, make_state, serving
 from tests.support.tokenizer_folders import write_folder
@@ -49,3 +49,4 @@ def served(running: Served) -> Iterator[Served]:
     yield running
     running.engines.calm()
     running.state.draining = False
+    assert running.state.admission.num_waiting == 0, "a request left its place taken"

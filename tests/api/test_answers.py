@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from moe_serve.api.app import ApiState
+from moe_serve.api.state import ApiState
 from tests.api.conftest import Served
 from tests.support.http_server import engines_of, make_state, serving
 from tests.support.tokenizer_folders import END, TURN_END, TURN_START, write_folder

@@ -63,7 +63,7 @@ class Balancing:
         return httpx.get(self.url + path, headers=KEY, **options)
 
     def post(self, path: str, content: bytes = b"") -> httpx.Response:
-        return httpx.post(self.url + path, headers=KEY, content=content)
+        return httpx.post(self.url + path, headers=KEY | {"Content-Type": "application/json"}, content=content)
 
 
 @pytest.fixture(scope="module")

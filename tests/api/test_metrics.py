@@ -39,7 +39,7 @@ def samples(text: str) -> Samples:
     return {
         (
             sample.name.removeprefix(PREFIX),
-            sample.labels["engine"],
+            sample.labels.get("engine", ""),
             sample.labels.get("finished_reason") or sample.labels.get("phase") or "",
         ): sample.value
         for family in text_string_to_metric_families(text)

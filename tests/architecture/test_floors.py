@@ -49,6 +49,8 @@ PURE = (
     "engine/lockstep.py",
     "engine/router.py",
     "engine/flight.py",
+    "engine/turns.py",
+    "engine/admission.py",
 )
 IMPURE = {"socket", "threading", "time", "asyncio", "torch", "zmq", "subprocess"}
 LATE_IMPORTS = {"base/registry.py"}

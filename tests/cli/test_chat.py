@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_serve.base.errors import ConfigError
-from moe_serve.cli.chat import ChatServer, ServedModel, ServerError
+from moe_serve.base.errors import ConfigError, ServerError
+from moe_serve.cli.chat import ChatServer, ServedModel
 from tests.support.fake_engines import FakeEngines
 from tests.support.http_server import engines_of, make_state, serving
 from tests.support.tokenizer_folders import TURN_END, write_folder

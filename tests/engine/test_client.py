@@ -155,3 +155,29 @@ def test_a_client_is_not_ready_before_it_has_met_the_world_and_all_that_it_serve
             client.close()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"\x81\xa4type\xac" + b"\xff" * 12],
+        [b"\x91" * 100_000],
+        [b"a", b"b"],
+        [b""],
+        [b"", b"", b""],
+        [b"\xc1"],
+    ],
+    ids=["utf8", "deep", "two frames", "empty", "three frames", "unused byte"],
+)
+def test_a_strangers_bytes_end_nothing(frames: list[bytes]) -> None:
+    async def scenario() -> None:
+        async with world() as (client, engines):
+            await engines[1].socket.send_multipart(frames)
+            await asyncio.sleep(0.1)
+            stream = await client.submit("a", [1], SamplingParams(), dp_rank=0)
+            assert isinstance(await engines[0].heard(), Generate)
+            await engines[0].answer(TokenEvent(request_id="a", token_ids=[5], finish_reason="length"))
+            assert (await anext(stream)).token_ids == [5]
+            await stream.aclose()
+
+    asyncio.run(scenario())

@@ -20,10 +20,11 @@ from moe_serve.base.commands import (
     StepResult,
     WorkerFacts,
 )
+from moe_serve.base.errors import Conflict
 from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.engine.lockstep import Verdict, Vote
 from moe_serve.engine.rearranging import Rearranging
-from moe_serve.eplb.rebalancer import STAGE_SECONDS, Conflict
+from moe_serve.eplb.rebalancer import STAGE_SECONDS
 from moe_serve.eplb.solving import propose
 from tests.support.stage_world import World
 

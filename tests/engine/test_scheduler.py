@@ -46,7 +46,7 @@ class Bench:
         self.events: dict[str, list[TokenEvent]] = {}
         self.steps = 0
 
-    def add(self, request_id: str, prompt: list[int], seed: int = 99, **sampling: object) -> None:
+    def add(self, request_id: str, prompt: list[int], seed: int = 99, group: str = "", **sampling: object) -> None:
         params = msgspec.convert({"temperature": 0.0} | sampling, SamplingParams)
         self.events[request_id] = []
         self.scheduler.add(
@@ -57,6 +57,7 @@ class Bench:
                 max_model_len=self.max_model_len,
                 eos_token_ids=[EOS],
                 draw_seed=lambda: seed,
+                group=group,
             )
         )
 
@@ -457,6 +458,8 @@ def loads(draw: st.DrawFn) -> dict[str, object]:
             "caching": draw(st.booleans()),
         },
         "requests": draw(st.lists(st.tuples(prompts, samplings, st.integers(0, 20)), min_size=1, max_size=10)),
+        # Fewer groups than requests: some share their turns.
+        "groups": draw(st.lists(st.sampled_from(["", "x", "y"]), min_size=10, max_size=10)),
         # (turn, request, while its step is in flight)
         "aborts": draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9), st.booleans()), max_size=5)),
     }
@@ -471,7 +474,7 @@ def test_every_answer_is_what_the_request_gives_alone(load: dict) -> None:  # ty
     for turn in range(600):
         while arrivals and arrivals[0][1][2] <= turn:
             number, (tokens, sampling, _) = arrivals.pop(0)
-            bench.add(str(number), tokens, **sampling)
+            bench.add(str(number), tokens, group=load["groups"][number], **sampling)
 
         def abort(in_flight: bool, turn: int = turn) -> None:
             for when, number, flying in load["aborts"]:

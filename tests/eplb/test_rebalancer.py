@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_serve.base.errors import ConfigError
+from moe_serve.base.errors import ConfigError, Conflict
 from moe_serve.base.messages import Record, StageReport, StepLoad
 from moe_serve.eplb.books import MAX_HISTORY
 from moe_serve.eplb.placement import Placement, initial_placement, moves
@@ -15,7 +15,7 @@ from moe_serve.eplb.policies.static import static
 from moe_serve.eplb.policies.sticky import sticky
 from moe_serve.eplb.questions import PlanQuestion, Question, SharesQuestion, Solved, Unsolved
 from moe_serve.eplb.rearrangement import MAX_CHUNK_BYTES, chunks_of
-from moe_serve.eplb.rebalancer import ROLLBACK, SHARE_REFRESH_STEPS, STAGE_SECONDS, Conflict
+from moe_serve.eplb.rebalancer import ROLLBACK, SHARE_REFRESH_STEPS, STAGE_SECONDS
 from moe_serve.eplb.shares import layers_of, table_of_rank
 from tests.support.balancing import (
     EXPERTS,

@@ -15,6 +15,7 @@ from moe_serve.base.commands import TokenLogprob
 from moe_serve.base.errors import EngineDead, RequestError
 from moe_serve.base.messages import FinishReason, LoadReport, TokenEvent
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.engine.admission import EngineRoom
 from tests.support.fakes import NOTHING, absorb, choose
 
 POLL_SECONDS = 0.005
@@ -31,6 +32,7 @@ class Received:
     sampling: SamplingParams
     rank: int
     pinned: bool
+    group: str
 
 
 class FakeStream:
@@ -89,6 +91,7 @@ class FakeEngines:
         self.data_parallel_size = data_parallel_size
         self.max_model_len = max_model_len
         self.script = script
+        self.num_places = 128
         self.ready = True
         self.dead_reason: str | None = None
         self.seconds_per_event = 0.0
@@ -129,8 +132,18 @@ class FakeEngines:
             for rank in range(self.data_parallel_size)
         }
 
+    @property
+    def room(self) -> EngineRoom:
+        return EngineRoom(self.num_places * self.data_parallel_size, 4096 * self.data_parallel_size)
+
     async def submit(
-        self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, dp_rank: int | None = None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        dp_rank: int | None = None,
+        group: str = "",
     ) -> FakeStream:
         """See AsyncEngines.submit."""
         self._check_alive()
@@ -141,7 +154,7 @@ class FakeEngines:
         assert len(token_ids) + sampling.max_tokens <= self.max_model_len
         assert request_id not in self._running
         rank = len(self.received) % self.data_parallel_size if dp_rank is None else dp_rank
-        self.received.append(Received(request_id, token_ids, sampling, rank, dp_rank is not None))
+        self.received.append(Received(request_id, token_ids, sampling, rank, dp_rank is not None, group))
         self._running[request_id] = rank
         return FakeStream(rank, self._paced(request_id, token_ids, sampling), partial(self._leave, request_id))
 

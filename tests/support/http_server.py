@@ -8,10 +8,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import uvicorn
-
-from moe_serve.api.app import ApiState, create_app
+from moe_serve.api.app import create_app
+from moe_serve.api.connections import HttpServer
 from moe_serve.api.server import listen
+from moe_serve.api.state import ApiState
 from moe_serve.base.config import Config
 from moe_serve.text.tokenizer import Tokenizer
 from tests.support.fake_engines import FakeEngines
@@ -42,8 +42,7 @@ def engines_of(state: ApiState) -> FakeEngines:
 def serving(state: ApiState) -> Iterator[str]:
     """The address of a running server, such as http://127.0.0.1:4711."""
     listening = listen("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(state), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = HttpServer(create_app(state), state.config.server, state.metrics)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()
     try:
