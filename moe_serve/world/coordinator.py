@@ -54,8 +54,9 @@ class Coordinator:
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._outbox_bytes = outbox_bytes
         self._turns = Turns()
-        self._decisions = Solver(self._hear_solved, limit=solve_seconds, early=fleet.rebalancer is not None)
-        self._answers = Solver(self._hear_solved, limit=solve_seconds)
+        early = fleet.rebalancer is not None  # they are there before the first question, while engines load
+        self._decisions = Solver(self._hear_solved, limit=solve_seconds, early=early)
+        self._answers = Solver(self._hear_solved, limit=solve_seconds, early=early)
         self._ids = itertools.count()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
