@@ -287,9 +287,9 @@ class EngineClient:
 
     def _line_lost(self, identity: bytes, rank: int) -> None:
         """An engine is back after its connection was lost; nobody knows what of its streams was on the way."""
-        log.error("the connection to DP rank %d was lost and stands again", rank)
         del self._ranks[identity]
         reason = f"the connection to DP rank {rank} was lost and stands again; send the request once more"
+        log.error("%s", reason)
         for request_id in self._balancer.on_rank(rank):
             self._queues[request_id].put_nowait(EngineDead(reason))
 
@@ -311,10 +311,9 @@ class EngineClient:
         )
 
     def _deliver(self, message: Events) -> None:
-        hello = self._hellos[message.dp]
-        self._reports[message.dp] = msgspec.structs.replace(
-            message.report, num_blocks=hello.num_blocks, load_seconds=hello.load_seconds
-        )
+        hello, report = self._hellos[message.dp], message.report
+        constant = {"num_blocks": hello.num_blocks, "load_seconds": hello.load_seconds}
+        self._reports[message.dp] = msgspec.structs.replace(report, **constant)
         for event in message.events:
             self._balancer.progressed(event.request_id, len(event.token_ids))
             events = self._queues.get(event.request_id)
