@@ -10,7 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from moe_serve.base.errors import EngineDead, MoEServeError, Overloaded, RequestError
+from moe_serve.base.errors import EngineDead, MoEServeError, Overloaded, RequestError, RequestFailed
 
 
 class BodyTooLarge(RequestError):
@@ -62,6 +62,8 @@ def problem_of(error: Exception) -> ApiProblem:
         return ApiProblem(503, str(error), "service_unavailable", code="unavailable", headers=headers)
     if isinstance(error, EngineDead):
         return ApiProblem(503, str(error), "server_error", code="engine_dead")
+    if isinstance(error, RequestFailed):
+        return ApiProblem(500, str(error), "server_error", code=error.code)
     if isinstance(error, MoEServeError):
         return ApiProblem(500, str(error), "server_error", code="engine_error")
     if isinstance(error, HTTPException):

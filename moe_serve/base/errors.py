@@ -8,6 +8,7 @@ MoEServeError
 │   ├── ContextTooLong   prompt + max_tokens does not fit max_model_len
 │   └── UnknownModel     no such model here (HTTP 404)
 ├── Overloaded           not now (HTTP 503 with Retry-After)
+├── RequestFailed        one request came to grief, the others go on (HTTP 500)
 └── EngineError          the serving world broke (HTTP 500/503; the server ends)
     ├── WorkerDied       a worker process is gone
     ├── EngineDead       an engine, or the world it belongs to, is gone
@@ -66,6 +67,12 @@ class Overloaded(MoEServeError):
     def __init__(self, message: str, *, retry_after: int = 5) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class RequestFailed(MoEServeError):
+    """The engine could not go on with this one request, which was none of the client's mistakes."""
+
+    code = "request_failed"
 
 
 class EngineError(MoEServeError, RuntimeError):
