@@ -20,6 +20,7 @@ from moe_serve.base.errors import (
     Overloaded,
     RefusalReason,
     RequestError,
+    RequestFailed,
 )
 
 PROBLEM = "moe_serve.problem"
@@ -70,6 +71,8 @@ def problem_of(error: Exception) -> ApiProblem:
         return ApiProblem(503, message, "service_unavailable", code="unavailable", headers=headers, reason=error.reason)
     if isinstance(error, EngineDead):
         return ApiProblem(503, str(error), "server_error", code="engine_dead", reason="not_ready")
+    if isinstance(error, RequestFailed):
+        return ApiProblem(500, str(error), "server_error", code=error.code, reason="failure")
     if isinstance(error, MoEServeError):
         return ApiProblem(500, str(error), "server_error", code="engine_error", reason="failure")
     if isinstance(error, HTTPException):

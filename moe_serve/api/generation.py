@@ -10,7 +10,7 @@ from typing import Literal
 
 from moe_serve.api.metrics import RequestClock
 from moe_serve.base.commands import TokenLogprob
-from moe_serve.base.errors import EngineDead, EngineError
+from moe_serve.base.errors import EngineDead, EngineError, RequestFailed
 from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.admission import Place
@@ -61,9 +61,9 @@ class GrowingSequence:
         self._growing = GrowingText(tokenizer, sampling)
 
     def take(self, event: TokenEvent, rank: int) -> Delta:
-        """What an event from DP rank `rank` means for the client; EngineError when it means failure."""
+        """What an event from DP rank `rank` means for the client; RequestFailed or EngineError if it means failure."""
         if event.finish_reason == "error":
-            raise EngineError(event.error or "the engine could not go on with this request")
+            raise RequestFailed(event.error or "the engine could not go on with this request")
         if event.finish_reason == "abort":
             raise EngineError("the server ended this request before it was finished")
         growth = self._growing.take(event)

@@ -30,7 +30,7 @@ class LimitBody:
     def __init__(self, app: ASGIApp, server: ServerSection) -> None:
         self._app = app
         self._server = server
-        self._unfinished = Unfinished(server.max_unfinished_body_bytes)
+        self._unfinished = UnfinishedBodies(server.max_unfinished_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,7 +56,7 @@ class LimitBody:
         return server.max_body_bytes
 
 
-class Unfinished:
+class UnfinishedBodies:
     """Bytes of bodies that have not arrived whole, of all connections."""
 
     def __init__(self, limit: int) -> None:
@@ -82,7 +82,9 @@ class _LimitedExchange:
     connection is closed: clients that write first and read then would see a broken connection instead of the answer.
     """
 
-    def __init__(self, receive: Receive, send: Send, max_bytes: int, seconds: float, unfinished: Unfinished) -> None:
+    def __init__(
+        self, receive: Receive, send: Send, max_bytes: int, seconds: float, unfinished: UnfinishedBodies
+    ) -> None:
         self._receive = receive
         self._send = send
         self._max_bytes = max_bytes

@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from moe_serve.api.messages import checked_messages, checked_tools
 from moe_serve.base.errors import NotJson, RequestError
-from moe_serve.base.sampling import SamplingParams
+from moe_serve.base.sampling import MAX_LOGIT_BIAS, SamplingParams
 
 MAX_SEQUENCES = 2048  # prompts x n of one request
 MAX_STOPS = 32
@@ -65,6 +65,10 @@ def _as_bias(value: object) -> object:
         return {}
     if not isinstance(value, dict):
         raise RequestError("logit_bias must be an object of token id: bias", param="logit_bias")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise RequestError(
+            f"logit_bias may hold at most {MAX_LOGIT_BIAS} token ids, not {len(value)}", param="logit_bias"
+        )
     bias = {}
     for key, weight in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 20):

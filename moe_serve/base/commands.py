@@ -135,10 +135,14 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
-    """What a step gave. `prompt_logprobs[request]` in order of position. Seconds are this worker's own."""
+    """What a step gave. `prompt_logprobs[request]` in order of position. Seconds are this worker's own.
+
+    `failed[request]` why there is nothing for a request, and never will be; the others are as if it were not there.
+    """
 
     step: int
     sampled: list[Sampled] = []
+    failed: dict[str, str] = {}
     prompt_logprobs: dict[str, list[TokenLogprob]] = {}
     seconds: float = 0.0
     all2all_seconds: float = 0.0

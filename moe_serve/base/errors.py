@@ -14,6 +14,7 @@ MoEServeError
 │   └── NotJson          the body says that it is something else (HTTP 415)
 ├── Overloaded           not now (HTTP 503 with Retry-After)
 ├── ServerError          a server that `moe-serve chat` talks to refused or broke off
+├── RequestFailed        one request came to grief, the others go on (HTTP 500)
 └── EngineError          the serving world broke (HTTP 500/503; the server ends)
     ├── WorkerDied       a worker process is gone
     ├── EngineDead       an engine, or the world it belongs to, is gone
@@ -130,6 +131,12 @@ class ServerError(MoEServeError):
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+
+
+class RequestFailed(MoEServeError):
+    """The engine could not go on with this one request, which was none of the client's mistakes."""
+
+    code = "request_failed"
 
 
 class EngineError(MoEServeError, RuntimeError):

@@ -266,7 +266,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     """New tokens of one request; the last event has a `finish_reason`.
 
     `stop_token` the end token that finished it (it is the last of `token_ids`). `logprobs` one per token if asked
-    for. `prompt_logprobs` for prompt tokens 1..n-1, once, with the first event. `error` with reason "error".
+    for. `prompt_logprobs` for prompt tokens 1..n-1, once, with the first event. `error` with reason "error": why it
+    was refused, or with `failed` why the engine could not go on.
     """
 
     request_id: str
@@ -277,6 +278,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     prompt_logprobs: list[TokenLogprob] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    failed: bool = False
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defaults=True):

@@ -9,6 +9,7 @@ from moe_serve.base.errors import RequestError
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_TOKEN_IDS = 1024  # looked at again in every step of the first min_tokens
+MAX_LOGIT_BIAS = 1024  # the field's limit too; every entry costs in every step
 OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 INTEGERS = ("n", "top_k", "min_tokens", *OPTIONAL)
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -62,6 +63,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _within(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias may hold at most {MAX_LOGIT_BIAS} token ids, not {len(self.logit_bias)}",
+                param="logit_bias",
+            )
         for bias in self.logit_bias.values():
             _within("logit_bias", bias, -100, 100)
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from moe_serve.base.commands import Meeting
 from moe_serve.base.config import Config
+from moe_serve.base.errors import RequestFailed
 from moe_serve.base.messages import Generate, TokenEvent
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Progress
@@ -35,6 +36,8 @@ class OneEngine:
                 core.add(sequence.request_id, sequence.token_ids, sequence.sampling)
             while core.has_work:
                 for event in core.step():
+                    if event.finish_reason == "error":
+                        raise RequestFailed(event.error)
                     if on_event(event) and event.finish_reason is None:
                         core.abort([event.request_id])
         except BaseException:

@@ -84,6 +84,13 @@ class BlockPool:
                 else:
                     self._blank.append(block)
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Nobody finds these held blocks any more: what they hold may be unsound. Who shares them keeps them."""
+        for block in blocks:
+            assert self._holders[block] > 0, f"block {block} is forgotten but not held"
+            if block in self._name_of:
+                del self._block_of[self._name_of.pop(block)]
+
     def publish(self, block: int, name: bytes) -> None:
         """Make a held block, full and computed, findable; of equal blocks the first wins."""
         assert self._holders[block] > 0, f"block {block} is published but not held"

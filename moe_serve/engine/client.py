@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from moe_serve.base.config import Config
-from moe_serve.base.errors import EngineDead, RequestError
+from moe_serve.base.errors import EngineDead, RequestError, RequestFailed
 from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent, WorldView
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.sockets import UNREADABLE, prepare
@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 class SequenceStream(Protocol):
     """Events of one sequence, the last with a finish_reason. Closing it early aborts the request; close it always.
 
-    Iterating raises EngineDead when the world breaks and RequestError where the engine refuses.
+    Iterating raises EngineDead when the world breaks, RequestError where the engine refuses and RequestFailed where it
+    cannot go on with this one.
     """
 
     @property
@@ -124,6 +125,8 @@ class SubmittedStream:
         self._finished = event.finish_reason is not None
         if event.finish_reason == "error":
             await self.aclose()
+            if event.failed:
+                raise RequestFailed(event.error or "the engine could not go on with this request")
             raise RequestError(event.error or "the engine refused this request")
         return event
 

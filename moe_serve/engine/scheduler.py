@@ -105,6 +105,9 @@ class Scheduler:
         for request, part in self._land(plan):
             if request.state is not State.RUNNING:
                 continue
+            if request.request_id in result.failed:
+                events.append(self._fail(request, result.failed[request.request_id]))
+                continue
             request.num_computed = part.start + part.num_tokens
             if part.prompt_logprobs is not None and request.prompt_logprobs is not None:
                 request.prompt_logprobs += result.prompt_logprobs.get(request.request_id, [])
@@ -316,6 +319,12 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=request.num_cached or 0,
         )
+
+    def _fail(self, request: Request, why: str) -> TokenEvent:
+        """End a request that the workers cannot compute; its blocks may be the cause and are shared with nobody new."""
+        self.pool.forget(request.blocks)
+        self._finish(request, "error")
+        return TokenEvent(request_id=request.request_id, token_ids=[], finish_reason="error", error=why, failed=True)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.state is State.RUNNING:

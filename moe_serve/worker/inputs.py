@@ -143,6 +143,7 @@ class RequestTable:
                 token_ids=new.token_ids,
                 num_prompt_tokens=new.num_prompt_tokens,
                 stop_ids=new.stop_ids,
+                device=self._device,
             )
         # Copies: with the uni executor the plan's lists are the scheduler's own.
         number = zlib.crc32(new.request_id.encode()) << 28

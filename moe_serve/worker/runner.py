@@ -17,8 +17,12 @@ from moe_serve.model.decoder import Decoder
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
 from moe_serve.worker.inputs import RequestTable, StepInputs, rows_by_ep_rank
 from moe_serve.worker.sampling.logprobs import token_logprobs
-from moe_serve.worker.sampling.sampler import sample
+from moe_serve.worker.sampling.sampler import broken_rows, sample
 
+NOT_FINITE = (
+    "the model gave logits that are not finite for this request; a wider --dtype (bfloat16, float32) may help, "
+    "if the checkpoint is sound"
+)
 PROMPT_LOGPROB_ROWS = 256
 """Rows of logits held at a time for prompt log-probabilities; a whole chunk's would be gigabytes."""
 
@@ -71,11 +75,13 @@ class Runner:
         padded_before = self._decoder.all2all.padding_rows
         hidden_TD = self._decoder(inputs.token_ids_T, ctx)
         load = self._watch(plan, inputs, ctx)
-        prompt_logprobs = self._prompt_logprobs(hidden_TD, inputs)
-        sampled = self._sample(hidden_TD, inputs)
+        failed: dict[str, str] = {}
+        prompt_logprobs = self._prompt_logprobs(hidden_TD, inputs, failed)
+        sampled = self._sample(hidden_TD, inputs, failed)
         return StepResult(
             step=plan.step,
             sampled=sampled,
+            failed=failed,
             prompt_logprobs=prompt_logprobs,
             seconds=time.perf_counter() - started,
             all2all_seconds=clock.all2all_seconds,
@@ -96,16 +102,23 @@ class Runner:
         part = split_range(len(inputs.decode_T), self._topology.tp, self._tp_rank)
         return self._balance.after_step(plan, ctx.routes, inputs.decode_T[part.start : part.stop])
 
-    def _sample(self, hidden_TD: Tensor, inputs: StepInputs) -> list[Sampled]:
+    def _sample(self, hidden_TD: Tensor, inputs: StepInputs, failed: dict[str, str]) -> list[Sampled]:
         if not inputs.sample_rows:
             return []
         logits_SV = self._logits(hidden_TD, inputs.sample_rows)
         if not self._samples:
             return []
         self._progress.enter(Phase.SAMPLE)
-        return sample(logits_SV, [self._table.state(request_id) for request_id in inputs.sample_ids])
+        names = inputs.sample_ids
+        if bad := broken_rows(logits_SV):
+            failed |= {names[row]: NOT_FINITE for row in bad}
+            sound = [row for row in range(len(names)) if row not in bad]
+            logits_SV, names = logits_SV[sound], [names[row] for row in sound]
+        return sample(logits_SV, [self._table.state(name) for name in names]) if names else []
 
-    def _prompt_logprobs(self, hidden_TD: Tensor, inputs: StepInputs) -> dict[str, list[TokenLogprob]]:
+    def _prompt_logprobs(
+        self, hidden_TD: Tensor, inputs: StepInputs, failed: dict[str, str]
+    ) -> dict[str, list[TokenLogprob]]:
         found: dict[str, list[TokenLogprob]] = {}
         for part in inputs.prompt_rows:
             own = found.setdefault(part.request_id, [])
@@ -113,7 +126,9 @@ class Runner:
                 targets = part.targets[start : start + PROMPT_LOGPROB_ROWS]
                 first = part.first_row + start
                 logits_SV = self._logits(hidden_TD, range(first, first + len(targets)))
-                if self._samples:
+                if self._samples and broken_rows(logits_SV):
+                    failed[part.request_id] = NOT_FINITE
+                elif self._samples:
                     own += token_logprobs(logits_SV, targets, [part.num_top] * len(targets))
         return found if self._samples else {}
 

@@ -41,6 +41,7 @@ from moe_serve.base.sampling import SamplingParams
         ("min_tokens", -1),
         ("logprobs", 21),
         ("prompt_logprobs", -1),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
         ("logit_bias", {5: 101.0}),
         ("stop", ("",)),
         ("stop_token_ids", tuple(range(1025))),

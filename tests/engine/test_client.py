@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from moe_serve.base.config import Config
-from moe_serve.base.errors import EngineDead, RequestError
+from moe_serve.base.errors import EngineDead, RequestError, RequestFailed
 from moe_serve.base.messages import Abort, EngineHello, Events, Generate, LoadReport, ToEngine, TokenEvent, WorldView
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.sockets import prepare
@@ -108,6 +108,11 @@ def test_what_an_engine_refuses_and_a_broken_world_end_a_stream_with_their_error
             await engines[0].answer(TokenEvent(request_id="a", token_ids=[], finish_reason="error", error="too long"))
             with pytest.raises(RequestError, match="too long"):
                 await anext(refused)
+            broken = await client.submit("d", [1], SamplingParams(), dp_rank=0)
+            event = TokenEvent(request_id="d", token_ids=[], finish_reason="error", error="not finite", failed=True)
+            await engines[0].answer(event)
+            with pytest.raises(RequestFailed, match="not finite"):
+                await anext(broken)
             waiting = await client.submit("b", [1], SamplingParams())
             client.fail("engine dp 1 was killed")
             with pytest.raises(EngineDead, match="was killed"):

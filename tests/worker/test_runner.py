@@ -286,3 +286,27 @@ def test_a_bias_of_minus_100_bans_a_token_and_one_of_100_forces_it(engine_for):
     forced = engine_for().tokens({"x": (PROMPTS["a"], greedy(logit_bias={42: 100}))})["x"]
     assert first not in banned
     assert set(forced) == {42}
+
+
+def test_logits_that_are_not_finite_end_their_own_request_and_disturb_nobody_then_or_later(model):
+    """One token's embedding is NaN; its blocks are used again afterwards, and nobody finds them by their prefix."""
+    engine = Engine(model, 32, {})
+    expected = engine.tokens({"good": (PROMPTS["a"], greedy())})["good"]
+    embedding = engine.executor._worker._decoder.embedding.weight
+    before = embedding[2].clone()
+    with torch.inference_mode():
+        embedding[2] = float("nan")
+    poisoned = [2] * 41
+    answers = engine.answer({"good": (PROMPTS["a"], greedy()), "bad": (poisoned, greedy(logprobs=2))})
+    assert answers["bad"].finish_reason == "error"
+    assert answers["bad"].token_ids == []
+    assert answers["good"].token_ids == expected
+    scored = engine.answer({"scored": (poisoned, greedy(prompt_logprobs=1))})["scored"]
+    assert scored.finish_reason == "error"
+    with torch.inference_mode():
+        embedding[2] = before
+    assert engine.core.scheduler.pool.num_free == 32
+    many = {str(number): (PROMPTS["a"][number:], greedy()) for number in range(3)}
+    assert engine.tokens(many) == {name: engine.tokens({name: many[name]})[name] for name in many}
+    assert engine.answer({"again": (poisoned, greedy())})["again"].finish_reason == "length"
+    engine.executor.close()

@@ -1,7 +1,8 @@
 """Attention by torch's own operations over gathered blocks: the reference, for any device.
 
-Sequences that bring one token are batched in a padded view; longer parts go one by one. The cache must start out
-finite (zeros): padding is masked, but not skipped.
+Sequences that bring one token are batched in a padded view; longer parts go one by one. Padding is masked, but not
+skipped, so it must be finite: the cache starts out as zeros, and a block that a sequence enters without filling it is
+wiped, or what another sequence left there (not finite, where something went wrong) would come through the mask.
 
 Shape letters beyond the glossary's: N positions of a padded batch or of one sequence, r query heads per KV head.
 """
@@ -53,10 +54,11 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """`slots_T` where each row's k and v go."""
+    """`slots_T` where each row's k and v go. `entered` are blocks to wipe first."""
 
     block_size: int
     slots_T: Tensor
+    entered: Tensor | None
     decodes: list[DecodeBatch]
     prefills: list[Prefill]
 
@@ -79,12 +81,16 @@ class SDPA:
         return AttentionPlan(
             block_size=step.block_size,
             slots_T=self._tensor([slot for _, seq in rows for slot in _slots(seq, step.block_size)]),
+            entered=self._entered(step),
             decodes=[self._decode_batch(batch, step.block_size) for batch in self._batches(decodes, step.block_size)],
             prefills=[self._prefill(row, seq, step.block_size) for row, seq in rows if seq.num_tokens > 1],
         )
 
     def forward(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, kv: LayerKV, plan: object) -> Tensor:
         assert isinstance(plan, AttentionPlan)
+        if plan.entered is not None:
+            for part in (kv.k_NGd, kv.v_NGd):
+                part.view(-1, plan.block_size, *part.shape[1:]).index_fill_(0, plan.entered, 0)
         kv.k_NGd.index_copy_(0, plan.slots_T, k_TGd)
         kv.v_NGd.index_copy_(0, plan.slots_T, v_TGd)
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
@@ -150,6 +156,12 @@ class SDPA:
         for cache, out in ((kv.k_NGd, k), (kv.v_NGd, v)):
             torch.index_select(cache.view(-1, *shape[1:]), 0, part.blocks, out=out)
         return k, v
+
+    def _entered(self, step: StepShape) -> Tensor | None:
+        size = step.block_size
+        ends = ((sequence, sequence.start + sequence.num_tokens) for sequence in step.sequences)
+        blocks = [seq.block_ids[end // size] for seq, end in ends if end % size and end // size * size >= seq.start]
+        return self._tensor(blocks) if blocks else None
 
     def _batches(self, decodes: list[Row], block_size: int) -> list[list[Row]]:
         """The shortest of a batch has at least half the blocks of the longest; each batch in order of rows."""

@@ -26,11 +26,11 @@ class TokenCounts:
     __slots__ = ("_counts", "_place", "_tokens")
 
     def __init__(self, prompt: Iterable[int] = ()) -> None:
-        self._place: dict[int, int] = {}
-        self._tokens: Ints = np.zeros(64, dtype=np.int64)
-        self._counts: Ints = np.zeros(64, dtype=np.int64)
-        for token in prompt:
-            self._place_of(token)
+        # All at once: a long prompt, many times, would hold up everybody's step.
+        self._place: dict[int, int] = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
+        self._tokens: Ints = np.zeros(64 + len(self._place), dtype=np.int64)
+        self._counts: Ints = np.zeros_like(self._tokens)
+        self._tokens[: len(self._place)] = list(self._place)
 
     def generated(self, tokens: Iterable[int]) -> None:
         """Count tokens that were generated."""

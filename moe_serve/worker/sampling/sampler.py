@@ -8,14 +8,13 @@ Shape letters: S rows that are sampled, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moe_serve.base.commands import Sampled
-from moe_serve.base.errors import EngineError
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.worker.sampling.logprobs import token_logprobs
 from moe_serve.worker.sampling.penalties import TokenCounts, has_penalties
@@ -25,12 +24,17 @@ GOLDEN = 0x9E3779B97F4A7C15
 MIN_TEMPERATURE = 1e-6
 CHUNK_ELEMENTS = 1 << 23
 FIRST_SORTED = 1024
+LEAST = torch.finfo(torch.float32).min
+"""For tokens that are banned. Not -inf: were all others -inf, the row would have no token at all."""
+CPU = torch.device("cpu")
 
 
 class SamplingState:
     """What the sampler keeps of one request. `num_generated` tokens were made so far, `length` are known in all."""
 
-    __slots__ = ("_counts", "_params_edit", "length", "num_generated", "params", "request_id", "seed", "stop_ids")
+    __slots__ = (
+        *("_counts", "_params_edit", "bias", "length", "num_generated", "params", "request_id", "seed", "stop_ids"),
+    )
 
     def __init__(
         self,
@@ -41,11 +45,19 @@ class SamplingState:
         token_ids: Sequence[int],
         num_prompt_tokens: int,
         stop_ids: Sequence[int] = (),
+        device: torch.device = CPU,
     ) -> None:
         self.request_id = request_id
         self.params = params
         self.seed = seed
-        self.stop_ids = stop_ids
+        # Made once: what a request lists is only put together in a step, whatever its length.
+        self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device) if params.min_tokens else None
+        self.bias: tuple[Tensor, Tensor] | None = None
+        if params.logit_bias:
+            self.bias = (
+                torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device),
+                torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device),
+            )
         self.length = len(token_ids)
         self.num_generated = len(token_ids) - num_prompt_tokens
         self._params_edit = bool(params.logit_bias) or has_penalties(params)
@@ -67,7 +79,7 @@ class SamplingState:
 
     @property
     def bans_stop(self) -> bool:
-        return self.num_generated < self.params.min_tokens and bool(self.stop_ids)
+        return self.num_generated < self.params.min_tokens and self.stop_ids is not None and len(self.stop_ids) > 0
 
     @property
     def edits_logits(self) -> bool:
@@ -91,15 +103,14 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def broken_rows(logits_SV: Tensor) -> set[int]:
+    """Rows of which no token can be chosen: with a NaN, a +inf, or nothing but -inf."""
+    finite_S = torch.isfinite(logits_SV.amax(dim=-1))
+    return set() if bool(finite_S.all()) else set(torch.nonzero(~finite_S)[:, 0].tolist())
+
+
 def sample(logits_SV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
-    """One token per row. `logits_SV` float32 is left as it was."""
-    finite = torch.isfinite(logits_SV.amax(dim=-1))
-    if not bool(finite.all()):
-        row = int(torch.nonzero(~finite)[0])
-        raise EngineError(
-            f"the model gave logits that are not finite for request {states[row].request_id}; "
-            "a wider --dtype (bfloat16, float32) may help, if the checkpoint is sound"
-        )
+    """One token per row, none of them broken. `logits_SV` float32 is left as it was."""
     edited_SV = logits_SV
     edited = [row for row, state in enumerate(states) if state.edits_logits]
     if edited:
@@ -132,22 +143,24 @@ def sample(logits_SV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
 
 def _edit(logits_SV: Tensor, states: Sequence[SamplingState], rows: Sequence[int]) -> None:
     """logit_bias, the ban of end tokens and the penalties, in place."""
-    biased = [(row, token, bias) for row in rows for token, bias in states[row].params.logit_bias.items()]
+    biased = {row: bias for row in rows if (bias := states[row].bias) is not None}
     if biased:
-        at_row, at_token, biases = zip(*biased, strict=True)
-        index = _index(at_row, at_token, logits_SV.device)
-        logits_SV[index] += torch.tensor(biases, dtype=torch.float32, device=logits_SV.device)
-    banned = [(row, token) for row in rows if states[row].bans_stop for token in states[row].stop_ids]
+        index = _index({row: ids for row, (ids, _) in biased.items()})
+        logits_SV[index] += torch.cat([values for _, values in biased.values()])
+    banned = {row: ids for row in rows if states[row].bans_stop and (ids := states[row].stop_ids) is not None}
     if banned:
-        at_row, at_token = zip(*banned, strict=True)
-        logits_SV[_index(at_row, at_token, logits_SV.device)] = -torch.inf
+        logits_SV[_index(banned)] = LEAST
     penalized = [(row, counts) for row in rows if (counts := states[row].counts) is not None]
     if penalized:
         _penalize(logits_SV, states, penalized)
 
 
-def _index(at_row: Sequence[int], at_token: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.tensor(at_row, device=device), torch.tensor(at_token, device=device)
+def _index(tokens_of_row: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """Row and token of each entry."""
+    tokens = torch.cat(list(tokens_of_row.values()))
+    sizes = torch.tensor([len(ids) for ids in tokens_of_row.values()], device=tokens.device)
+    rows = torch.tensor(list(tokens_of_row), device=tokens.device)
+    return rows.repeat_interleave(sizes, output_size=len(tokens)), tokens
 
 
 def _penalize(logits_SV: Tensor, states: Sequence[SamplingState], penalized: Sequence[tuple[int, TokenCounts]]) -> None:
@@ -168,8 +181,8 @@ def _penalize(logits_SV: Tensor, states: Sequence[SamplingState], penalized: Seq
     less = torch.from_numpy(settings[:, 1] * counts + settings[:, 2] * (counts > 0)).to(device)
     old = logits_SV[index].to(torch.float64)
     new = torch.where(old > 0, old / repetition, old * repetition) - less
-    # A tiny repetition penalty may leave float32; the greatest number still wins every comparison.
-    logits_SV[index] = new.clamp(max=torch.finfo(torch.float32).max).to(torch.float32)
+    # A repetition penalty may leave float32; the greatest number still wins every comparison, and the least loses it.
+    logits_SV[index] = new.clamp(LEAST, -LEAST).to(torch.float32)
 
 
 def draw(logits_SV: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -220,6 +233,15 @@ def _limits(
     """
     device, size = logits_SV.device, logits_SV.shape[1]
     ks = [min(p.top_k, size) if p.top_k > 0 else size for p in params]
+    far = [row for row, k in enumerate(ks) if head < k < size]
+    if far and len(far) < len(params):
+        # One request's large top_k must not have everybody's rows sorted.
+        near = [row for row in range(len(params)) if row not in set(far)]
+        limit_S1 = torch.empty((len(params), 1), dtype=logits_SV.dtype, device=device)
+        for rows in (far, near):
+            part_SV, theirs = logits_SV[rows], [params[row] for row in rows]
+            limit_S1[rows] = _limits(part_SV, weights_SV[rows], _weights(part_SV, theirs), theirs, head)
+        return limit_S1
     longest = max((k for k in ks if k < size), default=1)
     top_ps = [p.top_p for p in params]
     if min(top_ps) == 1:

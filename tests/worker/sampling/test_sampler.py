@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_serve.base.errors import EngineError
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.worker.sampling import sampler
 from moe_serve.worker.sampling.logprobs import token_logprobs
-from moe_serve.worker.sampling.sampler import SamplingState, sample, uniform
+from moe_serve.worker.sampling.sampler import SamplingState, broken_rows, sample, uniform
 
 V = 50
 
@@ -240,12 +239,26 @@ def test_extreme_options_still_give_a_token(params):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_an_error_that_names_the_request(bad):
-    logits = torch.zeros(2, V)
+def test_rows_that_are_not_finite_are_told_from_the_others(bad):
+    logits = torch.zeros(3, V)
     logits[1, 3] = bad
-    states = [make_state(SamplingParams(temperature=0), name=name) for name in ("good", "broken")]
-    with pytest.raises(EngineError, match="broken"):
-        sample(logits, states)
+    logits[2] = -math.inf
+    assert broken_rows(logits) == {1, 2}
+    assert broken_rows(logits[:1]) == set()
+
+
+def test_a_row_whose_only_possible_token_is_banned_still_gives_one_of_the_vocabulary():
+    logits = torch.full((1, V), -math.inf)
+    logits[0, 4] = 1.0
+    state = make_state(SamplingParams(temperature=1.0, min_tokens=2), stop_ids=[4])
+    assert sample(logits, [state])[0].token_id == 4
+
+
+def test_one_large_top_k_leaves_the_others_what_they_would_get_alone():
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(9))
+    states = [make_state(SamplingParams(top_k=k, top_p=p), seed=k) for k, p in ((4000, 1.0), (5, 0.9), (0, 1.0))]
+    together = sample(logits, states)
+    assert together == [sample(logits[row : row + 1], [state])[0] for row, state in enumerate(states)]
 
 
 def test_logprobs_are_those_of_the_unmodified_logits():
