@@ -14,7 +14,7 @@ from moe_serve.base.errors import EngineDead, EngineError, RequestFailed
 from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.admission import Place
-from moe_serve.engine.client import AsyncEngines, SequenceStream
+from moe_serve.engine.streams import AsyncEngines, SequenceStream
 from moe_serve.text.growing import GrowingText
 from moe_serve.text.tokenizer import Tokenizer
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import msgspec
 
 from moe_serve.api.logprobs import Echo
-from moe_serve.api.schemas import ChatBody, CompletionBody, TokenizeBody, shown
+from moe_serve.api.schemas import ChatBody, CompletionBody, TokenizeBody
+from moe_serve.api.values import shown
 from moe_serve.base.errors import ContextTooLong, RequestError
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.admission import guess_tokens

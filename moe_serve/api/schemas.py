@@ -16,67 +16,17 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from moe_serve.api.messages import checked_messages, checked_tools
+from moe_serve.api.values import as_bias, as_prompts, as_stops, shown
 from moe_serve.base.errors import NotJson, RequestError
-from moe_serve.base.sampling import MAX_LOGIT_BIAS, SamplingParams
+from moe_serve.base.sampling import SamplingParams
 
 MAX_SEQUENCES = 2048  # prompts x n of one request
-MAX_STOPS = 32
-MAX_STOP_LENGTH = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 INLINE_BYTES = 2**17  # a larger body is read in a thread, so that it holds up nobody else's stream
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Prompt = str | list[int]
 Body = TypeVar("Body", bound=BaseModel)
-
-
-def _as_stops(value: object) -> object:
-    """One stop string or several."""
-    stops = [value] if isinstance(value, str) else value
-    if stops is None:
-        return ()
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise RequestError(f"stop must be a string or a list of strings, not {shown(value)}", param="stop")
-    if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-        raise RequestError(f"stop may hold at most {MAX_STOPS} strings of {MAX_STOP_LENGTH} characters", param="stop")
-    return tuple(stops)
-
-
-def _as_prompts(value: object) -> object:
-    """A string, ids, or a list of either -> a list."""
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise RequestError(
-            f"prompt must be a string, token ids or a non-empty list of them, not {shown(value)}", param="prompt"
-        )
-    prompts = [value] if all(type(item) is int for item in value) else value
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            continue
-        if not isinstance(prompt, list) or not all(type(item) is int for item in prompt):
-            raise RequestError("prompt must be a string, token ids or a list of strings or of ids", param="prompt")
-    return prompts
-
-
-def _as_bias(value: object) -> object:
-    """OpenAI's object of token id (as text) -> bias."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise RequestError("logit_bias must be an object of token id: bias", param="logit_bias")
-    if len(value) > MAX_LOGIT_BIAS:
-        raise RequestError(
-            f"logit_bias may hold at most {MAX_LOGIT_BIAS} token ids, not {len(value)}", param="logit_bias"
-        )
-    bias = {}
-    for key, weight in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 20):
-            raise RequestError(f"logit_bias must have token ids as keys, not {shown(key)}", param="logit_bias")
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise RequestError(f"logit_bias must have numbers as values, not {shown(weight)}", param="logit_bias")
-        bias[int(key)] = weight
-    return bias
 
 
 class _Body(BaseModel):
@@ -102,8 +52,8 @@ class GenerationBody(_Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_as_bias)] = {}
-    stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops)] = ()
+    logit_bias: Annotated[dict[int, float], BeforeValidator(as_bias)] = {}
+    stop: Annotated[tuple[str, ...], BeforeValidator(as_stops)] = ()
     stop_token_ids: list[Int64] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Int64 | None = None
@@ -158,7 +108,7 @@ class GenerationBody(_Body):
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[list[Prompt], BeforeValidator(_as_prompts)]
+    prompt: Annotated[list[Prompt], BeforeValidator(as_prompts)]
     echo: bool | None = None
     logprobs: Int64 | None = None
     add_special_tokens: bool | None = None
@@ -325,9 +275,3 @@ def _first_problem(error: ValidationError) -> RequestError:
     if problem["type"] == "missing":
         return RequestError(f"{name} is required", param=name)
     return RequestError(f"{name}: {problem['msg']}, not {shown(problem['input'])}", param=name[:200])
-
-
-def shown(value: object) -> str:
-    """A value as an error message may repeat it: short."""
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."

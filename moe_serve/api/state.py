@@ -11,7 +11,7 @@ from moe_serve.api.metrics import Metrics
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, Overloaded, UnknownModel
 from moe_serve.engine.admission import Admission, QueueLimits
-from moe_serve.engine.client import AsyncEngines
+from moe_serve.engine.streams import AsyncEngines
 from moe_serve.text.tokenizer import Tokenizer
 
 

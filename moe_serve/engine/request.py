@@ -6,8 +6,9 @@ import enum
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from moe_serve.base.commands import NewRequest, TokenLogprob
-from moe_serve.base.messages import FinishReason
+from moe_serve.base.commands import NewRequest, Sampled, TokenLogprob
+from moe_serve.base.errors import EngineError
+from moe_serve.base.messages import FinishReason, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 
 
@@ -57,6 +58,29 @@ class Request:
         if token_id in self.stop_ids and self.num_generated > self.sampling.min_tokens:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_total else None
+
+    def advance(self, sampled: Sampled | None) -> TokenEvent:
+        """Append the sampled token, with whatever was waiting for it. EngineError if the workers left something out."""
+        if sampled is None:
+            raise EngineError(f"the workers gave no next token for request {self.request_id}")
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        if prompt_logprobs is not None and len(prompt_logprobs) != self.num_prompt - 1:
+            raise EngineError(
+                f"the workers gave {len(prompt_logprobs)} prompt logprobs for request {self.request_id}, "
+                f"not {self.num_prompt - 1}"
+            )
+        if sampled.logprob is None and self.sampling.logprobs is not None:
+            raise EngineError(f"the workers gave no logprob for request {self.request_id}")
+        reason = self.append(sampled.token_id)
+        return TokenEvent(
+            request_id=self.request_id,
+            token_ids=[sampled.token_id],
+            finish_reason=reason,
+            stop_token=sampled.token_id if reason == "stop" else None,
+            logprobs=None if sampled.logprob is None else [sampled.logprob],
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=self.num_cached or 0,
+        )
 
     def rewind(self) -> None:
         """Back to waiting: nothing computed or known to the workers. Its blocks are released already."""

@@ -297,28 +297,10 @@ class Scheduler:
 
     def _advance(self, request: Request, sampled: Sampled | None) -> TokenEvent:
         """Append the sampled token; end the request if it is the last."""
-        if sampled is None:
-            raise EngineError(f"the workers gave no next token for request {request.request_id}")
-        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        if prompt_logprobs is not None and len(prompt_logprobs) != request.num_prompt - 1:
-            raise EngineError(
-                f"the workers gave {len(prompt_logprobs)} prompt logprobs for request {request.request_id}, "
-                f"not {request.num_prompt - 1}"
-            )
-        if sampled.logprob is None and request.sampling.logprobs is not None:
-            raise EngineError(f"the workers gave no logprob for request {request.request_id}")
-        reason = request.append(sampled.token_id)
-        if reason is not None:
-            self._finish(request, reason)
-        return TokenEvent(
-            request_id=request.request_id,
-            token_ids=[sampled.token_id],
-            finish_reason=reason,
-            stop_token=sampled.token_id if reason == "stop" else None,
-            logprobs=None if sampled.logprob is None else [sampled.logprob],
-            prompt_logprobs=prompt_logprobs,
-            num_cached_tokens=request.num_cached or 0,
-        )
+        event = request.advance(sampled)
+        if event.finish_reason is not None:
+            self._finish(request, event.finish_reason)
+        return event
 
     def _fail(self, request: Request, why: str) -> TokenEvent:
         """End a request that the workers cannot compute; its blocks may be the cause and are shared with nobody new."""

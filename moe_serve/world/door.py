@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 
-from moe_serve.base.quiet import QuietLog
+from moe_serve.base.log import Sparingly
 from moe_serve.base.secret import new_nonce
 from moe_serve.world.handshake import ANSWER_BYTES, REFUSAL, judge_answer
 from moe_serve.world.link import PROOF_SECONDS
 
 MAX_STRANGERS = 256
 """A world of thousands comes in waves of these; those dropped at the door try again."""
+QUIET_SECONDS = 10.0
 log = logging.getLogger(__name__)
+log.addFilter(Sparingly(burst=1, seconds=QUIET_SECONDS))
 
 
 class Door:
@@ -22,12 +23,11 @@ class Door:
     def __init__(self, token: str) -> None:
         self._token = token
         self._strangers = 0
-        self._quiet = QuietLog(log, time.monotonic)
 
     async def admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Whether somebody who connected knows the token; of those who do not, no word is read."""
         if self._strangers >= MAX_STRANGERS:
-            self._quiet.warning("dropped a connection: %d others have not said who they are", self._strangers)
+            log.warning("dropped a connection: %d others have not said who they are", self._strangers)
             return False
         self._strangers += 1
         try:
@@ -37,7 +37,7 @@ class Door:
         finally:
             self._strangers -= 1
         if verdict == REFUSAL:
-            self._quiet.warning("dropped %s, who does not know this world's token", writer.get_extra_info("peername"))
+            log.warning("dropped %s, who does not know this world's token", writer.get_extra_info("peername"))
         return verdict != REFUSAL
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:

@@ -16,7 +16,7 @@ from tests.support.load import Load
 from tests.support.server import Server
 from tests.support.trapped import ENVIRONMENT, HANG
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
 VICTIM = 1
 STEP_SECONDS = 4

@@ -43,6 +43,7 @@ def one_token(server: Server) -> float:
     return time.perf_counter() - started
 
 
+@pytest.mark.long
 def test_random_bursts_with_gaps_strand_no_rank(server: Server) -> None:
     numbers = random.Random(17)
     with ThreadPoolExecutor(6) as pool:

@@ -27,10 +27,10 @@ INTERVAL = 32
 LENGTHS = [1, 5, 17, 60, 33, 90, 8, 120]
 WAYS = [
     (2, "shuffle", 0, "torch_a2a"),
-    (4, "shuffle", 4, "torch_padded"),
+    pytest.param(4, "shuffle", 4, "torch_padded", marks=pytest.mark.long),
     (2, "sticky", 4, "torch_padded"),
     (4, "shuffle", 8, "allgather_reducescatter"),
-    (4, "deepseek", 2, "naive"),
+    pytest.param(4, "deepseek", 2, "naive", marks=pytest.mark.long),
 ]
 
 

@@ -145,6 +145,7 @@ def ports_of(server: Server) -> list[int]:
     return sorted(found)
 
 
+@pytest.mark.long
 def test_a_crowd_that_says_nothing_keeps_no_member_out(folder: Path) -> None:
     """Silent connections to the coordinator, from its first moment on: the world gets ready all the same."""
     stop = threading.Event()

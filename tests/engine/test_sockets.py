@@ -27,8 +27,9 @@ from moe_serve.base.messages import (
 )
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.sockets import prepare
-from moe_serve.engine.client import EngineClient, SubmittedStream
+from moe_serve.engine.client import EngineClient
 from moe_serve.engine.sockets import FrontendSockets, LineLost
+from moe_serve.engine.streams import SubmittedStream
 from tests.support.proxy import Proxy
 
 TOKEN = "token of a test world"
