@@ -163,7 +163,7 @@ class Routes:
     async def _complete(
         self, request: Request, body: CompletionBody, sampling: SamplingParams, place: Place, arrival: float
     ) -> Response:
-        prompts = await prepare.completion_prompts(self._state.tokenizer, body)
+        prompts = await prepare.completion_prompts(self._state.tokenizer, body, self._state.engines.max_model_len)
         heading = self._heading("cmpl")
         choices = self._choices(heading.id, prompts, sampling, arrival, param="prompt", discard=body.only_scores)
         echo: dict[int, Echo] = {}
@@ -188,7 +188,7 @@ class Routes:
     async def _chat(
         self, request: Request, body: ChatBody, sampling: SamplingParams, place: Place, arrival: float
     ) -> Response:
-        prompt = await prepare.chat_prompt(self._state.tokenizer, body)
+        prompt = await prepare.chat_prompt(self._state.tokenizer, body, self._state.engines.max_model_len)
         heading = self._heading("chatcmpl")
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         choices = self._choices(heading.id, [prompt], sampling, arrival, param="messages", limit_param=limit)

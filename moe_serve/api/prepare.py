@@ -27,14 +27,18 @@ async def encode_all(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_
     return await asyncio.to_thread(encode)
 
 
-async def completion_prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[list[int]]:
-    """The ids of each prompt."""
+async def completion_prompts(tokenizer: Tokenizer, body: CompletionBody, max_model_len: int) -> list[list[int]]:
+    """The ids of each prompt; ContextTooLong, before anything is encoded, for a text that cannot fit."""
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    for text in texts:
+        check_fits(tokenizer, text, max_model_len, "prompt")
     encoded = iter(await encode_all(tokenizer, texts, add_special_tokens=body.add_special_tokens is not False))
     return [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
 
 
-async def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> list[int]:
+async def chat_prompt(
+    tokenizer: Tokenizer, body: ChatBody | TokenizeBody, max_model_len: int | None = None
+) -> list[int]:
     """The ids of a conversation; the template writes the special tokens itself, unless more are asked for."""
     hidden = isinstance(body, ChatBody) and body.tool_choice == "none"
     text = tokenizer.render_chat(
@@ -43,6 +47,8 @@ async def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> li
         add_generation_prompt=body.add_generation_prompt is not False,
         options=body.chat_template_kwargs,
     )
+    if max_model_len is not None:
+        check_fits(tokenizer, text, max_model_len, "messages")
     special = isinstance(body, TokenizeBody) and bool(body.add_special_tokens)
     return (await encode_all(tokenizer, [text], add_special_tokens=special))[0]
 
@@ -76,6 +82,17 @@ def echo_of(tokenizer: Tokenizer, prompt: str | list[int], token_ids: list[int],
     # Special tokens that the client wrote are part of its text, those that were added for it are not.
     written = tokenizer.decode(token_ids, skip_special_tokens=False) == prompt
     return Echo(prompt, token_ids, skip_special_tokens=not written)
+
+
+def check_fits(tokenizer: Tokenizer, text: str, max_model_len: int, param: str) -> None:
+    """Refuse a text that is too long whatever its tokens are; encoding megabytes would take seconds."""
+    least = tokenizer.least_tokens(text)
+    if least >= max_model_len:
+        raise ContextTooLong(
+            f"the prompt has {len(text)} characters, which is at least {least} tokens: more than the {max_model_len} "
+            "tokens this model is served with (server option --max-model-len)",
+            param=param,
+        )
 
 
 def settled(

@@ -25,6 +25,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 INLINE_BYTES = 2**17  # a larger body is read in a thread, so that it holds up nobody else's stream
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Ids = Annotated[list[Int64], Field(fail_fast=True)]  # an error for each of a million items is a gigabyte
 Prompt = str | list[int]
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -54,7 +55,7 @@ class GenerationBody(_Body):
     repetition_penalty: float | None = None
     logit_bias: Annotated[dict[int, float], BeforeValidator(as_bias)] = {}
     stop: Annotated[tuple[str, ...], BeforeValidator(as_stops)] = ()
-    stop_token_ids: list[Int64] | None = None
+    stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Int64 | None = None
     ignore_eos: bool | None = None
@@ -228,7 +229,7 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     model: str | None = None
-    tokens: list[Int64]
+    tokens: Ids
 
 
 async def read_body(kind: type[Body], request: Request) -> Body:

@@ -113,6 +113,12 @@ def spellings(options: type[Options]) -> dict[str, str]:
     return known
 
 
+def variables(options: type[Options]) -> set[str]:
+    """Every option as the environment names it, without the prefix."""
+    names = {name for name, _ in _flags(options)} | set(_positional(options))
+    return {name.replace("-", "_").replace(".", "__").upper() for name in names}
+
+
 def short_forms(info: FieldInfo) -> list[str]:
     """The short spellings that are kept beside a field."""
     return _extra(info, "short")

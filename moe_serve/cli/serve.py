@@ -5,6 +5,7 @@ Where a value comes from, first wins: command line, `MOE_SERVE_*` environment, `
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ from pydantic_settings import CliPositionalArg
 
 from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.errors import ConfigError
-from moe_serve.cli.flags import Options, help_text, normalise, parse, spellings, wants_help
+from moe_serve.cli.environment import check_environment
+from moe_serve.cli.flags import (
+    ENVIRONMENT_PREFIX,
+    Options,
+    help_text,
+    normalise,
+    parse,
+    spellings,
+    variables,
+    wants_help,
+)
 from moe_serve.launch.serve import serve
 
 ABOUT_SERVE = (
@@ -51,6 +62,7 @@ def serve_options() -> type[Options]:
 def parse_serve(arguments: Sequence[str]) -> Config:
     """Command line (after `serve`), environment and YAML file to a Config. Raises ConfigError; exits for --help."""
     known = serve_options()
+    check_environment(os.environ, ENVIRONMENT_PREFIX, variables(known))
     file = _config_path(normalise(known, arguments, "serve"))
     values = parse(known, arguments, "serve", _read_yaml(file, known))
     values.pop("config", None)

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import IO
 
 from moe_serve.base.errors import ConfigError, EngineError, RankTimeout
+from moe_serve.base.interpreter import module_command
 
 READY = re.compile(r"^curl (https?://[^\s/]+)/v1/")
 READY_SECONDS = 900.0
@@ -50,7 +51,7 @@ def spawned_server(command: Sequence[str], *, ready_seconds: float = READY_SECON
 
 def serve_command(options: Sequence[str]) -> list[str]:
     """The command line of `moe-serve serve` in this Python."""
-    return [sys.executable, "-m", "moe_serve", "serve", *options]
+    return [*module_command("moe_serve"), "serve", *options]
 
 
 def _wait_ready(process: subprocess.Popen[str], seconds: float) -> str:

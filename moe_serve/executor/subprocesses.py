@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
 from pathlib import Path
 
+from moe_serve.base.interpreter import module_command
 from moe_serve.worker.wire import Invitation
 
 GONE_SECONDS = 3.0
@@ -44,7 +44,7 @@ class Subprocesses:
 
     def start(self, worker: int, invitation: Invitation) -> WorkerChild:
         process = subprocess.Popen(
-            [sys.executable, "-m", "moe_serve.worker.process"],
+            module_command("moe_serve.worker.process"),
             env=invitation.to_environment(),
             stdin=subprocess.DEVNULL,
             start_new_session=True,

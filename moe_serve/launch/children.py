@@ -6,11 +6,11 @@ import asyncio
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from moe_serve.base.interpreter import module_command
 from moe_serve.world.member import MemberSpec, end_all, started
 
 STOP_SECONDS = 3.0
@@ -46,7 +46,7 @@ class Children:
     def start(self, name: str, module: str, spec: MemberSpec) -> None:
         # A session of its own: Ctrl-C in the terminal reaches the launcher only, which then drains.
         process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            module_command(module),
             env=spec.to_environment(),
             start_new_session=True,
             stdin=subprocess.DEVNULL,

@@ -32,6 +32,7 @@ class Tokenizer:
         self.chat_templates = _load_chat_templates(self.folder, config, special_tokens)
         self._special = {token.content for token in self._core.get_added_tokens_decoder().values() if token.special}
         self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._longest = _longest_token(self._core)
         self.decoding: ByteDecoding | UnitDecoding = choose_decoding(
             self._core, self._special, self.folder / "tokenizer.json"
         )
@@ -50,8 +51,15 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the text is not valid Unicode: {error}", param="prompt") from error
-        ids: list[int] = self._core.encode(text, add_special_tokens=add_special_tokens).ids
+        # Only the batch lets go of the GIL while it works, and only the fast one keeps no offsets, which are as much
+        # work again to drop: megabytes of text must not stop the rest of the process.
+        (encoded,) = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded.ids
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """At least so many tokens a text has, known without cutting it; 0 where nothing is known."""
+        return 0 if self._longest is None else -(-len(text) // self._longest)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; ids that no token has are left out."""
@@ -99,6 +107,18 @@ def _load_core(path: Path) -> tokenizers.Tokenizer:
     core.no_truncation()
     core.no_padding()
     return core
+
+
+def _longest_token(core: tokenizers.Tokenizer) -> int | None:
+    """Characters that one token can stand for; None if there is no limit, as for an unknown word.
+
+    Normalizers may write several characters as one, at most four (Unicode's NFKC has longer ones, for single letters).
+    """
+    is_byte_level = "ByteLevel" in repr(core.pre_tokenizer)
+    if not isinstance(core.model, tokenizers.models.BPE) or not (is_byte_level or core.model.byte_fallback):
+        return None
+    longest = max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
+    return max(longest, 1) * (1 if core.normalizer is None else 4)
 
 
 def _read_json(path: Path) -> dict[str, object]:

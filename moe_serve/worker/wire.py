@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import msgspec
 
 from moe_serve.base.commands import Command, Meeting, Reply
+from moe_serve.base.interpreter import import_environment
 from moe_serve.world.member import thread_environment
 
 ENVIRONMENT = "MOE_SERVE_WORKER"
@@ -34,7 +35,12 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_environment(self) -> dict[str, str]:
         """Environment of the worker: this one's, the invitation and the threads, which torch reads when imported."""
-        return {**os.environ, ENVIRONMENT: msgspec.json.encode(self).decode(), **thread_environment(self.threads)}
+        return {
+            **os.environ,
+            **import_environment(),
+            ENVIRONMENT: msgspec.json.encode(self).decode(),
+            **thread_environment(self.threads),
+        }
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Invitation:

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from moe_serve.base.config import Config
+from moe_serve.base.interpreter import import_environment
 from moe_serve.base.site import Site
 
 ENVIRONMENT = "MOE_SERVE_MEMBER"
@@ -38,7 +39,12 @@ class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_environment(self) -> dict[str, str]:
         """Environment for the child: this one's, the spec and the share of the cores."""
-        return {**os.environ, ENVIRONMENT: msgspec.json.encode(self).decode(), **thread_environment(self.site.threads)}
+        return {
+            **os.environ,
+            **import_environment(),
+            ENVIRONMENT: msgspec.json.encode(self).decode(),
+            **thread_environment(self.site.threads),
+        }
 
     @classmethod
     def from_environment(cls) -> MemberSpec:

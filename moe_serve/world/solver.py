@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 
+from moe_serve.base.interpreter import import_environment, module_command
 from moe_serve.base.parcel import PIECE_BYTES, Parcel
 from moe_serve.eplb.questions import Question, Solved, Unsolved
 from moe_serve.world.member import thread_environment
@@ -90,16 +90,11 @@ class Solver:
 
     async def _running(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
-            # It imports what this process could, and nothing from the folder it happens to be started in.
-            path = os.pathsep.join(folder for folder in sys.path if folder)
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",
-                "-m",
-                "moe_serve.world.solver_process",
+                *module_command("moe_serve.world.solver_process"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env={**os.environ, **thread_environment(1), "PYTHONPATH": path},
+                env={**os.environ, **thread_environment(1), **import_environment()},
                 start_new_session=True,
             )
         return self._process

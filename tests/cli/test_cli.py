@@ -163,7 +163,7 @@ def test_an_absent_file_is_refused_by_name() -> None:
 
 
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("MOE_SERVE_PORT", "tcp://10.0.0.1:80")  # as Kubernetes sets it for a service moe-serve
+    monkeypatch.setenv("MOE_SERVE_PORT", "eight thousand")
     said = refused(capsys, "serve")
     assert "port: " in said
     assert "from the environment: MOE_SERVE_PORT" in said
