@@ -67,13 +67,7 @@ def test_what_lies_in_the_current_folder_is_not_run_by_children(name: str, tmp_p
         trap.mkdir()
         (trap / "__init__.py").write_text("raise SystemExit('trapped')\n")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    ended = subprocess.run(
-        [sys.executable, "-P", "-c", START_A_CHILD],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-P", "-c", START_A_CHILD]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "trapped" not in ended.stdout + ended.stderr
     assert "KeyError: 'MOE_SERVE_MEMBER'" in ended.stdout, "it got as far as asking who it is"
