@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def longest_gap(server: Server, until: float) -> float:
-    """Streams one answer after the other; the longest time between two tokens of one. AssertionError if one ends early."""
+    """Streams one answer after the other, each to its end; the longest time between two tokens of one."""
     worst = 0.0
     while time.monotonic() < until:
         last, count = time.monotonic(), 0
