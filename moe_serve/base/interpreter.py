@@ -22,4 +22,4 @@ def import_environment() -> dict[str, str]:
     """The environment that keeps this process's import path, in its order and without the current folder."""
     here = Path.cwd()
     kept = [folder for folder in sys.path if folder and (Path(folder) != here or here == HOME)]
-    return {"PYTHONPATH": os.pathsep.join(kept)}
+    return {"PYTHONPATH": os.pathsep.join([*kept, *([] if str(HOME) in kept else [str(HOME)])])}

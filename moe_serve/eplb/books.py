@@ -55,17 +55,17 @@ class Books:
         speed = moved / seconds if moved and seconds else COPY_BYTES_PER_SECOND
         return plan.num_bytes / speed / horizon if horizon else 0.0
 
-    def objection(self, plan: Proposal, config: EPLBConfig) -> tuple[str, str] | None:
+    def objection(self, plan: Proposal, eplb_config: EPLBConfig) -> tuple[str, str] | None:
         """Why a plan is not carried out, in one word and in a sentence; None if it is."""
         if not plan.chunks:
             return "no_moves", "the policy keeps everything where it is"
-        paid = plan.gain - self.cost_share(plan, config.step_interval)
-        if not config.min_gain or paid >= config.min_gain:
+        paid = plan.gain - self.cost_share(plan, eplb_config.step_interval)
+        if not eplb_config.min_gain or paid >= eplb_config.min_gain:
             return None
         return (
             "small_gain",
             f"moving {plan.num_moves} experts would save {paid:.2%} of the expert time over the next "
-            f"{config.step_interval} steps, less than min_gain ({config.min_gain:.2%})",
+            f"{eplb_config.step_interval} steps, less than min_gain ({eplb_config.min_gain:.2%})",
         )
 
     def skipped(self, step: int, reason: str, text: str) -> None:
