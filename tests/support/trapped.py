@@ -1,6 +1,6 @@
 """An executor whose rank stops, or hangs while its heartbeats go on, when it enters a chosen phase of a step.
 
-Named by --distributed-executor-backend; MOE_SERVE_TEST_TRAP holds "PHASE HOW DP_RANK FILE", for example
+Named by --distributed-executor-backend; TEST_TRAP holds "PHASE HOW DP_RANK FILE", for example
 "DISPATCH SIGSTOP 1 /tmp/armed": nothing happens before the file exists.
 """
 
@@ -16,7 +16,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.executor.uni import UniExecutor
 
-ENVIRONMENT = "MOE_SERVE_TEST_TRAP"
+ENVIRONMENT = "TEST_TRAP"
 HANG = "HANG"
 FOREVER_SECONDS = 3600.0
 
