@@ -1,6 +1,6 @@
 """An executor that ends or stops its own process in a chosen phase of a rearrangement.
 
-Named by --distributed-executor-backend; MOE_SERVE_TEST_DEATH holds "PHASE SIGNAL DP_RANK", for example
+Named by --distributed-executor-backend; TEST_DEATH holds "PHASE SIGNAL DP_RANK", for example
 "committing SIGSTOP 1".
 """
 
@@ -15,7 +15,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.progress import Progress
 from moe_serve.executor.uni import UniExecutor
 
-ENVIRONMENT = "MOE_SERVE_TEST_DEATH"
+ENVIRONMENT = "TEST_DEATH"
 PHASES = ("asked", "moving", "staged", "committing", "committed")
 
 
