@@ -16,7 +16,7 @@ import pytest
 from moe_serve.cli.random_model import make_model
 from tests.support.server import Server, serving
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
 NUM_IDLE = 1200
 OPEN_FILES = 1024

@@ -14,7 +14,7 @@ from tests.support.letters import ids_of, write_letters
 from tests.support.server import Server, serving
 from tests.support.tiny_model import tiny_model
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
 MIB = 1 << 20
 LIMIT = 16 * MIB - 4096

@@ -17,7 +17,7 @@ from tests.support.dying import ENVIRONMENT
 from tests.support.load import Load
 from tests.support.server import Server
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
 VICTIM = 1
 NAMED_SECONDS = 10.0

@@ -19,7 +19,7 @@ from tests.support.letters import ids_of, write_letters
 from tests.support.server import Server, serving
 from tests.support.tiny_model import tiny_model
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
 ATTACK_SECONDS = 6.0
 STREAMS = 4
@@ -145,7 +145,6 @@ def ports_of(server: Server) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.long
 def test_a_crowd_that_says_nothing_keeps_no_member_out(folder: Path) -> None:
     """Silent connections to the coordinator, from its first moment on: the world gets ready all the same."""
     stop = threading.Event()
