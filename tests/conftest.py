@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """A command that a test runs in this process sets up logging, after which caplog would hear nothing."""
+def _logging_as_a_library_has_it() -> None:
+    """A command that a test or a fixture of a module ran in this process set logging up; caplog would hear nothing."""
     logger = logging.getLogger("moe_serve")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
