@@ -5,14 +5,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
-import os
-import socket
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -22,18 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_serve.base.commands import TokenLogprob
 from moe_serve.base.config import Config
-from moe_serve.base.errors import ConfigError, EngineDead, RequestError
+from moe_serve.base.errors import RequestError
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import FinishReason, Generate, Hello, Ready, Stop, TokenEvent, ToMember, WorldView
-from moe_serve.base.progress import Progress as RankProgress
+from moe_serve.base.messages import FinishReason, Generate, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.alone import OneEngine, OnEvent
-from moe_serve.engine.client import EngineClient
-from moe_serve.launch.node import Node, NodePart
+from moe_serve.launch.embedded import EngineWorld
 from moe_serve.launch.resolve import resolve
 from moe_serve.text.growing import GrowingText, Growth
 from moe_serve.text.tokenizer import Tokenizer
-from moe_serve.world.link import Link
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
@@ -193,109 +185,6 @@ class PendingOutput:
     def output(self) -> RequestOutput:
         outputs = [choice.output() for choice in self.choices]
         return RequestOutput(self.prompt, self.token_ids, outputs, self.choices[0].prompt_logprobs)
-
-
-class EngineWorld:
-    """Engines of a larger world: started like a server's, this process being its front-end."""
-
-    def __init__(self, config: Config) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="engines", daemon=True)
-        self._thread.start()
-        self._node: Node | None = None
-        self._link: Link | None = None
-        self._client: EngineClient | None = None
-        try:
-            self._call(self._start(config))
-        except BaseException:
-            self.close()
-            raise
-
-    async def _start(self, config: Config) -> None:
-        node = self._node = Node(config, NodePart(serve_http=False))
-        await node.start()
-        client = self._client = EngineClient(config, token=node.token)
-        self._receiving = asyncio.create_task(client.run())
-        hello = Hello(
-            role="api",
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            address=client.bind(node.address),
-        )
-        link = self._link = await asyncio.to_thread(
-            Link,
-            node.host,
-            node.port,
-            hello,
-            token=node.token,
-            on_message=self._hear,
-            on_lost=self._lost,
-            progress=RankProgress(),
-        )
-        if client.data_parallel_size == 0:  # else it has heard of a newer view already
-            client.meet(link.view)
-        connected = asyncio.create_task(client.wait_ready())
-        connected.add_done_callback(lambda _: link.send(Ready()))
-        await node.until_ready()
-        if node.ended is not None:
-            connected.cancel()
-            raise ConfigError(node.ended.reason) if node.ended.code == 2 else EngineDead(node.ended.reason)
-        self._watching = asyncio.create_task(node.until_ended())
-
-    def _hear(self, message: ToMember) -> None:
-        if isinstance(message, Stop):
-            self._lost(message.reason)
-        elif isinstance(message, WorldView) and self._client is not None:
-            self._loop.call_soon_threadsafe(self._client.meet, message)
-
-    def _lost(self, why: str) -> None:
-        if self._client is not None:
-            self._loop.call_soon_threadsafe(self._client.fail, why)
-
-    def run(self, sequences: list[Generate], on_event: OnEvent) -> None:
-        self._call(self._run(sequences, on_event))
-
-    async def _run(self, sequences: list[Generate], on_event: OnEvent) -> None:
-        async with asyncio.TaskGroup() as group:
-            for sequence in sequences:
-                group.create_task(self._stream(sequence, on_event))
-
-    async def _stream(self, sequence: Generate, on_event: OnEvent) -> None:
-        assert self._client is not None
-        stream = await self._client.submit(sequence.request_id, sequence.token_ids, sequence.sampling)
-        async with contextlib.aclosing(stream) as events:
-            async for event in events:
-                if on_event(event):
-                    return
-
-    def close(self) -> None:
-        if not self._loop.is_running():
-            return
-        self._call(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=5)
-        if not self._loop.is_running():
-            self._loop.close()
-
-    async def _end(self) -> None:
-        if self._link is not None:
-            self._link.close("LLM closed")
-        if self._node is not None:
-            self._node.end(Stop("LLM closed", 0))
-            await self._node.close()
-        if self._client is not None:
-            self._client.close()
-
-    def _call(self, work: Coroutine[object, object, None]) -> None:
-        """Run in the loop's thread; a group of one failure is that failure."""
-        future: Future[None] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            future.result()
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

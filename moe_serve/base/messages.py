@@ -29,7 +29,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     (Topology.worker_index); it and `dp` are -1 where they mean nothing.
 
     The world ends with an `essential` member; only front-ends can be others, which come and go. A front-end `serves`
-    these DP ranks only (None: all).
+    these DP ranks only (None: all), and may be silent for `patience_seconds` as long as an engine's line to it stands:
+    its interpreter is busy with something else, since a stopped process answers on no line.
     """
 
     role: Role
@@ -41,6 +42,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     agreement: dict[str, str] = {}
     essential: bool = True
     serves: list[int] | None = None
+    patience_seconds: float = 60.0
 
 
 class FrontendAt(msgspec.Struct, frozen=True):
@@ -134,6 +136,14 @@ class Unfinished(msgspec.Struct, frozen=True, tag="unfinished"):
     oldest: list[str] = []
 
 
+class LineTo(msgspec.Struct, frozen=True, kw_only=True, tag="line_to"):
+    """From an engine: whether its line to the front-end at `address` stands. Who answers there is libzmq's own thread,
+    which waits for no interpreter."""
+
+    address: str
+    stands: bool
+
+
 class Leaving(msgspec.Struct, frozen=True, tag="leaving"):
     """This member goes on purpose; its closed link is no death."""
 
@@ -210,7 +220,18 @@ class BalanceAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="balance_answ
 
 
 FromMember = (
-    Hello | Heartbeat | StoreAt | Ready | Wake | Unfinished | Leaving | Failure | StageReport | StepLoad | BalanceAsk
+    Hello
+    | Heartbeat
+    | StoreAt
+    | Ready
+    | Wake
+    | Unfinished
+    | LineTo
+    | Leaving
+    | Failure
+    | StageReport
+    | StepLoad
+    | BalanceAsk
 )
 ToMember = (
     Welcome

@@ -17,8 +17,8 @@ from moe_serve.base.secret import derive
 
 HANDSHAKE_MILLISECONDS = 5_000
 """Who connects and says nothing is dropped after this long."""
-SILENCE_MILLISECONDS = 10_000
-"""A peer whose host has vanished without a word is given up after this long."""
+SILENCE_MILLISECONDS = 5_000
+"""A peer that is stopped, or whose host has vanished without a word, is given up after this long."""
 BEAT_MILLISECONDS = 1_000
 QUEUED_MESSAGES = 10_000
 """For each peer and direction. Steps are answered one by one; only a peer that does not read comes near it."""

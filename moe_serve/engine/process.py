@@ -49,10 +49,11 @@ from moe_serve.base.progress import Phase, Progress
 from moe_serve.engine.build import build_core, describe_loaded
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank
+from moe_serve.engine.frontends import Frontends
 from moe_serve.engine.owners import Owners
 from moe_serve.engine.rearranging import Rearranging
 from moe_serve.engine.reporting import Reporting
-from moe_serve.engine.sockets import FrontendSockets, LineLost
+from moe_serve.engine.sockets import FrontendSockets, LineLost, LineStands
 from moe_serve.eplb.first_placement import check_placement
 from moe_serve.executor.base import Executor
 from moe_serve.executor.choose import choose_executor
@@ -67,6 +68,8 @@ FAREWELL_SECONDS = 5.0
 COLLECTIONS_PER_WINDOW = 20
 STAGE_POLL_SECONDS = 0.01
 log = logging.getLogger("moe_serve.engine.process")  # run as __main__, which is no child of moe_serve
+FromFrontend = tuple[str, ToEngine | LineLost | LineStands]
+"""With the address of the front-end."""
 
 
 class EngineProcess:
@@ -76,7 +79,7 @@ class EngineProcess:
         self._spec = spec
         self._config = spec.load_config()
         self._progress = Progress()
-        self._inbox: queue.SimpleQueue[ToMember | tuple[str, ToEngine | LineLost]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToMember | FromFrontend] = queue.SimpleQueue()
         self._owners = Owners()
         self._view = WorldView(engines=0)
         self._executor: Executor | None = None
@@ -219,38 +222,38 @@ class EngineProcess:
             hello, lambda address, message: self._inbox.put((address, message)), token=self._spec.token
         )
         reporting = Reporting(self._spec.dp, self._owners, sockets, self._link)
-        for address in self._frontends:
-            sockets.connect(address)
+        frontends = Frontends(self._spec.dp, self._owners, sockets, self._link)
+        frontends.look(self._view, rank.core)
         self._link.send(Ready(expert_bytes=self._expert_bytes))
         gc.collect()
         gc.freeze()
         while True:
-            self._take_in(rank, sockets, reporting)
+            self._take_in(rank, frontends, reporting)
             if not rank.naps.asleep:
-                reporting.tell(rank.turn(), rank, self._frontends)
+                reporting.tell(rank.turn(), rank, frontends.addresses)
             self._pass_on_news(rank)
 
-    def _take_in(self, rank: DPRank, sockets: FrontendSockets, reporting: Reporting) -> None:
+    def _take_in(self, rank: DPRank, frontends: Frontends, reporting: Reporting) -> None:
         """Everything in the inbox; while asleep, wait for something."""
         while rank.naps.asleep or not self._inbox.empty():
             if rank.naps.asleep:
                 self._progress.enter(Phase.ASLEEP)  # again: workers may have been asked for something meanwhile
             message = self._next_message(rank)
             match message:
-                case (str() as address, Generate() as request) if address in self._frontends:
+                case (str() as address, Generate() as request) if address in frontends.addresses:
                     self._accept(address, request, rank, reporting)
                 case (str(), Abort() as abort):
                     rank.core.abort(abort.request_ids)
                     self._owners.forget(abort.request_ids)
-                case (str() as address, LineLost() as lost):
-                    rank.core.abort(self._owners.leave(address))
-                    self._check_line(address, lost)
+                case (str() as address, LineLost() | LineStands() as news):
+                    frontends.hear_line(address, news, rank.core)
                 case Wake() if message.generation == self._view.generation:
                     rank.naps.hear(message.nap)
                 case Drain():
                     reporting.drain(rank)
                 case WorldView():
-                    self._look(message, rank, sockets)
+                    self._view = message
+                    frontends.look(message, rank.core)
                 case StageExperts() | SetShares() | DropStage() | Record():
                     if rank.rearranging is not None:
                         rank.rearranging.hear(message)
@@ -262,7 +265,7 @@ class EngineProcess:
                 assert self._link is not None
                 self._link.send(Wake(rank.naps.wake_up(), self._view.generation))
 
-    def _next_message(self, rank: DPRank) -> ToMember | tuple[str, ToEngine | LineLost] | None:
+    def _next_message(self, rank: DPRank) -> ToMember | FromFrontend | None:
         """The next one; None after some progress with a rearrangement that goes on while the world sleeps."""
         if rank.rearranging is None or not rank.rearranging.active:
             return self._inbox.get()
@@ -277,33 +280,12 @@ class EngineProcess:
         for news in () if rank.rearranging is None else rank.rearranging.take_news():
             self._link.send(news)
 
-    def _take(self, message: ToMember | tuple[str, ToEngine | LineLost]) -> None:
+    def _take(self, message: ToMember | FromFrontend) -> None:
         """What may arrive before this engine serves."""
         if isinstance(message, WorldView):
             self._view = message
         elif isinstance(message, WorldReady):
             deafen(self._store_doors)  # all have met
-
-    @property
-    def _frontends(self) -> list[str]:
-        """Where those front-ends listen that serve this rank."""
-        frontends = self._view.frontends
-        return [each.address for each in frontends if each.serves is None or self._spec.dp in each.serves]
-
-    def _look(self, view: WorldView, rank: DPRank, sockets: FrontendSockets) -> None:
-        """Front-ends come and go; nobody waits for answers to one that is gone."""
-        before, self._view = self._frontends, view
-        for address in set(self._frontends).difference(before):
-            sockets.connect(address)
-        for gone in set(before).difference(self._frontends):
-            sockets.disconnect(gone)
-            rank.core.abort(self._owners.leave(gone))
-
-    def _check_line(self, address: str, lost: LineLost) -> None:
-        """A front-end that the world needs must be reached; others may be cut off for as long as they like."""
-        needed = any(each.address == address and each.essential for each in self._view.frontends)
-        if lost.final and needed:
-            raise EngineError(f"cannot reach the API server at {address} any more")
 
     def _accept(self, address: str, request: Generate, rank: DPRank, reporting: Reporting) -> None:
         try:

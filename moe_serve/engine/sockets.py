@@ -36,6 +36,11 @@ class LineLost:
     final: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class LineStands:
+    """There is a connection to a front-end, and both ends have proved the token."""
+
+
 @dataclass(slots=True)
 class _Line:
     """To one front-end; `monitor` tells whether its connection stands. `deadline` for it to come back."""
@@ -56,13 +61,13 @@ class FrontendSockets:
 
     Each connection opens with `hello`; the world's `token` proves it (base/sockets.py). After one that was lost a new
     one is opened, whose hello tells the front-end that something was; the owner hears LineLost, and hears it again if
-    the front-end cannot be reached within `patience` seconds.
+    the front-end cannot be reached within `patience` seconds. It hears LineStands of each connection.
     """
 
     def __init__(
         self,
         hello: EngineHello,
-        on_message: Callable[[str, ToEngine | LineLost], None],
+        on_message: Callable[[str, ToEngine | LineLost | LineStands], None],
         *,
         token: str,
         patience: float = PATIENCE_SECONDS,
@@ -145,6 +150,7 @@ class FrontendSockets:
     def _watch(self, context: zmq.Context[zmq.Socket[bytes]], address: str, line: _Line) -> None:
         if recv_monitor_message(line.monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             line.stood, line.deadline = True, None
+            self._on_message(address, LineStands())
         elif line.stood:
             log.error("the connection to the front-end at %s is lost; its requests here are given up", address)
             self._reopen(context, address)

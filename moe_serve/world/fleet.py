@@ -22,6 +22,7 @@ from moe_serve.base.messages import (
     Heartbeat,
     Hello,
     Leaving,
+    LineTo,
     Ready,
     Refused,
     StageReport,
@@ -39,10 +40,9 @@ from moe_serve.eplb.questions import Question, SharesQuestion, Solved
 from moe_serve.eplb.rearrangement import ForEngine
 from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.eplb.surface import BalanceSurface
-from moe_serve.world.members import QUIET_SECONDS, Member, left_behind, slow_step, why_not
+from moe_serve.world.members import QUIET_SECONDS, Member, hear_line, left_behind, slow_step, why_not
 from moe_serve.world.parcels import Send, answer_parcel
 
-SILENCE_SECONDS = 7.0
 OWN_GAP_SECONDS = 8.0
 """A coordinator that was stopped for so long itself has been given up by all members."""
 PEER_GRACE_SECONDS = 2.0
@@ -104,6 +104,9 @@ class Fleet:
                 return [Send(other, message) for other in self._role("engine") if other != member]
             case Unfinished():
                 known.unfinished = message
+                return []
+            case LineTo():
+                hear_line(self.members.values(), known.hello.dp, message)
                 return []
             case Leaving():
                 known.leaving = True
@@ -170,7 +173,7 @@ class Fleet:
         if self._suspicion is not None and now >= self._suspicion[0]:
             return self.end(Stop(self._suspicion[1], 1))
         for member, known in list(self.members.items()):
-            if not known.leaving and now - known.heard > SILENCE_SECONDS:
+            if not known.leaving and now - known.heard > known.patience:
                 how = f"has not been heard for {now - known.heard:.0f} s (is it stopped?){known.last_seen}"
                 return self._give_up(member, known, how)
         if self._drain is not None and now >= self._drain_until and self.ended is None:

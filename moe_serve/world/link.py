@@ -1,13 +1,15 @@
 """A member's line to the coordinator: one TCP connection that says hello, beats once a second and hears orders.
 
 A closed connection is the sign of death on both sides: the kernel closes it the moment a process is gone. Silence
-is the sign of a stopped one: beats are acknowledged, and whoever hears nothing for `patience` seconds gives up.
+is the sign of a stopped one: beats are acknowledged, and whoever is owed an answer for too long gives up. Who has not
+asked is owed none: seconds in which this interpreter ran somebody else's code are not the coordinator's silence.
 First both prove that they know the world's token (handshake.py). Then come frames: a four-byte big-endian length and
 msgpack of a record from base.messages.
 """
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
@@ -26,6 +28,7 @@ MAX_FRAME = 1 << 26
 HEADER = struct.Struct(">I")
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 8.0
+"""Of silence; the last BEAT_SECONDS of it before the first beat that was not answered."""
 PROOF_SECONDS = 5.0
 
 _encoder = msgspec.msgpack.Encoder()
@@ -66,6 +69,9 @@ class Link:
         self._closed = threading.Event()
         self._socket = _meet(host, port, token, connect_seconds, self._where)
         self._socket.settimeout(PATIENCE_SECONDS)
+        self._readable = select.poll()
+        self._readable.register(self._socket, select.POLLIN)
+        self._owed_since: float | None = time.monotonic()
         self.send(hello)
         first = self._first_answer()
         if isinstance(first, Refused):
@@ -102,10 +108,20 @@ class Link:
         return answer
 
     def _receive(self) -> bytes:
-        (length,) = HEADER.unpack(_exactly(self._socket, HEADER.size))
+        (length,) = HEADER.unpack(_exactly(self._receive_some, HEADER.size))
         if length > MAX_FRAME:
             raise EOFError(f"a frame of {length} bytes is longer than {MAX_FRAME}")
-        return _exactly(self._socket, length)
+        return _exactly(self._receive_some, length)
+
+    def _receive_some(self, count: int) -> bytes:
+        """What has come, at most `count` bytes; TimeoutError once an answer is owed for too long."""
+        while not self._readable.poll(BEAT_SECONDS * 1000):
+            owed = self._owed_since
+            if owed is not None and time.monotonic() - owed > PATIENCE_SECONDS - BEAT_SECONDS:
+                raise TimeoutError
+        received = self._socket.recv(count)
+        self._owed_since = None
+        return received
 
     def _read(self) -> None:
         try:
@@ -124,6 +140,7 @@ class Link:
             where = Heartbeat(
                 step=progress.step, phase=progress.phase, seconds=progress.seconds(), layer=progress.layer
             )
+            self._owed_since = self._owed_since or time.monotonic()
             self.send(where)
 
     def _lost(self, why: str) -> None:
@@ -157,19 +174,19 @@ def _prove(made: socket.socket, token: str, where: str) -> socket.socket:
     """Show that this process knows the token, and see that the other does; ConfigError if not."""
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     made.settimeout(PROOF_SECONDS)
-    nonce = _exactly(made, NONCE_BYTES)
+    nonce = _exactly(made.recv, NONCE_BYTES)
     answer = answer_challenge(token, nonce)
     made.sendall(answer)
-    if not is_coordinator(token, nonce, answer, _exactly(made, PROOF_BYTES)):
+    if not is_coordinator(token, nonce, answer, _exactly(made.recv, PROOF_BYTES)):
         made.close()
         raise ConfigError(f"{where} belongs to another world: this token is not its own")
     return made
 
 
-def _exactly(source: socket.socket, count: int) -> bytes:
+def _exactly(receive: Callable[[int], bytes], count: int) -> bytes:
     parts = bytearray()
     while len(parts) < count:
-        part = source.recv(count - len(parts))
+        part = receive(count - len(parts))
         if not part:
             raise EOFError("connection closed")
         parts += part

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from moe_serve.base.messages import Hello, Unfinished
+from moe_serve.base.messages import Hello, LineTo, Unfinished
 from moe_serve.base.progress import Phase
 from moe_serve.base.topology import Topology
 
+SILENCE_SECONDS = 7.0
 QUIET_SECONDS = 1.8
 """Beats come every second: when a step is slow, whoever has been quiet for so long is the first to suspect."""
 
@@ -28,6 +29,14 @@ class Member:
     layer: int = 0
     unfinished: Unfinished | None = None
     since: float = 0.0
+    lines: set[int] = field(default_factory=set)
+    """DP ranks whose line to this front-end stands."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds of silence after which it is given up. Beats come from its interpreter, which one thread may hold
+        for long: a front-end runs others' code and tokenizers, a rank does not."""
+        return max(SILENCE_SECONDS, self.hello.patience_seconds) if self.lines else SILENCE_SECONDS
 
     @property
     def name(self) -> str:
@@ -75,6 +84,13 @@ def why_not(newcomer: Member, places: Collection[tuple[str, int, int]], members:
     if outside or hello.serves == []:
         return f"{newcomer.name} must serve DP ranks in [0, {topology.dp}), not {hello.serves}"
     return ""
+
+
+def hear_line(members: Iterable[Member], dp: int, line: LineTo) -> None:
+    """An engine's news of its line to a front-end."""
+    for known in members:
+        if known.hello.address == line.address and known.hello.role == "api":
+            (known.lines.add if line.stands else known.lines.discard)(dp)
 
 
 def left_behind(members: Iterable[Member]) -> str:

@@ -28,7 +28,7 @@ from moe_serve.base.messages import (
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.sockets import prepare
 from moe_serve.engine.client import EngineClient
-from moe_serve.engine.sockets import FrontendSockets, LineLost
+from moe_serve.engine.sockets import FrontendSockets, LineLost, LineStands
 from moe_serve.engine.streams import SubmittedStream
 from tests.support.proxy import Proxy
 
@@ -39,11 +39,12 @@ NONSENSE = [[b"", b"two frames"], [b"\xa3\xff\xfe\xfd"], [b"\x91" * 100_000], [b
 
 @dataclass
 class Line:
-    """A client, an engine's sockets, and the proxy between them."""
+    """A client, an engine's sockets, and the proxy between them. `stands` holds one of each connection."""
 
     client: EngineClient
     engine: FrontendSockets
     heard: queue.Queue[ToEngine | LineLost]
+    stands: queue.Queue[LineStands]
     proxy: Proxy
     address: str
 
@@ -60,8 +61,13 @@ async def line(patience: float = 5.0) -> AsyncIterator[Line]:
     client = EngineClient(Config(), token=TOKEN)
     port = int(client.bind("127.0.0.1").rpartition(":")[2])
     heard: queue.Queue[ToEngine | LineLost] = queue.Queue()
+    stands: queue.Queue[LineStands] = queue.Queue()
+
+    def hear(_: str, message: ToEngine | LineLost | LineStands) -> None:
+        stands.put(message) if isinstance(message, LineStands) else heard.put(message)
+
     hello = EngineHello(dp=0, num_blocks=8, block_size=4, max_model_len=32)
-    engine = FrontendSockets(hello, lambda _, message: heard.put(message), token=TOKEN, patience=patience)
+    engine = FrontendSockets(hello, hear, token=TOKEN, patience=patience)
     receiving = asyncio.create_task(client.run())
     with Proxy(port) as proxy:
         address = f"tcp://127.0.0.1:{proxy.port}"
@@ -69,7 +75,7 @@ async def line(patience: float = 5.0) -> AsyncIterator[Line]:
         client.meet(WorldView(engines=1))
         try:
             await asyncio.wait_for(client.wait_ready(), WAIT_SECONDS)
-            yield Line(client, engine, heard, proxy, address)
+            yield Line(client, engine, heard, stands, proxy, address)
         finally:
             engine.disconnect(address)
             receiving.cancel()
@@ -100,6 +106,7 @@ def test_a_line_that_is_cut_in_mid_stream_ends_its_streams_by_name_and_serves_th
             stream, request = await ask(cut, "first")
             cut.answer(request, 7)
             assert (await next_event(stream)).token_ids == [7]
+            assert cut.stands.qsize() == 1
             cut.proxy.cut()
             assert await cut.hear() == LineLost()
             cut.answer(request, 8)
@@ -110,6 +117,7 @@ def test_a_line_that_is_cut_in_mid_stream_ends_its_streams_by_name_and_serves_th
             assert (await next_event(stream)).token_ids == [9]
             await stream.aclose()
             assert cut.client.num_unfinished == 0
+            assert cut.stands.qsize() == 2
 
     asyncio.run(scenario())
 

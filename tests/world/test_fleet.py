@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import msgspec
@@ -17,6 +18,7 @@ from moe_serve.base.messages import (
     Heartbeat,
     Hello,
     Leaving,
+    LineTo,
     Ready,
     Refused,
     StageReport,
@@ -230,6 +232,58 @@ def test_a_silent_member_is_named_within_ten_seconds() -> None:
     assert fleet.ended is not None
     assert "engine dp 1" in fleet.ended.reason
     assert "not been heard" in fleet.ended.reason
+
+
+def front_end(fleet: Fleet, *, stands: bool, dp: int = 1) -> None:
+    fleet.hear(dp, LineTo(address="tcp://here:1", stands=stands), 0.5)
+
+
+def silent_until(fleet: Fleet, last: int) -> int:
+    """The second in which the world ends while the API server says nothing; `last` if it does not."""
+    for now in range(1, last):
+        for member in (0, 1):
+            beat(fleet, member, float(now))
+        fleet.tick(float(now))
+        if fleet.ended is not None:
+            assert "API server (pid 99 on here) has not been heard" in fleet.ended.reason
+            return now
+    return last
+
+
+def test_a_front_end_that_still_answers_an_engine_is_busy_and_not_dead() -> None:
+    fleet = formed(make_fleet())
+    front_end(fleet, stands=True)
+    assert silent_until(fleet, 100) == 61, "a minute is Hello's default"
+
+
+def test_the_front_end_of_a_program_may_be_busy_for_ever() -> None:
+    fleet = make_fleet()
+    fleet.hear(9, msgspec.structs.replace(API, patience_seconds=math.inf), 0)
+    for dp in range(2):
+        fleet.hear(dp, engine(dp), 0)
+    for member in (0, 1, 9):
+        fleet.hear(member, Ready(), 0)
+    front_end(fleet, stands=True)
+    assert silent_until(fleet, 5000) == 5000
+
+
+def test_a_silent_front_end_that_answers_no_engine_either_is_given_up_as_soon_as_a_rank() -> None:
+    fleet = formed(make_fleet())
+    for dp in range(2):
+        front_end(fleet, stands=True, dp=dp)
+        front_end(fleet, stands=False, dp=dp)
+    assert silent_until(fleet, 100) == 8
+
+
+def test_a_rank_is_given_up_whatever_lines_stand() -> None:
+    fleet = formed(make_fleet())
+    front_end(fleet, stands=True)
+    for now in range(1, 9):
+        for member in (0, 9):
+            beat(fleet, member, float(now))
+        fleet.tick(float(now))
+    assert fleet.ended is not None
+    assert "engine dp 1" in fleet.ended.reason
 
 
 def test_sleep_may_last_for_ever() -> None:
