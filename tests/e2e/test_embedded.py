@@ -64,8 +64,7 @@ def test_an_engine_that_dies_is_named_to_who_waits(model: str) -> None:
         threading.Timer(0.3, victim.kill).start()
         endless = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
         with pytest.raises(EngineDead, match=rf"pid {victim.pid}"):
-            for _ in range(100):
-                llm.generate(PROMPTS, endless, show_progress=False)
+            llm.generate(PROMPTS, endless, show_progress=False)
     assert engines() == []
 
 
@@ -76,7 +75,7 @@ def test_a_mistake_of_the_operators_is_told_as_one(model: str) -> None:
 
 def test_a_process_that_is_killed_leaves_nothing_of_its_world(model: str) -> None:
     script = (
-        f"from moe_serve import LLM; llm = LLM({model!r}, data_parallel_size=2); print('ready', flush=True); input()"
+        f"from moe_serve import LLM\nllm = LLM({model!r}, data_parallel_size=2)\nprint('ready', flush=True)\ninput()"
     )
     user = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert user.stdout is not None
