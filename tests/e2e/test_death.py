@@ -192,6 +192,7 @@ def keeps(name: str, server: Server) -> set[int]:
     return {server.process.pid} if name == "launcher" else set()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", STOPS)
 def test_a_stopped_process_is_named_within_ten_seconds_and_all_ends(stopped: dict[str, Stopped], name: str) -> None:
     fate = stopped[name]
@@ -203,6 +204,7 @@ def test_a_stopped_process_is_named_within_ten_seconds_and_all_ends(stopped: dic
     assert "Traceback" not in fate.log
 
 
+@pytest.mark.long
 def test_a_launcher_that_was_stopped_blames_nobody_else(stopped: dict[str, Stopped]) -> None:
     log = stopped["launcher"].log
     assert re.search(r"\[launcher\] the coordinator itself was stopped for \d+ s", log), log
@@ -213,7 +215,7 @@ def test_a_launcher_that_was_stopped_blames_nobody_else(stopped: dict[str, Stopp
 
 def test_sigterm_lets_answers_finish_and_refuses_new_ones(model: str) -> None:
     with serving(model, "-dp", "2", "--enable-expert-parallel", *SMALL, "--shutdown-timeout", "60") as server:
-        load = Load(server, count=4, max_tokens=300).start()
+        load = Load(server, count=4, max_tokens=150).start()
         server.process.terminate()
         refused = until_draining(server)
         assert refused.status_code == 503

@@ -29,7 +29,7 @@ WAYS = [
     (2, "shuffle", 0, "torch_a2a"),
     pytest.param(4, "shuffle", 4, "torch_padded", marks=pytest.mark.long),
     (2, "sticky", 4, "torch_padded"),
-    (4, "shuffle", 8, "allgather_reducescatter"),
+    pytest.param(4, "shuffle", 8, "allgather_reducescatter", marks=pytest.mark.long),
     pytest.param(4, "deepseek", 2, "naive", marks=pytest.mark.long),
 ]
 
@@ -119,6 +119,7 @@ def test_answers_stay_the_same_through_rearrangements(
 STEP_SECONDS = 3.0
 
 
+@pytest.mark.long
 def test_engines_with_workers_rearrange_together_and_may_idle_afterwards(
     folder: Path, requests: list[list[int]], expected: list[list[int]]
 ) -> None:

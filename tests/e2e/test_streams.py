@@ -50,6 +50,7 @@ def streamed(server: Server, request: dict[str, Any]) -> tuple[str, str]:
     return "".join(choice["text"] for choice in choices), choices[-1]["finish_reason"]
 
 
+@pytest.mark.long
 def test_64_streams_at_once_each_equal_what_they_get_alone(server: Server) -> None:
     requests = mixed_requests(64)
     with ThreadPoolExecutor(64) as pool:

@@ -1,0 +1,116 @@
+"""LLM.generate of two checkouts by turns of a second or so: `python -m bench.turns --before PATH --turns 30`.
+
+Both stay loaded, and one sleeps while the other has its turn, so that a ratio compares neighbours in time. Where
+`bench.pairs` must wait for the end of a benchmark, a machine has changed by more than a few percent meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import track
+
+from bench.command import keep, parser_for
+from bench.offline import make_checkpoint, random_prompts
+from bench.pairs import commit_of, compare_one, show
+from bench.report import ROOT, Report
+
+console = Console(stderr=True)
+
+
+class Contestant:
+    """A child that has the LLM of one checkout, and generates when it is told to."""
+
+    def __init__(self, checkout: Path, model: Path, llm: str) -> None:
+        told = [sys.executable, "-P", str(Path(__file__).with_name("contestant.py")), str(model), llm]
+        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+        self._child = subprocess.Popen(
+            told, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def turn(self, prompts: list[list[int]], output_len: int) -> tuple[float, list[list[int]]]:
+        """Seconds that the child needed, and the tokens it gave."""
+        ask, answer = self._pipes()
+        ask.write(json.dumps({"prompts": prompts, "output_len": output_len}) + "\n")
+        ask.flush()
+        line = answer.readline()
+        if not line:
+            raise SystemExit(f"a contestant ended with code {self._child.wait()}")
+        given = json.loads(line)
+        return given["seconds"], given["answers"]
+
+    def close(self) -> None:
+        self._pipes()[0].close()
+        self._child.wait()
+
+    def _pipes(self) -> tuple[IO[str], IO[str]]:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        return self._child.stdin, self._child.stdout
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(options.model) if options.model else make_checkpoint(options, Path(folder))
+        report = measure(options, model)
+    show(report)
+    keep(report, options.out)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_for(__doc__, label="before-after")
+    parser.add_argument("--before", type=Path, required=True, help="root of the checkout to compare with")
+    parser.add_argument("--after", type=Path, default=ROOT, help="root of the other one; this one if not given")
+    parser.add_argument("--turns", type=int, default=30, help="of each, after two that do not count")
+    parser.add_argument("--model", help="checkpoint folder; a random one of --preset and --arch if not given")
+    parser.add_argument("--preset", default="tiny", choices=["tiny", "small"])
+    parser.add_argument("--arch", default="qwen3_moe")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-requests", type=int, default=32)
+    parser.add_argument("--input-len", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--output-len", type=int, default=32, help="tokens of each answer")
+    parser.add_argument("--llm", default='{"dtype": "float32"}', help="options of LLM as JSON, the same for both")
+    return parser.parse_args(arguments)
+
+
+def measure(options: argparse.Namespace, model: Path) -> Report:
+    sides = [Contestant(checkout, model, options.llm) for checkout in (options.before, options.after)]
+    seconds: list[list[float]] = [[], []]
+    equal = answers = 0
+    for number in track(range(options.turns + 2), description="turns", console=console):
+        prompts = random_prompts(options.num_requests, options.input_len, 1000, options.seed + number)
+        order = (0, 1) if number % 2 == 0 else (1, 0)
+        given = {side: sides[side].turn(prompts, options.output_len) for side in order}
+        if number >= 2:
+            for side in order:
+                seconds[side].append(given[side][0])
+            answers += len(prompts)
+            equal += sum(one == other for one, other in zip(given[0][1], given[1][1], strict=True))
+    for side in sides:
+        side.close()
+    tokens = options.num_requests * options.output_len
+    speeds = [[tokens / each for each in side] for side in seconds]
+    sizes = {name: getattr(options, name) for name in ("turns", "num_requests", "input_len", "output_len", "seed")}
+    config = {
+        "benchmark": f"LLM({options.llm}) on {options.model or f'{options.preset} {options.arch}'}",
+        "before": commit_of(options.before),
+        "after": commit_of(options.after),
+        **sizes,
+        "equal_answers": equal,
+        "answers": answers,
+    }
+    return Report("turns", options.label, config, {"output_tokens_per_second": compare_one(*speeds)})
+
+
+if __name__ == "__main__":
+    main()
