@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Callable
 from typing import Protocol
 
+from moe_serve.base.balance_messages import BalanceAnswer, BalanceAsk
 from moe_serve.base.errors import EngineDead
-from moe_serve.base.messages import BalanceAnswer, BalanceAsk
 
 ANSWER_SECONDS = 20.0
 

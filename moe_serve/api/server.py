@@ -20,9 +20,10 @@ from moe_serve.api.connections import HttpServer
 from moe_serve.api.state import ApiState
 from moe_serve.api.throughput import Throughput, report_throughput
 from moe_serve.api.watching import log_sparingly
+from moe_serve.base.balance_messages import BalanceAnswer
 from moe_serve.base.errors import ConfigError, RankTimeout
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import BalanceAnswer, Drain, Failure, Hello, Ready, Stop, ToMember, WorldView
+from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, ToMember, WorldView
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
 from moe_serve.engine.client import EngineClient

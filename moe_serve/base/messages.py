@@ -10,13 +10,13 @@ from typing import Literal
 
 import msgspec
 
+from moe_serve.base.balance_messages import BalanceAnswer, BalanceAsk, DropStage, Record, StageReport, StepLoad
 from moe_serve.base.commands import SetShares, StageExperts, TokenLogprob
 from moe_serve.base.progress import Phase
 from moe_serve.base.sampling import SamplingParams
 
 Role = Literal["api", "engine", "worker"]
 FinishReason = Literal["stop", "length", "abort", "error"]
-StageState = Literal["moving", "staged", "committed", "dropped", "failed"]
 
 
 # --- members <-> coordinator -----------------------------------------------------------------------------------
@@ -166,57 +166,6 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
     reason: str
     code: int
-
-
-class StageReport(msgspec.Struct, frozen=True, kw_only=True, tag="stage_report"):
-    """An engine's news of a rearrangement. Seconds and bytes are this engine's own; `reason` where it failed.
-
-    "moving" is a heartbeat: it is not staged yet, but weights have arrived since the last one.
-    """
-
-    epoch: int
-    state: StageState
-    reason: str = ""
-    stage_seconds: float = 0.0
-    commit_seconds: float = 0.0
-    bytes_received: int = 0
-    generation: int = 1
-
-
-class StepLoad(msgspec.Struct, frozen=True, kw_only=True, tag="step_load"):
-    """From engine 0: `load` of all ranks over the last `steps` steps, int64 (layers, 2, experts) as bytes."""
-
-    step: int
-    steps: int
-    load: bytes
-
-
-class DropStage(msgspec.Struct, frozen=True, tag="drop_stage"):
-    """Give the stage of this epoch up."""
-
-    epoch: int
-
-
-class Record(msgspec.Struct, frozen=True, tag="record"):
-    """Collect the load of every step from now on, or no longer."""
-
-    on: bool
-
-
-class BalanceAsk(msgspec.Struct, frozen=True, kw_only=True, tag="balance_ask"):
-    """A front-end passes on a request about load balancing. `body` JSON."""
-
-    number: int
-    action: str
-    body: bytes = b""
-
-
-class BalanceAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="balance_answer"):
-    """What became of it: an HTTP status, and a body (JSON, or a file where one was asked for)."""
-
-    number: int
-    status: int
-    body: bytes
 
 
 FromMember = (

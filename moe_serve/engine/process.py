@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from moe_serve.base.balance_messages import DropStage, Record
 from moe_serve.base.commands import Meeting, SetShares, StageExperts, WorkerFacts
 from moe_serve.base.errors import (
     ConfigError,
@@ -29,13 +30,11 @@ from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import (
     Abort,
     Drain,
-    DropStage,
     EngineHello,
     Failure,
     Generate,
     Hello,
     Ready,
-    Record,
     Stop,
     StoreAt,
     ToEngine,

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import msgspec
 
+from moe_serve.base.balance_messages import DropStage, Record, StageReport, StageState, StepLoad
 from moe_serve.base.commands import PollStage, SetShares, StageExperts, StageStatus, StepPlan, StepResult
-from moe_serve.base.messages import DropStage, Record, StageReport, StageState, StepLoad
 from moe_serve.engine.lockstep import Verdict, Vote
 from moe_serve.executor.base import Executor
 

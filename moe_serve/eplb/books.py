@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from moe_serve.base.messages import StageReport
+from moe_serve.base.balance_messages import StageReport
 from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.eplb.rearrangement import Proposal, Rearrangement
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moe_serve.base.balance_messages import DropStage, Record, StageReport
 from moe_serve.base.commands import SetShares, StageExperts
-from moe_serve.base.messages import DropStage, Record, StageReport
 from moe_serve.base.parcel import Parcel
 from moe_serve.eplb.desk.plan import layers_by_gain
 from moe_serve.eplb.placement import Placement

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from moe_serve.base.balance_messages import BalanceAsk
 from moe_serve.base.errors import ConfigError, Conflict
-from moe_serve.base.messages import BalanceAsk
 from moe_serve.base.parcel import Parcel
 from moe_serve.eplb.answers import NOT_RECORDED, refused
 from moe_serve.eplb.questions import Facts, Requested, RequestQuestion, Solved, Unsolved

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from moe_serve.base.balance_messages import BalanceAsk, StageReport, StepLoad
 from moe_serve.base.config import differing_fields
 from moe_serve.base.messages import (
     Ack,
-    BalanceAsk,
     Drain,
     Failure,
     FromMember,
@@ -25,8 +25,6 @@ from moe_serve.base.messages import (
     LineTo,
     Ready,
     Refused,
-    StageReport,
-    StepLoad,
     Stop,
     StoreAt,
     Unfinished,

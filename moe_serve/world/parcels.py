@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from moe_serve.base.messages import BalanceAnswer, ToMember
+from moe_serve.base.balance_messages import BalanceAnswer
+from moe_serve.base.messages import ToMember
 from moe_serve.base.parcel import Parcel
 
 _BYTES_32 = struct.Struct(">BI")

@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moe_serve.api import balance
 from moe_serve.api.balance import CoordinatorBalance
+from moe_serve.base.balance_messages import BalanceAnswer, BalanceAsk
 from moe_serve.base.errors import EngineDead
-from moe_serve.base.messages import BalanceAnswer, BalanceAsk
 from moe_serve.base.metrics import PREFIX
 from tests.support.http_server import engines_of, make_state, serving
 

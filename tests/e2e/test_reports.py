@@ -13,7 +13,17 @@ from tests.support.server import Server, serving
 
 pytestmark = [pytest.mark.ranks]
 
-OPTIONS = ("-dp", "2", "-ep", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(16 * 2**20), "--shutdown-timeout", "1")
+OPTIONS = (
+    "-dp",
+    "2",
+    "-ep",
+    "--max-model-len",
+    "1024",
+    "--kv-cache-memory-bytes",
+    str(16 * 2**20),
+    "--shutdown-timeout",
+    "1",
+)
 FRESH_SECONDS = 2.0
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_serve.base.balance_messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.base.commands import (
     Command,
     Done,
@@ -21,7 +22,6 @@ from moe_serve.base.commands import (
     WorkerFacts,
 )
 from moe_serve.base.errors import Conflict
-from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.engine.lockstep import Verdict, Vote
 from moe_serve.engine.rearranging import Rearranging
 from moe_serve.eplb.rebalancer import STAGE_SECONDS

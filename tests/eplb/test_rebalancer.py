@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moe_serve.base.balance_messages import Record, StageReport, StepLoad
 from moe_serve.base.errors import ConfigError, Conflict
-from moe_serve.base.messages import Record, StageReport, StepLoad
 from moe_serve.eplb.books import MAX_HISTORY
 from moe_serve.eplb.placement import Placement, initial_placement, moves
 from moe_serve.eplb.policies.base import Problem

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from moe_serve.base.messages import BalanceAsk
+from moe_serve.base.balance_messages import BalanceAsk
 from moe_serve.eplb.questions import Solved, Unsolved
 from moe_serve.eplb.rearrangement import Order
 from moe_serve.eplb.surface import MAX_WAITING, BalanceSurface

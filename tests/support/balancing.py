@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from moe_serve.base.balance_messages import DropStage, StageReport, StageState, StepLoad
 from moe_serve.base.commands import SetShares, StageExperts
-from moe_serve.base.messages import DropStage, StageReport, StageState, StepLoad
 from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.parcel import Parcel
 from moe_serve.base.topology import Topology

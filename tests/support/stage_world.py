@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_serve.base.balance_messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.base.commands import Command, Done, PollStage, Reply, SetShares, StageExperts, StepPlan, StepResult
-from moe_serve.base.messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.topology import Topology
 from moe_serve.engine.lockstep import Naps, Vote, decide

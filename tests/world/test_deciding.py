@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from moe_serve.base.balance_messages import BalanceAnswer, BalanceAsk, StepLoad
 from moe_serve.base.commands import StageExperts
 from moe_serve.base.config import Config
-from moe_serve.base.messages import BalanceAnswer, BalanceAsk, Hello, Ready, StepLoad, Stop, ToMember, Wake
+from moe_serve.base.messages import Hello, Ready, Stop, ToMember, Wake
 from moe_serve.base.parcel import Parcel
 from moe_serve.base.secret import NONCE_BYTES
 from moe_serve.base.topology import Topology
@@ -73,7 +74,7 @@ def test_whatever_a_policy_does_is_a_skip_with_its_reason_and_the_next_decision_
 ) -> None:
     caplog.set_level(logging.INFO)
     rebalancer = rebalancer_with(policy)
-    with running(rebalancer, solve_seconds=3) as world:
+    with running(rebalancer, solve_seconds=3 if policy is policies.endless else 60) as world:
         link, heard, lost = world.join(0)
         report(link, 1)
         until(lambda: rebalancer.history)

@@ -7,6 +7,7 @@ import re
 
 import msgspec
 
+from moe_serve.base.balance_messages import StageReport, StepLoad
 from moe_serve.base.commands import StageExperts
 from moe_serve.base.config import Config
 from moe_serve.base.messages import (
@@ -21,8 +22,6 @@ from moe_serve.base.messages import (
     LineTo,
     Ready,
     Refused,
-    StageReport,
-    StepLoad,
     Stop,
     StoreAt,
     Unfinished,
