@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from bench.report import RESULTS, markdown_table, read_reports
 from moe_serve.base.config import SECTIONS, Config
-from moe_serve.base.section import Section
+from moe_serve.base.section import Section, dashed
 from moe_serve.base.tables import ALL2ALL, EXECUTORS
 from scripts.measurements import results
 
@@ -138,7 +138,7 @@ def option_row(name: str, info: FieldInfo, agreed: set[str], prefix: str = "") -
     shown = "" if default is None else "{}" if isinstance(default, Section) else str(default).lower()
     return (
         f"`{option}`",
-        ", ".join(f"`-{short}`" for short in extra.get("short", [])),
+        ", ".join(f"`{dashed(short)}`" for short in extra.get("short", [])),
         TABLES[option] if option in TABLES else kind_of(info.annotation, info.metadata),
         f"`{shown}`" if shown else "",
         "=" if name in agreed else "",

@@ -9,7 +9,6 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -42,6 +41,7 @@ from moe_serve.api.streaming import EventStream, unless_disconnected
 from moe_serve.api.watching import WatchRequests
 from moe_serve.base.errors import EngineDead, MoEServeError
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.base.version import package_version
 from moe_serve.engine.admission import Place, closed_on_error
 
 RANK_HEADER = "X-data-parallel-rank"
@@ -278,13 +278,6 @@ class Routes:
         if whole is None:
             return Response(status_code=CLIENT_CLOSED)
         return Response(whole, headers=headers | _rank_header(answer), media_type="application/json")
-
-
-def package_version() -> str:
-    try:
-        return version("moe-serve")
-    except PackageNotFoundError:  # run from the source tree
-        return "0.0.0+source"
 
 
 def _rank_header(answer: GrowingAnswer) -> dict[str, str]:

@@ -72,6 +72,8 @@ class ApiServer:
             host=socket.gethostname(),
             address=address,
             agreement=self._config.agreement(),
+            node=spec.site.node,
+            generation=spec.generation,
             essential=spec.essential,
             serves=spec.serves,
         )

@@ -18,6 +18,7 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.base.fingerprint import model_fingerprint
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.section import Port, Section, Size
+from moe_serve.base.version import package_version
 
 
 class ModelSection(Section):
@@ -116,6 +117,10 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
+SECOND_NAMES = {"data_parallel_master_ip": "data_parallel_address"}
+"""Of options, as LLM takes them; the command line has them beside the fields."""
+
+
 class Config(Section):
     """All sections. What every rank must agree on is `agreement()`."""
 
@@ -139,6 +144,7 @@ class Config(Section):
     def from_flat(cls, options: Mapping[str, object]) -> Config:
         """Config from options under their flag's names (with underscores); raises ConfigError."""
         owner = {field: section for section, kind in SECTIONS.items() for field in kind.model_fields}
+        options = {SECOND_NAMES.get(name, name): value for name, value in options.items()}
         unknown = sorted(set(options) - set(owner))
         if unknown:
             raise ConfigError(f"unknown option {', '.join(unknown)}; known are: {', '.join(sorted(owner))}")
@@ -177,11 +183,10 @@ class Config(Section):
         }
         values = self.model_dump(mode="json")
         values["model"]["model"] = model_fingerprint(self.model.model)
-        return {
-            field: json.dumps(values[section][field], sort_keys=True)
-            for section, fields in shared.items()
-            for field in fields
-        }
+        agreed = {field: values[section][field] for section, fields in shared.items() for field in fields}
+        agreed["load_balancing"] = self.parallel.load_balancing
+        agreed["version"] = package_version()
+        return {name: json.dumps(value, sort_keys=True) for name, value in agreed.items()}
 
     def compute_hash(self) -> str:
         """A stable hexadecimal digest of `agreement()`."""

@@ -19,6 +19,7 @@ MoEServeError
     ├── WorkerDied       a worker process is gone
     ├── EngineDead       an engine, or the world it belongs to, is gone
     └── RankTimeout      a bounded wait ran out; the message names who is missing
+        └── NotYet       a world that cannot take this process now, but perhaps in a moment
 
 A message says what was given, what is allowed and which option changes it.
 `assert` is for our own bugs only.
@@ -153,3 +154,11 @@ class EngineDead(EngineError):
 
 class RankTimeout(EngineError, TimeoutError):
     """A bounded wait ran out; the message names the ranks that are missing."""
+
+
+class NotYet(RankTimeout):
+    """A world cannot take this process now. It is worth to ask again for `patience_seconds`."""
+
+    def __init__(self, message: str, *, patience_seconds: float) -> None:
+        super().__init__(message)
+        self.patience_seconds = patience_seconds

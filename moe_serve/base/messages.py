@@ -15,7 +15,7 @@ from moe_serve.base.commands import SetShares, StageExperts, TokenLogprob
 from moe_serve.base.progress import Phase
 from moe_serve.base.sampling import SamplingParams
 
-Role = Literal["api", "engine", "worker"]
+Role = Literal["api", "engine", "worker", "launcher"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -31,6 +31,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     The world ends with an `essential` member; only front-ends can be others, which come and go. A front-end `serves`
     these DP ranks only (None: all), and may be silent for `patience_seconds` as long as an engine's line to it stands:
     its interpreter is busy with something else, since a stopped process answers on no line.
+
+    `node` as in Site. `generation` of the world that it was started for (0: it takes whichever it meets). A launcher
+    beside the coordinator's says which DP `ranks` it starts, and in how many worlds it has been.
     """
 
     role: Role
@@ -43,6 +46,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     essential: bool = True
     serves: list[int] | None = None
     patience_seconds: float = 60.0
+    node: str = ""
+    generation: int = 0
+    ranks: list[int] = []
+    worlds: int = 0
 
 
 class FrontendAt(msgspec.Struct, frozen=True):
@@ -58,10 +65,12 @@ class WorldView(msgspec.Struct, frozen=True, kw_only=True, tag="world_view"):
 
     Whoever runs reads the number of `engines` (DP ranks) here, not in its options. What carries another `generation`
     was meant for a world of other members, and is not for this one. `placement` is the digest of the first placement
-    of experts that the coordinator counts on ("" where it counts on none).
+    of experts that the coordinator counts on ("" where it counts on none). A generation is drawn at random, so that no
+    two worlds of one deployment share it; `number` counts them, for people.
     """
 
     generation: int = 1
+    number: int = 1
     engines: int
     frontends: list[FrontendAt] = []
     placement: str = ""
@@ -74,9 +83,10 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """You do not belong here; the sentence says why."""
+    """You do not belong here; the sentence says why. It may be worth to ask again for `patience_seconds`."""
 
     reason: str
+    patience_seconds: float = 0.0
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
@@ -110,7 +120,9 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class WorldReady(msgspec.Struct, frozen=True, tag="world_ready"):
-    """Every member is ready."""
+    """Every member is ready. To a launcher: `front_door` is where the API server of its node listens, as host:port."""
+
+    front_door: str = ""
 
 
 class Wake(msgspec.Struct, frozen=True, tag="wake"):
@@ -125,6 +137,12 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
 
     After `timeout` seconds the coordinator ends the world, whatever is left.
     """
+
+    timeout: float
+
+
+class Retire(msgspec.Struct, frozen=True, tag="retire"):
+    """From a launcher that was asked to stop: drain its node; end the world within `timeout` seconds."""
 
     timeout: float
 
@@ -162,10 +180,11 @@ class Failure(msgspec.Struct, frozen=True, tag="failure"):
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
-    """End now. `code` 0 for an orderly end, else `reason` names who failed."""
+    """End now. `code` 0 for an orderly end, else `reason` names who failed. `node` of whoever ends the world."""
 
     reason: str
     code: int
+    node: str = ""
 
 
 FromMember = (
@@ -174,6 +193,7 @@ FromMember = (
     | StoreAt
     | Ready
     | Wake
+    | Retire
     | Unfinished
     | LineTo
     | Leaving

@@ -44,24 +44,34 @@ class ParallelConfig(Section):
     data_parallel_size: Size = Field(1, json_schema_extra=short("dp"))
     """Engines, each with its own scheduler and KV cache."""
     data_parallel_size_local: int | None = Field(None, ge=0, json_schema_extra=short("dpl"))
-    """Data-parallel ranks started on this node; all of them if not given."""
+    """Data-parallel ranks started on this node; all of them, or the one of data_parallel_rank, if not given."""
+    data_parallel_start_rank: int | None = Field(None, ge=0, json_schema_extra=short("dpr"))
+    """First data-parallel rank of this node, where others are started elsewhere."""
     data_parallel_rank: int | None = Field(None, ge=0, json_schema_extra=short("dpn"))
-    """This server's data-parallel rank, where each rank has a server of its own."""
+    """The one data-parallel rank started here, with a server of its own behind somebody else's load balancer."""
     data_parallel_rank_local: int | None = Field(None, ge=0)
     """This rank's place among the ranks of its node (chooses the device)."""
-    data_parallel_master_ip: str = Field("127.0.0.1", json_schema_extra=short("dpa"))
-    """Address of data-parallel rank 0, where everybody meets."""
+    data_parallel_address: str = Field("127.0.0.1", json_schema_extra=short("dpa", "data-parallel-master-ip"))
+    """Address or name of data-parallel rank 0, where everybody meets; one that does not resolve yet is waited for."""
     data_parallel_rpc_port: Port = Field(29550, json_schema_extra=short("dpp"))
     """Port of the coordinator on rank 0; the default counts only when an address or a rank is given (else any free
     port)."""
-    data_parallel_master_port: Port = 29500
-    """Port of the store on rank 0; the default counts only when an address or a rank is given (else any free port)."""
+    data_parallel_master_port: Port = 0
+    """Port of the store on rank 0; 0 for any free one, which the others are told."""
     data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb"))
     """How data-parallel ranks are started."""
     data_parallel_external_lb: bool = Field(False, json_schema_extra=short("dpe"))
-    """One server per rank behind somebody else's load balancer."""
+    """One server per rank behind somebody else's load balancer; data_parallel_rank says it already."""
     data_parallel_hybrid_lb: bool = Field(False, json_schema_extra=short("dph"))
-    """One server per node behind somebody else's load balancer."""
+    """One server per node, for the ranks of that node, behind somebody else's load balancer."""
+    headless: bool = False
+    """No HTTP server on this node: that of rank 0's node speaks for its ranks."""
+    world_token_file: str | None = None
+    """File with the secret that all processes of the world know (MOE_SERVE_WORLD_TOKEN goes before it)."""
+    start_timeout_seconds: float = Field(1800, gt=0, allow_inf_nan=False)
+    """For all ranks to meet and load."""
+    restart_world: bool = False
+    """When the world has ended because a rank died, start this node's part of the next one, in the same launcher."""
     enable_expert_parallel: bool = Field(False, json_schema_extra=short("ep"))
     """Spread whole experts over all dp x tp ranks; without it every expert is cut over the same ranks."""
     expert_placement_strategy: PlacementStrategy = "linear"
@@ -103,21 +113,38 @@ class ParallelConfig(Section):
         return self.world_size * self.data_parallel_size
 
     @property
-    def meets_at_given_address(self) -> bool:
-        """Whether the default ports count: an address or a rank was given."""
-        return bool({"data_parallel_master_ip", "data_parallel_rank"} & self.model_fields_set)
+    def load_balancing(self) -> Literal["internal", "external", "hybrid"]:
+        """Who spreads requests over engines: the one API server, somebody outside, or both."""
+        if self.data_parallel_external_lb or self.data_parallel_rank is not None:
+            return "external"
+        return "hybrid" if self.data_parallel_hybrid_lb else "internal"
+
+    @property
+    def dp_ranks_here(self) -> tuple[int, ...]:
+        """Data-parallel ranks of this node."""
+        if self.data_parallel_rank is not None:
+            return (self.data_parallel_rank,)
+        start = self.data_parallel_start_rank or 0
+        size = (
+            self.data_parallel_size - start if self.data_parallel_size_local is None else self.data_parallel_size_local
+        )
+        return tuple(range(start, start + size))
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether other ranks of the world are started elsewhere."""
+        return len(self.dp_ranks_here) < self.data_parallel_size
+
+    @property
+    def num_frontends(self) -> int:
+        """API servers that the world waits for."""
+        return 1 if self.load_balancing == "internal" else self.data_parallel_size // len(self.dp_ranks_here)
 
     @property
     def coordinator_port(self) -> int:
-        """Where the coordinator listens; 0, any free port, where neither it nor an address or a rank was given."""
-        counts = self.meets_at_given_address or "data_parallel_rpc_port" in self.model_fields_set
-        return self.data_parallel_rpc_port if counts else 0
-
-    @property
-    def store_port(self) -> int:
-        """Where rank 0's store listens; 0 as for `coordinator_port`."""
-        counts = self.meets_at_given_address or "data_parallel_master_port" in self.model_fields_set
-        return self.data_parallel_master_port if counts else 0
+        """Where the coordinator listens; 0, any free port, where nobody else must know it beforehand."""
+        told = {"data_parallel_address", "data_parallel_rpc_port"} & self.model_fields_set
+        return self.data_parallel_rpc_port if told or self.is_apart else 0
 
     @field_validator("distributed_executor_backend")
     @classmethod
@@ -125,11 +152,11 @@ class ParallelConfig(Section):
         """`package.module.Class` is as good as `package.module:Class`."""
         return ":".join(value.rsplit(".", 1)) if value and "." in value and ":" not in value else value
 
-    @field_validator("data_parallel_master_ip")
+    @field_validator("data_parallel_address")
     @classmethod
     def _address(cls, value: str) -> str:
         if not value.strip():
-            raise ValueError("data_parallel_master_ip must not be empty")
+            raise ValueError("data_parallel_address must not be empty")
         return value
 
     @model_validator(mode="after")
@@ -139,12 +166,11 @@ class ParallelConfig(Section):
             raise ValueError(f"data_parallel_size_local ({local}) must be at most data_parallel_size ({dp})")
         if rank is not None and rank >= dp:
             raise ValueError(f"data_parallel_rank ({rank}) must lie in [0, {dp}), below data_parallel_size")
+        self._check_parts()
         if self.data_parallel_rank_local is not None and self.data_parallel_rank_local >= (local or dp):
             raise ValueError(
                 f"data_parallel_rank_local ({self.data_parallel_rank_local}) must lie in [0, {local or dp})"
             )
-        if (self.data_parallel_external_lb or self.data_parallel_hybrid_lb) and dp == 1:
-            raise ValueError("data_parallel_external_lb and data_parallel_hybrid_lb need data_parallel_size > 1")
         if self.expert_placement_strategy != "linear" and not self.enable_expert_parallel:
             raise ValueError(
                 f"expert_placement_strategy {self.expert_placement_strategy} needs enable_expert_parallel: without it "
@@ -168,6 +194,42 @@ class ParallelConfig(Section):
             raise ValueError("expert_placement_file needs enable_expert_parallel")
         return self
 
+    def _check_parts(self) -> None:
+        """Which ranks this node starts, beside those of others."""
+        dp, local, rank = self.data_parallel_size, self.data_parallel_size_local, self.data_parallel_rank
+        start, hybrid = self.data_parallel_start_rank, self.data_parallel_hybrid_lb
+        if (self.data_parallel_external_lb or hybrid) and dp == 1:
+            raise ValueError("data_parallel_external_lb and data_parallel_hybrid_lb need data_parallel_size > 1")
+        if self.data_parallel_external_lb and rank is None:
+            raise ValueError("data_parallel_external_lb needs data_parallel_rank: which rank is this?")
+        if rank is not None and (hybrid or self.headless or start is not None or local not in (None, 1)):
+            raise ValueError(
+                "data_parallel_rank is for one rank with a server of its own; it goes with none of "
+                "data_parallel_hybrid_lb, headless, data_parallel_start_rank and data_parallel_size_local"
+            )
+        if start is not None and start + (local or 1) > dp:
+            raise ValueError(
+                f"data_parallel_start_rank ({start}) and data_parallel_size_local ({local or 1}) reach beyond "
+                f"data_parallel_size ({dp})"
+            )
+        if hybrid and (local is None or dp % local):
+            raise ValueError(
+                f"data_parallel_hybrid_lb needs data_parallel_size_local, a divisor of data_parallel_size ({dp}): as "
+                f"many ranks on each node (given: {local})"
+            )
+        if local == 0:
+            raise ValueError("data_parallel_size_local 0 is a node without ranks, which has nothing to do")
+        if self.headless and (hybrid or not start):
+            raise ValueError(
+                "headless is for a node beside that of rank 0: give data_parallel_start_rank (above 0) and "
+                "data_parallel_size_local, and no data_parallel_hybrid_lb"
+            )
+        if start and not hybrid and not self.headless:
+            raise ValueError(
+                "data_parallel_start_rank above 0 needs headless (the server is on rank 0's node) or "
+                "data_parallel_hybrid_lb (a server on each node)"
+            )
+
     def check_built(self) -> None:
         """Raise ConfigError for an option that is known but whose feature is not built yet."""
         ALL2ALL.check(self.all2all_backend)
@@ -182,11 +244,6 @@ class ParallelConfig(Section):
             "decode_context_parallel_size": self.decode_context_parallel_size > 1,
             "enable_dbo": self.enable_dbo,
             "data_parallel_backend": self.data_parallel_backend != "mp",
-            "data_parallel_external_lb": self.data_parallel_external_lb,
-            "data_parallel_hybrid_lb": self.data_parallel_hybrid_lb,
-            "data_parallel_rank": self.data_parallel_rank is not None,
-            "data_parallel_rank_local": self.data_parallel_rank_local is not None,
-            "data_parallel_size_local": self.data_parallel_size_local not in (None, self.data_parallel_size),
             "max_parallel_loading_workers": self.max_parallel_loading_workers is not None,
         }
         for name, asked in waiting.items():

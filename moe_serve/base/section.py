@@ -17,5 +17,10 @@ class Section(BaseModel):
 
 
 def short(*names: str) -> dict[str, Any]:
-    """Short spellings of a flag, kept beside the field."""
+    """Short spellings of a flag, and second names of the option, kept beside the field."""
     return {"short": list(names)}
+
+
+def dashed(spelling: str) -> str:
+    """With the hyphens it takes on the command line: -dp, --data-parallel-master-ip."""
+    return f"{'--' if '-' in spelling else '-'}{spelling}"

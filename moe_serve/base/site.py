@@ -42,6 +42,6 @@ def local_address(host: str, port: int) -> str:
         except OSError as error:
             raise ConfigError(
                 f"this machine has no route to {host} ({error.strerror}); give an address that it can reach "
-                "(--data-parallel-master-ip)"
+                "(--data-parallel-address)"
             ) from error
         return str(probe.getsockname()[0])

@@ -26,6 +26,7 @@ from pydantic_settings import (
 
 from moe_serve.base.config import explain
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.section import dashed
 
 ENVIRONMENT_PREFIX = "MOE_SERVE_"
 FLAG = re.compile(r"^--?([A-Za-z][A-Za-z0-9_.-]*)(=.*)?$", re.DOTALL)
@@ -216,7 +217,7 @@ def _origin(error: ValidationError) -> str:
 
 def _entry(name: str, info: FieldInfo) -> str:
     flag = f"no-{name}" if info.default is True else name
-    names = ", ".join([f"--{flag}", *(f"-{short}" for short in short_forms(info))])
+    names = ", ".join([f"--{flag}", *map(dashed, short_forms(info))])
     told = [info.description or ""]
     if info.default is True:
         told.append("Without this flag: on.")

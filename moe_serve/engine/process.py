@@ -113,6 +113,8 @@ class EngineProcess:
             pid=os.getpid(),
             host=socket.gethostname(),
             agreement=self._config.agreement(),
+            node=spec.site.node,
+            generation=spec.generation,
         )
         return Link(
             spec.host,
@@ -187,7 +189,7 @@ class EngineProcess:
             host = self._spec.site.address
             before = listeners()
             self._store, bound = open_store(
-                host, self._config.parallel.store_port, is_master=True, token=self._spec.token
+                host, self._config.parallel.data_parallel_master_port, is_master=True, token=self._spec.token
             )
             self._store_doors = listeners() - before
             found = StoreAt(host, bound)

@@ -20,10 +20,10 @@ from moe_serve.base.errors import ConfigError, EngineDead
 from moe_serve.base.interpreter import import_environment, module_command
 from moe_serve.base.messages import Generate, Hello, Ready, Stop, ToMember, WorldReady, WorldView
 from moe_serve.base.progress import Progress
-from moe_serve.base.secret import TOKEN_ENVIRONMENT, check_token, new_token
 from moe_serve.base.site import local_address
 from moe_serve.engine.alone import OnEvent
 from moe_serve.engine.client import EngineClient
+from moe_serve.launch.part import world_token
 from moe_serve.launch.world_process import WorldOpened, WorldOrder
 from moe_serve.world.link import Link
 from moe_serve.world.member import end_all, started
@@ -37,7 +37,7 @@ class EngineWorld:
     like: nobody takes that for death."""
 
     def __init__(self, config: Config) -> None:
-        self._token = check_token(os.environ.get(TOKEN_ENVIRONMENT) or new_token())
+        self._token = world_token(config.parallel)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engines", daemon=True)
         self._thread.start()

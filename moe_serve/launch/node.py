@@ -11,129 +11,178 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
+import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 
 from moe_serve.base.config import Config
+from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import load_model_config
-from moe_serve.base.secret import TOKEN_ENVIRONMENT, check_token, new_token
-from moe_serve.base.site import local_address
+from moe_serve.base.secret import check_token
+from moe_serve.base.site import local_address, resolve_host
 from moe_serve.eplb.build import make_rebalancer
 from moe_serve.eplb.first_placement import placement_digest
 from moe_serve.launch.children import Children
+from moe_serve.launch.part import NodePart, world_token
 from moe_serve.launch.site import make_site, name_of_this_node
+from moe_serve.launch.uplink import Uplink
 from moe_serve.world.coordinator import Coordinator
 from moe_serve.world.fleet import Fleet
 from moe_serve.world.member import MemberSpec
+from moe_serve.world.members import named_ranks
 
-CONNECT_SECONDS = 1.0
-"""The coordinator listens before it starts a child: one that cannot reach it is an orphan."""
-JOIN_SECONDS = 60.0
-"""A launcher that joins may be started before the one that holds the coordinator."""
+CONNECT_SECONDS = 5.0
+"""The coordinator listens before a child is started: one that cannot reach it is an orphan."""
+GENERATION_BITS = 48
 WATCH_SECONDS = 0.1
 HEARSAY_SECONDS = 0.3
 REMIND_SECONDS = 15.0
-START_SECONDS = 1800.0
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodePart:
-    """What of a world one launcher starts. `dp_ranks` whose engines: all of them if None.
-
-    `joins` is where a coordinator listens that another launcher holds; if None, this one holds it. Then the API
-    server is one that the world waits for and ends with; elsewhere it may come and go. It `serves` these DP ranks
-    (None: all).
-    """
-
-    serve_http: bool = True
-    dp_ranks: tuple[int, ...] | None = None
-    joins: tuple[str, int] | None = None
-    serves: list[int] | None = None
 
 
 class Node:
     """The children of one machine and, unless it joins, the coordinator. `config` must be resolved.
 
-    One event loop owns it. `token` of the world; where none is given, from the environment or a new one.
+    One event loop owns it. `token` of the world; from the environment, a file, or a new one, if not given. `worlds` in
+    which this launcher has been before.
     """
 
-    def __init__(self, config: Config, part: NodePart, *, token: str = "") -> None:
+    def __init__(self, config: Config, part: NodePart, *, token: str = "", worlds: int = 0) -> None:
         self.config = config
-        self.token = check_token(token or os.environ.get(TOKEN_ENVIRONMENT) or new_token())
-        self.host, self.port = part.joins or (config.parallel.data_parallel_master_ip, 0)
+        self.token = check_token(token) if token else world_token(config.parallel)
+        self.host, self.port = config.parallel.data_parallel_address, config.parallel.coordinator_port
+        self.name = name_of_this_node()
         self._part = part
         dp_size = config.parallel.data_parallel_size
         self._dp_ranks = tuple(range(dp_size)) if part.dp_ranks is None else part.dp_ranks
-        self._children = Children(token=self.token, node=name_of_this_node())
-        self._coordinator = Coordinator(_make_fleet(config), token=self.token) if part.joins is None else None
+        self._worlds = worlds
+        self._children = Children(token=self.token, node=self.name)
+        self._coordinator: Coordinator | None = None
+        self._uplink: Uplink | None = None
         self._ended: Stop | None = None
+        self.asked_to_stop = False
 
     @property
     def ended(self) -> Stop | None:
         """Why the world has ended, as far as this node can know."""
-        return self._ended if self._coordinator is None else self._coordinator.fleet.ended
+        if self._coordinator is not None:
+            return self._coordinator.fleet.ended
+        return self._ended if self._uplink is None else self._uplink.stop
 
     @property
     def address(self) -> str:
         """This machine's own, on the way to the coordinator."""
         return local_address(self.host, self.port)
 
-    async def start(self) -> None:
-        """Open the coordinator if it is held here, then start the children."""
+    @property
+    def world_number(self) -> int:
+        """Which of its deployment's worlds this is, from 1; 0 before it has one."""
         if self._coordinator is not None:
-            self.port = await self._coordinator.start(self.host, self.config.parallel.coordinator_port)
+            return self._coordinator.fleet.number
+        return 0 if self._uplink is None else self._uplink.number
+
+    async def start(self) -> None:
+        """Open the coordinator or find it, then start the children. ConfigError if that cannot be."""
+        await self._until_resolved()
+        if self._ended is not None:
+            return
+        if self._part.joins:
+            self._uplink = Uplink(self.config, self._dp_ranks, token=self.token, worlds=self._worlds)
+            await self._uplink.join()
+        else:
+            fleet = _make_fleet(self.config, node=self.name, ranks_here=self._dp_ranks, number=self._worlds + 1)
+            self._coordinator = Coordinator(fleet, token=self.token)
+            self.port = await self._coordinator.start(self.host, self.port)
+        if self.ended is not None:
+            return
         for dp in self._dp_ranks:
             self._start_child(f"engine dp {dp}", "moe_serve.engine.process", dp=dp)
         if self._part.serve_http:
             self._start_child("API server", "moe_serve.api.server")
 
-    async def until_ready(self) -> None:
-        """Until every member is ready or the world has ended; who is missing is logged now and then.
+    async def _until_resolved(self) -> None:
+        """In a cluster the name of rank 0 may be there later than we are."""
+        begun = time.monotonic()
+        remind = begun + REMIND_SECONDS
+        while self._ended is None:
+            try:
+                await asyncio.to_thread(resolve_host, self.host, self.port)
+                return
+            except ConfigError as error:
+                waited = time.monotonic() - begun
+                if waited > self.config.parallel.start_timeout_seconds:
+                    raise ConfigError(f"{error}, for {waited:.0f} s (option --data-parallel-address)") from error
+                if time.monotonic() > remind:
+                    log.info("waiting for the name of rank 0, %.0f s: %s", waited, error)
+                    remind += REMIND_SECONDS
+            await asyncio.sleep(0.5)
 
-        A node that joins is not told: it returns at once.
-        """
-        coordinator = self._coordinator
-        deadline = time.monotonic() + START_SECONDS
-        remind = time.monotonic() + REMIND_SECONDS
-        while coordinator is not None and not (coordinator.ready.is_set() or coordinator.ended.is_set()):
+    async def until_ready(self) -> None:
+        """Until every member is ready or the world has ended; who is missing is logged now and then."""
+        begun = time.monotonic()
+        limit = self.config.parallel.start_timeout_seconds
+        remind = begun + REMIND_SECONDS
+        while not self._is_ready and self.ended is None:
             await self._watch_once()
-            missing = ", ".join(coordinator.fleet.missing())
-            if time.monotonic() > deadline:
-                self.end(Stop(f"not ready within {START_SECONDS:g} s; missing: {missing}", 1))
+            waited = time.monotonic() - begun
+            if waited > limit and self._coordinator is not None:
+                missing = ", ".join(self._coordinator.fleet.missing())
+                self.end(Stop(f"not ready within {limit:g} s (--start-timeout-seconds); missing: {missing}", 1))
             elif time.monotonic() > remind:
-                log.info("still waiting for: %s", missing)
-                remind = time.monotonic() + REMIND_SECONDS
+                log.info("waiting for %s, %.0f s", self._awaited(), waited)
+                remind += REMIND_SECONDS
+
+    @property
+    def _is_ready(self) -> bool:
+        world = self._coordinator or self._uplink
+        return world is not None and world.ready.is_set()
+
+    def _awaited(self) -> str:
+        """For people: `ranks 1, 3 at HOST:PORT` whose launchers have not come; else who is not ready."""
+        if self._coordinator is None:
+            return f"the other ranks of the world of rank 0 at {self.host}:{self.port}"
+        fleet = self._coordinator.fleet
+        here = {*self._dp_ranks, *(rank for each in fleet.members.values() for rank in each.hello.ranks)}
+        away = [rank for rank in range(fleet.topology.dp) if rank not in here]
+        return f"{named_ranks(away)} at {self.host}:{self.port}" if away else ", ".join(fleet.missing())
 
     async def until_ended(self) -> Stop:
-        """Until the world has ended; for a node that joins, until one of its children has."""
+        """Until the world has ended."""
         while self.ended is None:
             await self._watch_once()
         return self.ended
 
     def front_door(self) -> str:
-        """Where the API server says it listens, as host:port; "" where the coordinator is held elsewhere."""
-        return "" if self._coordinator is None else self._coordinator.fleet.front_door()
+        """Where this node's API server says it listens, as host:port; "" where it has none."""
+        if self._coordinator is not None:
+            return self._coordinator.fleet.front_door(self.name)
+        return "" if self._uplink is None else self._uplink.front_door
 
     def drain(self, timeout: float) -> None:
-        """Finish what is in flight in the whole world, then end. A node that joins can only leave."""
+        """Finish what is in flight here, then end the world: no step can be done without this node."""
+        self.asked_to_stop = True
         if self._coordinator is not None:
             self._coordinator.drain(timeout)
+        elif self._uplink is not None and self._uplink.ready.is_set():
+            self._uplink.retire(timeout)
         else:
-            self.end(Stop("asked to stop", 0))
+            self.end(Stop("asked to stop before the world was ready", 0, self.name))
 
     def end(self, stop: Stop) -> None:
         """End for a reason of the launcher's own; the first reason stays."""
         if self._coordinator is not None:
             self._coordinator.end(stop)
+        elif self._uplink is not None:
+            self._uplink.end(stop)
         elif self._ended is None:
             self._ended = stop
 
     async def close(self) -> None:
         """End what this node started, in order where that is possible."""
+        if self._uplink is not None:
+            self._uplink.close("" if self.ended is None else self.ended.reason)
         await self._children.close(None if self._coordinator is None else self._coordinator.fleet.welcomed)
         if self._coordinator is not None:
             await self._coordinator.close()
@@ -146,8 +195,13 @@ class Node:
         """Which children were killed, and by which signal."""
         return await self._children.fates()
 
+    @property
+    def _generation(self) -> int:
+        if self._coordinator is not None:
+            return self._coordinator.fleet.generation
+        return 0 if self._uplink is None else self._uplink.generation
+
     def _start_child(self, name: str, module: str, *, dp: int | None = None) -> None:
-        holds = self._coordinator is not None
         spec = MemberSpec(
             host=self.host,
             port=self.port,
@@ -155,9 +209,9 @@ class Node:
             config=self.config.to_json(),
             dp=-1 if dp is None else dp,
             site=make_site(self.config.parallel, self._dp_ranks, address=self.address, dp=dp),
-            essential=holds or dp is not None,
             serves=self._part.serves,
-            connect_seconds=CONNECT_SECONDS if holds else JOIN_SECONDS,
+            generation=self._generation,
+            connect_seconds=CONNECT_SECONDS,
         )
         self._children.start(name, module, spec)
 
@@ -165,27 +219,30 @@ class Node:
         """Wait a moment; a child that ended although nobody told it to ends the world."""
         await self._wait(WATCH_SECONDS)
         for child in self._children.ended():
-            if self.ended is None:
+            if self.ended is None and not (self.asked_to_stop and child.code == 0):  # whoever has drained may go first
                 # Its link tells more than its exit code; give the coordinator a moment to read it.
                 await self._wait(HEARSAY_SECONDS)
-                joined = self._coordinator is None
-                self.end(Stop(child.fate, 0 if joined and child.code == 0 else 1))
+                self.end(Stop(child.fate, 1, self.name))
 
     async def _wait(self, seconds: float) -> None:
-        if self._coordinator is None:
-            await asyncio.sleep(seconds)
-            return
+        world = self._coordinator or self._uplink
+        assert world is not None
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._coordinator.ended.wait(), seconds)
+            await asyncio.wait_for(world.ended.wait(), seconds)
 
 
-def _make_fleet(config: Config) -> Fleet:
+def _make_fleet(config: Config, *, node: str, ranks_here: Collection[int], number: int) -> Fleet:
     model = load_model_config(Path(config.model.model or ""))
     return Fleet(
         topology=config.parallel.topology,
         agreement=config.agreement(),
         has_workers=config.parallel.distributed_executor_backend != "uni",
         step_timeout_seconds=config.scheduler.step_timeout_seconds,
+        num_frontends=config.parallel.num_frontends,
+        generation=secrets.randbits(GENERATION_BITS),
+        number=number,
+        node=node,
+        ranks_here=ranks_here,
         placement=placement_digest(config.parallel, model),
         rebalancer=make_rebalancer(config, unix_time=time.time),
     )

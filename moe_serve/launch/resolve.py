@@ -48,7 +48,6 @@ def resolve(config: Config) -> tuple[Config, ModelConfig]:
             dtype=dtype,
         ).with_(
             "parallel",
-            data_parallel_size_local=parallel.data_parallel_size,
             distributed_executor_backend=parallel.distributed_executor_backend
             or ("uni" if parallel.world_size == 1 else "mp"),
         ),

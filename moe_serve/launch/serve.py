@@ -9,14 +9,22 @@ import os
 import shlex
 import signal
 import sys
+import time
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.log import setup_logging
+from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import ModelConfig
-from moe_serve.launch.node import Node, NodePart
+from moe_serve.launch.node import Node
+from moe_serve.launch.part import node_part, world_token
 from moe_serve.launch.resolve import resolve
 
+WORLD_ENDED = 3
+"""Exit code of a launcher whose own ranks were fine."""
+PAUSE_SECONDS = 1.0
+LONG_SECONDS = 60.0
+"""A world that lasted so long did not end because of how it was started."""
 log = logging.getLogger(__name__)
 
 
@@ -26,7 +34,7 @@ def serve(config: Config) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
     try:
         resolved, model = resolve(config)
-        return asyncio.run(_serve(resolved, model))
+        return asyncio.run(_serve_worlds(resolved, model))
     except ConfigError as error:
         log.error("%s", error)
         return 2
@@ -34,16 +42,35 @@ def serve(config: Config) -> int:
         return 130
 
 
-async def _serve(config: Config, model: ModelConfig) -> int:
-    node = Node(config, NodePart())
-    _on_signals(node)
+async def _serve_worlds(config: Config, model: ModelConfig) -> int:
+    """One world, or with --restart-world one after the other."""
+    part, token = node_part(config.parallel), world_token(config.parallel)
     log.info("%s", describe(config, model))
-    await node.start()
+    worlds, pause = 0, PAUSE_SECONDS
+    while True:
+        begun = time.monotonic()
+        node = Node(config, part, token=token, worlds=worlds)
+        code = await _serve(node)
+        if code in (0, 2) or node.asked_to_stop or not config.parallel.restart_world:
+            return code
+        worlds = max(worlds, node.world_number)
+        pause = PAUSE_SECONDS if time.monotonic() - begun > LONG_SECONDS else min(2 * pause, LONG_SECONDS / 2)
+        log.info("starting this node's part of the next world in %g s (--restart-world)", pause)
+        await asyncio.sleep(pause)
+
+
+async def _serve(node: Node) -> int:
+    """One world to its end; the exit code."""
+    _on_signals(node)
     try:
+        await node.start()
         await node.until_ready()
         if node.ended is None:
-            print(ready_line(config, node.front_door()), flush=True)
+            log.info("world %d is ready", node.world_number)
+            if door := node.front_door():
+                print(ready_line(node.config, door), flush=True)
         stop = await node.until_ended()
+        code = exit_code(stop, node.name)
         if stop.code == 1:
             fates = await node.fates()
             log.error("%s%s", stop.reason, f" [{fates}]" if fates and fates not in stop.reason else "")
@@ -51,9 +78,14 @@ async def _serve(config: Config, model: ModelConfig) -> int:
             log.error("%s", stop.reason)
         else:
             log.info("stopped: %s", stop.reason)
-        return stop.code
+        return code
     finally:
         await node.close()
+
+
+def exit_code(stop: Stop, node: str) -> int:
+    """WORLD_ENDED where another node's rank ended the world: whoever watches this process should start it again."""
+    return stop.code if stop.code == 2 or stop.node in ("", node) else WORLD_ENDED
 
 
 def _on_signals(node: Node) -> None:

@@ -19,10 +19,13 @@ def name_of_this_node() -> str:
 def make_site(parallel: ParallelConfig, dp_ranks: Sequence[int], *, address: str, dp: int | None = None) -> Site:
     """For the engine of `dp`, or without one for a process that computes nothing. `dp_ranks` are this node's."""
     ranks_here = max(1, len(dp_ranks) * parallel.world_size)
+    place = 0 if dp is None else dp_ranks.index(dp)
+    if parallel.data_parallel_rank_local is not None:  # of one rank that shares its machine with other launchers'
+        place = parallel.data_parallel_rank_local
     return Site(
         address=address,
         node=name_of_this_node(),
         ranks_here=ranks_here,
-        local_rank=0 if dp is None else dp_ranks.index(dp) * parallel.world_size,
+        local_rank=place * parallel.world_size,
         threads=threads_per_rank(ranks_here),
     )

@@ -19,7 +19,8 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import Stop
-from moe_serve.launch.node import Node, NodePart
+from moe_serve.launch.node import Node
+from moe_serve.launch.part import NodePart
 
 PARENT_SECONDS = 0.5
 log = logging.getLogger("moe_serve.launch.world_process")  # run as __main__, which is no child of moe_serve

@@ -53,7 +53,7 @@ def open_store(
     except RuntimeError as error:
         raise ConfigError(
             f"the store at {host}:{port} belongs to another world (its token differs); "
-            "choose another address with --data-parallel-master-ip or --data-parallel-master-port"
+            "choose another address with --data-parallel-address or --data-parallel-master-port"
         ) from error
     return world, port
 

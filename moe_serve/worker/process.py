@@ -132,6 +132,8 @@ class WorkerProcess:
             worker=self._worker,
             pid=os.getpid(),
             host=socket.gethostname(),
+            node=meeting.site.node,
+            generation=meeting.generation,
         )
         return Link(
             meeting.coordinator_host,

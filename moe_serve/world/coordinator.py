@@ -72,7 +72,7 @@ class Coordinator:
                 if port == 0 or attempt == BIND_TRIES - 1:
                     raise ConfigError(
                         f"the coordinator cannot listen on {host}:{port}: {error.strerror or error} "
-                        "(options --data-parallel-master-ip and --data-parallel-rpc-port)"
+                        "(options --data-parallel-address and --data-parallel-rpc-port)"
                     ) from error
                 await asyncio.sleep(0.5)
         assert self._server is not None
@@ -89,7 +89,7 @@ class Coordinator:
 
     def drain(self, timeout: float) -> None:
         """Finish what is in flight within `timeout` seconds, then end."""
-        self._act(lambda: self.fleet.drain(timeout, time.monotonic()))
+        self._act(lambda: self.fleet.drain(timeout, time.monotonic(), node=self.fleet.node))
 
     async def close(self) -> None:
         """Stop listening and drop all lines."""

@@ -6,10 +6,8 @@ the world is over: every member is told to stop, and the first reason stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-
-import msgspec
 
 from moe_serve.base.balance_messages import BalanceAsk, StageReport, StepLoad
 from moe_serve.base.config import differing_fields
@@ -18,13 +16,13 @@ from moe_serve.base.messages import (
     Drain,
     Failure,
     FromMember,
-    FrontendAt,
     Heartbeat,
     Hello,
     Leaving,
     LineTo,
     Ready,
     Refused,
+    Retire,
     Stop,
     StoreAt,
     Unfinished,
@@ -34,13 +32,26 @@ from moe_serve.base.messages import (
     WorldView,
 )
 from moe_serve.base.topology import Topology
-from moe_serve.eplb.questions import Question, SharesQuestion, Solved
+from moe_serve.eplb.questions import Question, Solved
 from moe_serve.eplb.rearrangement import ForEngine
 from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.eplb.surface import BalanceSurface
-from moe_serve.world.members import QUIET_SECONDS, Member, hear_line, left_behind, slow_step, why_not
+from moe_serve.world.draining import Draining
+from moe_serve.world.members import (
+    QUIET_SECONDS,
+    Member,
+    expected_places,
+    frontends_at,
+    hear_line,
+    missing_members,
+    slow_step,
+    why_not,
+)
+from moe_serve.world.orders import dated, to_engines
 from moe_serve.world.parcels import Send, answer_parcel
 
+LAST_SECONDS = 30.0
+"""After which somebody else listens where a world has ended, or nobody."""
 OWN_GAP_SECONDS = 8.0
 """A coordinator that was stopped for so long itself has been given up by all members."""
 PEER_GRACE_SECONDS = 2.0
@@ -50,7 +61,8 @@ PEER_GRACE_SECONDS = 2.0
 class Fleet:
     """`has_workers`: engines have worker processes of their own. `num_frontends` essential API servers are expected.
 
-    `generation` and `placement` as in WorldView.
+    `generation`, `number` and `placement` as in WorldView. `node` of the coordinator, whose launcher starts
+    `ranks_here`.
     `welcomed` are all that ever joined, by host and process id.
     """
 
@@ -60,6 +72,9 @@ class Fleet:
     step_timeout_seconds: float
     num_frontends: int = 1
     generation: int = 1
+    number: int = 1
+    node: str = ""
+    ranks_here: Collection[int] = ()
     placement: str = ""
     rebalancer: Rebalancer | None = None
     members: dict[int, Member] = field(default_factory=dict)
@@ -68,11 +83,10 @@ class Fleet:
     ended: Stop | None = None
     _store: StoreAt | None = None
     _ready_since: float = 0.0
-    _suspicion: tuple[float, str] | None = None
+    _suspicion: tuple[float, Stop] | None = None
     _now: float | None = None
     _own_gap: str = ""
-    _drain: Drain | None = None
-    _drain_until: float = 0.0
+    _draining: Draining | None = None
     _log: list[str] = field(default_factory=list)
     _surface: BalanceSurface = field(default_factory=lambda: BalanceSurface(None))
 
@@ -106,6 +120,8 @@ class Fleet:
             case LineTo():
                 hear_line(self.members.values(), known.hello.dp, message)
                 return []
+            case Retire():
+                return self.drain(message.timeout, now, node=known.hello.node)
             case Leaving():
                 known.leaving = True
                 return self._left(known, message.reason) if known.hello.role == "api" else []
@@ -126,14 +142,14 @@ class Fleet:
             self._log.append("dropped what was worked out for load balancing: the world has ended")
             return []
         if not self._surface.is_waiting(solved.number):
-            return self._to_engines(self.rebalancer.hear_solved(solved, now))
+            return to_engines(self.members, self.rebalancer.hear_solved(solved, now))
         question, (status, body, orders) = self._surface.conclude(solved, now)
-        return [Send(question.member, answer_parcel(question.request, status, body)), *self._to_engines(orders)]
+        return [Send(question.member, answer_parcel(question.request, status, body)), *to_engines(self.members, orders)]
 
     def take_questions(self) -> list[Question]:
         """What is to be worked out for load balancing, each given once."""
         decisions = [] if self.rebalancer is None else self.rebalancer.take_questions()
-        return [*map(self._dated, decisions), *self._surface.take_questions()]
+        return [*(dated(each, self.generation) for each in decisions), *self._surface.take_questions()]
 
     def _asked(self, member: int, ask: BalanceAsk) -> list[Send]:
         """Engines that are still loading would lose an order."""
@@ -143,15 +159,7 @@ class Fleet:
         return [] if given is None else [Send(member, answer_parcel(ask.number, given[0], given[1]))]
 
     def _balance(self, hear: Callable[[Rebalancer], list[ForEngine]]) -> list[Send]:
-        return [] if self.rebalancer is None else self._to_engines(hear(self.rebalancer))
-
-    def _to_engines(self, orders: list[ForEngine]) -> list[Send]:
-        engines = {known.hello.dp: member for member, known in self.members.items() if known.hello.role == "engine"}
-        return [Send(engines[each.dp], each.order) for each in orders if each.dp in engines]
-
-    def _dated(self, question: Question) -> Question:
-        dated = isinstance(question, SharesQuestion)
-        return msgspec.structs.replace(question, generation=self.generation) if dated else question
+        return [] if self.rebalancer is None else to_engines(self.members, hear(self.rebalancer))
 
     def lost(self, member: int, now: float) -> list[Send]:
         """A connection closed."""
@@ -163,21 +171,22 @@ class Fleet:
             return self._do_without(known, "left" if known.leaving else f"died{known.last_seen}")
         if known.leaving:
             return []
-        return self.end(Stop(self._own_gap or f"{known.name} died{known.last_seen}", 1))
+        return self.end(Stop(self._own_gap or f"{known.name} died{known.last_seen}", 1, known.hello.node))
 
     def tick(self, now: float) -> list[Send]:
         """Look for silence and for steps that take too long; call it about twice a second."""
         self._pass_time(now)
         if self._suspicion is not None and now >= self._suspicion[0]:
-            return self.end(Stop(self._suspicion[1], 1))
+            return self.end(self._suspicion[1])
         for member, known in list(self.members.items()):
             if not known.leaving and now - known.heard > known.patience:
                 how = f"has not been heard for {now - known.heard:.0f} s (is it stopped?){known.last_seen}"
                 return self._give_up(member, known, how)
-        if self._drain is not None and now >= self._drain_until and self.ended is None:
-            within = f"within --shutdown-timeout ({self._drain.timeout:g} s)"
-            self._log.append(f"not finished {within}: {left_behind(self.members.values())}")
-            return self.end(Stop(f"what had not finished {within} was ended", 0))
+        if self._draining is not None and self.ended is None:
+            stop, line = self._draining.judge(self.members.values(), now)
+            self._log += [line] if line else []
+            if stop is not None:
+                return self.end(stop)
         slow = slow_step(self.members.values(), now, self._ready_since, self.step_timeout_seconds) if self.ready else ""
         return self.end(Stop(slow, 1)) if slow else self._balance(lambda rebalancer: rebalancer.tick(now))
 
@@ -195,44 +204,35 @@ class Fleet:
             self.ended = stop
         return [Send(member, self.ended) for member in self.members]
 
-    def drain(self, timeout: float, now: float) -> list[Send]:
-        """Ask the front-ends to finish what they have; the world ends once they have left, or after `timeout`."""
+    def drain(self, timeout: float, now: float, *, node: str = "") -> list[Send]:
+        """Ask the front-ends of a node to finish what they have (all, where it has none).
+
+        The world ends once all front-ends have left, once those have and nobody has work, or after `timeout`.
+        """
         frontends = self._role("api")
         if not frontends or not self.ready:
-            return self.end(Stop("asked to stop before the world was ready", 0))
-        self._drain, self._drain_until = Drain(timeout), now + timeout
-        return [Send(member, self._drain) for member in (*frontends, *self._role("engine"))]
+            return self.end(Stop("asked to stop before the world was ready", 0, node))
+        of_node = [member for member in frontends if self.members[member].hello.node == node]
+        self._draining = Draining(node=node, timeout=timeout, until=now + timeout)
+        return [Send(member, Drain(timeout)) for member in (*(of_node or frontends), *self._role("engine"))]
 
     def missing(self) -> list[str]:
         """Members that have not come or are not ready, by name."""
-        arrived = {known.key: known for known in self.members.values()}
-        names = []
-        for role, dp, worker in self._expected():
-            known = arrived.get((role, dp, worker))
-            engine = arrived.get(("engine", dp, -1))
-            if known is None and role == "worker" and engine is not None and engine.ready:
-                continue  # somebody else's executor, which has no processes of ours
-            if known is None:
-                names.append(f"engine dp {dp}" if role == "engine" else self.topology.describe_worker(dp, worker))
-            elif not known.ready and role != "worker":
-                names.append(f"{known.name} (phase {known.place!r})")
-        servers = [each for each in self.members.values() if each.hello.role == "api" and each.hello.essential]
-        names += [f"{known.name} (not listening yet)" for known in servers if not known.ready]
-        return names + ["API server"] * (self.num_frontends - len(servers))
+        return missing_members(self._places, list(self.members.values()), self.topology, self.num_frontends)
 
-    def front_door(self) -> str:
-        """Where the first API server of those that the world is for says it listens, as host:port."""
+    def front_door(self, node: str | None = None) -> str:
+        """Where the API server of a node (of any, None) says it listens, as host:port; "" where there is none."""
         servers = (each for each in self.members.values() if each.hello.role == "api" and each.hello.essential)
-        return next((known.note for known in servers), "")
+        return next((each.note for each in servers if node in (None, each.hello.node)), "")
 
     @property
     def view(self) -> WorldView:
         """What members are told of the world."""
-        hellos = [known.hello for known in self.members.values() if known.hello.role == "api"]
         return WorldView(
             generation=self.generation,
+            number=self.number,
             engines=self.topology.dp,
-            frontends=[FrontendAt(hello.address, hello.serves, hello.essential) for hello in hellos],
+            frontends=frontends_at(self.members.values()),
             placement=self.placement,
         )
 
@@ -251,11 +251,9 @@ class Fleet:
             for known in self.members.values():
                 known.heard += gap
 
-    def _expected(self) -> list[tuple[str, int, int]]:
-        ranks = self.topology
-        engines = [("engine", dp, -1) for dp in range(ranks.dp)]
-        per_engine = ranks.num_workers if self.has_workers else 0
-        return engines + [("worker", dp, worker) for dp in range(ranks.dp) for worker in range(per_engine)]
+    @property
+    def _places(self) -> list[tuple[str, int, int]]:
+        return expected_places(self.topology, has_workers=self.has_workers)
 
     def _role(self, role: str) -> list[int]:
         return [member for member, known in self.members.items() if known.hello.role == role]
@@ -263,15 +261,19 @@ class Fleet:
     def _hello(self, member: int, hello: Hello, now: float) -> list[Send]:
         newcomer = Member(hello, self.topology, heard=now, since=now)
         if self.ended is not None:
-            return [Send(member, Refused(f"this world has ended: {self.ended.reason}"), close=True)]
-        if reason := why_not(newcomer, self._expected(), self.members.values()):
-            return [Send(member, Refused(reason), close=True)]
+            return [Send(member, Refused(f"this world has ended: {self.ended.reason}", LAST_SECONDS), close=True)]
+        others = list(self.members.values())
+        refused = why_not(newcomer, self._places, others, generation=self.generation, ranks_here=self.ranks_here)
+        if refused is not None:
+            return [Send(member, refused, close=True)]
         differences = differing_fields(self.agreement, hello.agreement) if hello.agreement else []
         if differences:
             reason = f"{newcomer.name} was started with other options than rank 0: {'; '.join(differences)}"
-            refused = [Send(member, Refused(reason), close=True)]
-            return refused if self.ready or not hello.essential else refused + self.end(Stop(reason, 2))
+            told = [Send(member, Refused(reason), close=True)]
+            alone = self.ready or not hello.essential or hello.role == "launcher"  # which can be started again
+            return told if alone else told + self.end(Stop(reason, 2))
         self.members[member] = newcomer
+        self.number = max(self.number, hello.worlds + 1)
         self.welcomed.add((hello.host, hello.pid))
         return [Send(member, Welcome(self.view)), *self._introductions(member, hello)]
 
@@ -287,13 +289,13 @@ class Fleet:
     def _left(self, known: Member, reason: str) -> list[Send]:
         """A front-end left on purpose. Drained, the world ends with the last of them."""
         others = [each for each in self.members.values() if each.hello.role == "api" and not each.leaving]
-        if not others if self._drain is not None else known.hello.essential:
-            return self.end(Stop(reason or f"{known.name} left", 0))
-        return []
+        if not others if self._draining is not None else known.hello.essential:
+            return self.end(Stop(reason or f"{known.name} left", 0, known.hello.node))
+        return self._tell_view() if known.hello.essential else []
 
     def _give_up(self, member: int, known: Member, how: str) -> list[Send]:
         """A member that is connected but of no use."""
-        stop = Stop(f"{known.name} {how}", 1)
+        stop = Stop(f"{known.name} {how}", 1, known.hello.node)
         if known.hello.essential:
             return self.end(stop)
         del self.members[member]
@@ -310,7 +312,8 @@ class Fleet:
         if self.missing():
             return []
         self.ready, self._ready_since = True, now
-        return [Send(member, WorldReady()) for member in self.members]
+        doors = {member: self.front_door(known.hello.node) for member, known in self.members.items()}
+        return [Send(member, WorldReady(front_door=door)) for member, door in doors.items()]
 
     def _failure(self, known: Member, failure: Failure, now: float) -> list[Send]:
         known.leaving = True
@@ -321,6 +324,7 @@ class Fleet:
             return [Send(member, Stop(reason, 2 if failure.config else 1))]
         if failure.suspects_peer:
             if self._suspicion is None:
-                self._suspicion = (now + PEER_GRACE_SECONDS, reason)
+                self._suspicion = (now + PEER_GRACE_SECONDS, Stop(reason, 1, known.hello.node))
             return []
-        return self.end(Stop(failure.message if failure.config else reason, 2 if failure.config else 1))
+        code = 2 if failure.config else 1
+        return self.end(Stop(failure.message if failure.config else reason, code, known.hello.node))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from moe_serve.base.errors import ConfigError, RankTimeout
+from moe_serve.base.errors import ConfigError, NotYet, RankTimeout
 from moe_serve.base.messages import Ack, FromMember, Heartbeat, Hello, Leaving, Refused, ToMember, Welcome
 from moe_serve.base.progress import Progress
 from moe_serve.base.secret import NONCE_BYTES, PROOF_BYTES
@@ -46,7 +46,8 @@ class Link:
 
     `view` is what the welcome said. `on_message` and `on_lost` are called from the reading thread; `on_lost` at most
     once, and not after close().
-    Raises RankTimeout if nobody answers, ConfigError if the coordinator refuses this member.
+    Raises RankTimeout if nobody answers, ConfigError if the coordinator refuses this member,
+    NotYet if it does so for now.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class Link:
         first = self._first_answer()
         if isinstance(first, Refused):
             self._socket.close()
+            if first.patience_seconds:
+                raise NotYet(first.reason, patience_seconds=first.patience_seconds)
             raise ConfigError(first.reason)
         self.view = first.view
         threading.Thread(target=self._read, name="link-read", daemon=True).start()

@@ -24,7 +24,7 @@ ENVIRONMENT = "MOE_SERVE_MEMBER"
 class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
     """`host` and `port` of the coordinator; `connect_seconds` to keep trying it; `config` is Config.to_json().
 
-    `essential` and, for a front-end, `serves` as in Hello.
+    `essential`, `generation` and, for a front-end, `serves` as in Hello.
     """
 
     host: str
@@ -35,6 +35,7 @@ class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
     site: Site = Site()
     essential: bool = True
     serves: list[int] | None = None
+    generation: int = 0
     connect_seconds: float = 5.0
 
     def to_environment(self) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from moe_serve.base.messages import Hello, LineTo, Unfinished
+from moe_serve.base.messages import FrontendAt, Hello, LineTo, Refused, Unfinished
 from moe_serve.base.progress import Phase
 from moe_serve.base.topology import Topology
 
@@ -43,6 +43,8 @@ class Member:
         hello = self.hello
         if hello.role == "api":
             who = "API server"
+        elif hello.role == "launcher":
+            who = f"launcher of {named_ranks(hello.ranks)}"
         elif hello.role == "engine":
             who = f"engine dp {hello.dp}"
         else:
@@ -54,13 +56,18 @@ class Member:
         return self.hello.role, self.hello.dp, self.hello.worker
 
     @property
+    def is_rank(self) -> bool:
+        """Whether it takes part in steps."""
+        return self.hello.role in ("engine", "worker")
+
+    @property
     def place(self) -> str:
         """Its phase, for people."""
         return self.phase.describe(self.layer)
 
     @property
     def last_seen(self) -> str:
-        return "" if self.hello.role == "api" else f"; last seen in step {self.step}, phase {self.place!r}"
+        return f"; last seen in step {self.step}, phase {self.place!r}" if self.is_rank else ""
 
     def is_quiet(self, now: float) -> bool:
         return now - self.heard > QUIET_SECONDS
@@ -70,20 +77,87 @@ class Member:
         return (now if self.is_quiet(now) else self.heard) - max(self.since, begin)
 
 
-def why_not(newcomer: Member, places: Collection[tuple[str, int, int]], members: Iterable[Member]) -> str:
-    """Why somebody who said hello cannot become a member; "" if he can. `places` as Member.key."""
+def named_ranks(ranks: Collection[int]) -> str:
+    """`rank 1`, `ranks 1, 3`."""
+    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
+
+
+def expected_places(topology: Topology, *, has_workers: bool) -> list[tuple[str, int, int]]:
+    """Member.key of all ranks of a world."""
+    per_engine = topology.num_workers if has_workers else 0
+    engines = [("engine", dp, -1) for dp in range(topology.dp)]
+    return engines + [("worker", dp, worker) for dp in range(topology.dp) for worker in range(per_engine)]
+
+
+def missing_members(
+    places: Iterable[tuple[str, int, int]], members: Collection[Member], topology: Topology, num_frontends: int
+) -> list[str]:
+    """Members that have not come or are not ready, by name."""
+    arrived = {known.key: known for known in members}
+    names = []
+    for role, dp, worker in places:
+        known = arrived.get((role, dp, worker))
+        engine = arrived.get(("engine", dp, -1))
+        if known is None and role == "worker" and engine is not None and engine.ready:
+            continue  # somebody else's executor, which has no processes of ours
+        if known is None:
+            names.append(f"engine dp {dp}" if role == "engine" else topology.describe_worker(dp, worker))
+        elif not known.ready and role != "worker":
+            names.append(f"{known.name} (phase {known.place!r})")
+    servers = [each for each in members if each.hello.role == "api" and each.hello.essential]
+    names += [f"{known.name} (not listening yet)" for known in servers if not known.ready]
+    return names + ["API server"] * (num_frontends - len(servers))
+
+
+def frontends_at(members: Iterable[Member]) -> list[FrontendAt]:
+    """Where front-ends listen that have not left."""
+    hellos = [known.hello for known in members if known.hello.role == "api" and not known.leaving]
+    return [FrontendAt(hello.address, hello.serves, hello.essential) for hello in hellos]
+
+
+def why_not(
+    newcomer: Member,
+    places: Collection[tuple[str, int, int]],
+    members: Iterable[Member],
+    *,
+    generation: int,
+    ranks_here: Collection[int],
+) -> Refused | None:
+    """Why somebody who said hello cannot become a member. `places` as Member.key.
+
+    `ranks_here` are those that the coordinator's own launcher starts.
+    """
     hello, topology = newcomer.hello, newcomer.topology
-    if hello.role != "api":
+    if hello.generation not in (0, generation):
+        return Refused(f"{newcomer.name} was started for another generation of this world")
+    if hello.role == "launcher":
+        return _why_no_launcher(newcomer, members, ranks_here)
+    if newcomer.is_rank:
         if newcomer.key not in places:
-            return f"{newcomer.name} has no place in {topology}"
+            return Refused(f"{newcomer.name} has no place in {topology}")
         if any(known.key == newcomer.key for known in members):
-            return f"{newcomer.name} is here already"
+            return Refused(f"{newcomer.name} is here already")
         if not hello.essential:
-            return f"{newcomer.name} must be essential: every step needs every rank"
+            return Refused(f"{newcomer.name} must be essential: every step needs every rank")
     outside = [dp for dp in hello.serves or () if not 0 <= dp < topology.dp]
     if outside or hello.serves == []:
-        return f"{newcomer.name} must serve DP ranks in [0, {topology.dp}), not {hello.serves}"
-    return ""
+        return Refused(f"{newcomer.name} must serve DP ranks in [0, {topology.dp}), not {hello.serves}")
+    return None
+
+
+def _why_no_launcher(newcomer: Member, members: Iterable[Member], ranks_here: Collection[int]) -> Refused | None:
+    ranks, size = set(newcomer.hello.ranks), newcomer.topology.dp
+    if not ranks or not ranks <= set(range(size)):
+        return Refused(f"{newcomer.name} must start DP ranks in [0, {size}), not {newcomer.hello.ranks}")
+    taken = ranks & set(ranks_here)
+    if taken:
+        return Refused(f"{newcomer.name}: {named_ranks(sorted(taken))} is started by the launcher of rank 0 itself")
+    for known in members:
+        taken = ranks & set(known.hello.ranks)
+        if taken:
+            # One that died without a word keeps its place until its silence is noticed.
+            return Refused(f"{newcomer.name}: {known.name} is here already", patience_seconds=2 * SILENCE_SECONDS)
+    return None
 
 
 def hear_line(members: Iterable[Member], dp: int, line: LineTo) -> None:
@@ -116,7 +190,7 @@ def _listing(left: Unfinished | None) -> str:
 
 def slow_step(members: Iterable[Member], now: float, since: float, limit: float) -> str:
     """Who is to blame for a step of more than `limit` seconds since the world was ready (`since`), or ""."""
-    ranks = [known for known in members if known.hello.role != "api" and not known.leaving]
+    ranks = [known for known in members if known.is_rank and not known.leaving]
     awake = [known for known in ranks if not known.phase.rests]
     if not any(known.in_phase(now, since) > limit for known in awake):
         return ""

@@ -10,7 +10,7 @@ import pytest
 
 from moe_serve.base.config import SECTIONS
 from moe_serve.cli import chat_command, eplb, make_model
-from moe_serve.cli.flags import Options
+from moe_serve.cli.flags import Options, spellings
 from moe_serve.cli.main import COMMANDS
 from moe_serve.cli.serve import serve_options
 from scripts.generate_docs import generated, kind_of, replaced
@@ -69,8 +69,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_option_that_a_page_names_exists(page: Path) -> None:
     kinds = [*vars(chat_command).values(), *vars(make_model).values()]
     commands = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Options)]
-    fields = {name for kind in (serve_options(), *commands) for name in kind.model_fields}
-    known = {name.replace("_", "-") for name in fields} | bench_flags() | OTHERS
+    known = {name for kind in (serve_options(), *commands) for name in spellings(kind)} | bench_flags() | OTHERS
     for name in FLAG.findall(GENERATED.sub("", page.read_text())):
         assert name.partition(".")[0].replace("_", "-") in known, f"{page.name} names --{name}"
 

@@ -26,12 +26,16 @@ DEFAULTS = {
     "data_parallel_size_local": None,
     "data_parallel_rank": None,
     "data_parallel_rank_local": None,
-    "data_parallel_master_ip": "127.0.0.1",
+    "data_parallel_address": "127.0.0.1",
     "data_parallel_rpc_port": 29550,
-    "data_parallel_master_port": 29500,
+    "data_parallel_master_port": 0,
     "data_parallel_backend": "mp",
     "data_parallel_external_lb": False,
     "data_parallel_hybrid_lb": False,
+    "data_parallel_start_rank": None,
+    "headless": False,
+    "start_timeout_seconds": 1800,
+    "restart_world": False,
     "enable_expert_parallel": False,
     "enable_eplb": False,
     "expert_placement_strategy": "linear",
@@ -76,7 +80,23 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"data_parallel_rank_local": 2, "data_parallel_size": 2}, r"data_parallel_rank_local \(2\)"),
     ({"data_parallel_external_lb": True}, "data_parallel_size > 1"),
     ({"data_parallel_hybrid_lb": True}, "data_parallel_size > 1"),
-    ({"data_parallel_master_ip": " "}, "data_parallel_master_ip must not be empty"),
+    ({"data_parallel_external_lb": True, "data_parallel_size": 2}, "needs data_parallel_rank: which rank is this"),
+    ({"data_parallel_hybrid_lb": True, "data_parallel_size": 2}, r"needs data_parallel_size_local.*\(given: None\)"),
+    (
+        {"data_parallel_hybrid_lb": True, "data_parallel_size": 3, "data_parallel_size_local": 2},
+        r"a divisor of data_parallel_size \(3\)",
+    ),
+    ({"data_parallel_rank": 1, "data_parallel_size": 2, "headless": True}, "it goes with none of"),
+    ({"data_parallel_rank": 1, "data_parallel_size": 2, "data_parallel_start_rank": 1}, "it goes with none of"),
+    ({"data_parallel_size": 2, "data_parallel_size_local": 0}, "has nothing to do"),
+    ({"data_parallel_size": 2, "headless": True}, "a node beside that of rank 0"),
+    ({"data_parallel_size": 2, "data_parallel_start_rank": 1}, "needs headless .* or data_parallel_hybrid_lb"),
+    (
+        {"data_parallel_size": 4, "data_parallel_start_rank": 3, "data_parallel_size_local": 2, "headless": True},
+        r"start_rank \(3\) and data_parallel_size_local \(2\) reach beyond data_parallel_size \(4\)",
+    ),
+    ({"start_timeout_seconds": 0}, "start_timeout_seconds"),
+    ({"data_parallel_address": " "}, "data_parallel_address must not be empty"),
     ({"data_parallel_rpc_port": 65536}, "data_parallel_rpc_port"),
     ({"data_parallel_master_port": -1}, "data_parallel_master_port"),
     ({"data_parallel_backend": "threads"}, "data_parallel_backend.*'mp' or 'ray'"),
@@ -149,20 +169,51 @@ def test_options_are_frozen() -> None:
     [
         ({}, 0, 0),
         ({"data_parallel_size": 4}, 0, 0),
-        ({"data_parallel_master_ip": "127.0.0.1"}, 29550, 29500),
-        ({"data_parallel_rank": 0}, 29550, 29500),
+        ({"data_parallel_address": "127.0.0.1"}, 29550, 0),
+        ({"data_parallel_master_ip": "127.0.0.1"}, 29550, 0),
+        ({"data_parallel_rank": 0, "data_parallel_size": 2}, 29550, 0),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 1}, 29550, 0),
         ({"data_parallel_rpc_port": 5000}, 5000, 0),
         ({"data_parallel_master_port": 5001}, 0, 5001),
     ],
     ids=str,
 )
-def test_default_ports_count_only_with_an_address_or_a_rank_and_given_ports_always(
+def test_the_coordinators_port_is_known_beforehand_only_where_somebody_else_must_know_it(
     options: dict[str, object], coordinator: int, store: int
 ) -> None:
     parallel = Config.from_flat(options).parallel
-    assert (parallel.coordinator_port, parallel.store_port) == (coordinator, store)
+    assert (parallel.coordinator_port, parallel.data_parallel_master_port) == (coordinator, store)
     told = Config.model_validate_json(Config.from_flat(options).to_json()).parallel
-    assert (told.coordinator_port, told.store_port) == (coordinator, store)
+    assert (told.coordinator_port, told.data_parallel_master_port) == (coordinator, store)
+
+
+PARTS: list[tuple[dict[str, object], tuple[int, ...], str, int]] = [
+    ({}, (0, 1, 2, 3), "internal", 1),
+    ({"data_parallel_rank": 2}, (2,), "external", 4),
+    ({"data_parallel_rank": 2, "data_parallel_external_lb": True}, (2,), "external", 4),
+    ({"data_parallel_hybrid_lb": True, "data_parallel_size_local": 2}, (0, 1), "hybrid", 2),
+    (
+        {"data_parallel_hybrid_lb": True, "data_parallel_size_local": 2, "data_parallel_start_rank": 2},
+        (2, 3),
+        "hybrid",
+        2,
+    ),
+    ({"data_parallel_size_local": 3}, (0, 1, 2), "internal", 1),
+    ({"headless": True, "data_parallel_start_rank": 1, "data_parallel_size_local": 2}, (1, 2), "internal", 1),
+    ({"headless": True, "data_parallel_start_rank": 3}, (3,), "internal", 1),
+]
+
+
+@pytest.mark.parametrize(("options", "ranks", "balancing", "frontends"), PARTS, ids=str)
+def test_which_ranks_a_node_starts_and_who_spreads_requests(
+    options: dict[str, object], ranks: tuple[int, ...], balancing: str, frontends: int
+) -> None:
+    parallel = Config.from_flat({"data_parallel_size": 4, **options}).parallel
+    assert parallel.dp_ranks_here == ranks
+    assert parallel.load_balancing == balancing
+    assert parallel.num_frontends == frontends
+    assert parallel.is_apart == (len(ranks) < 4)
+    parallel.check_built()
 
 
 # --- agreement -----------------------------------------------------------------------------------------------------
@@ -331,12 +382,6 @@ def test_every_option_is_read_somewhere_or_refused(section: str, field: str) -> 
             "pipeline_parallel_size=2 is known but not built yet.*--pipeline-parallel-size",
         ),
         ({"data_parallel_backend": "ray"}, "data_parallel_backend='ray' is known but not built yet"),
-        (
-            {"data_parallel_external_lb": True, "data_parallel_size": 2},
-            "data_parallel_external_lb=True .*not built yet",
-        ),
-        ({"data_parallel_hybrid_lb": True, "data_parallel_size": 2}, "data_parallel_hybrid_lb=True .*not built yet"),
-        ({"data_parallel_size_local": 1, "data_parallel_size": 2}, "data_parallel_size_local=1 .*not built yet"),
         (
             {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
             "decode_context_parallel_size=2 .*not built yet",

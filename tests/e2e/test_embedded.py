@@ -71,7 +71,7 @@ def test_an_engine_that_dies_is_named_to_who_waits(model: str) -> None:
 
 def test_a_mistake_of_the_operators_is_told_as_one(model: str) -> None:
     with pytest.raises(ConfigError, match="cannot listen on"):
-        LLM(model, data_parallel_size=2, data_parallel_master_ip="192.0.2.1")
+        LLM(model, data_parallel_size=2, data_parallel_address="192.0.2.1")
 
 
 def test_a_process_that_is_killed_leaves_nothing_of_its_world(model: str) -> None:

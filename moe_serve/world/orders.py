@@ -1,0 +1,25 @@
+"""What load balancing decides, as the fleet passes it on: orders to engines, questions of this generation. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from moe_serve.eplb.questions import Question, SharesQuestion
+from moe_serve.eplb.rearrangement import ForEngine
+from moe_serve.world.members import Member
+from moe_serve.world.parcels import Send
+
+
+def to_engines(members: Mapping[int, Member], orders: Sequence[ForEngine]) -> list[Send]:
+    """Each order to its engine; engines that are gone get none."""
+    engines = {known.hello.dp: member for member, known in members.items() if known.hello.role == "engine"}
+    return [Send(engines[each.dp], each.order) for each in orders if each.dp in engines]
+
+
+def dated(question: Question, generation: int) -> Question:
+    """Shares are for the ranks of one generation."""
+    return (
+        msgspec.structs.replace(question, generation=generation) if isinstance(question, SharesQuestion) else question
+    )
