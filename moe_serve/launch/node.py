@@ -209,6 +209,7 @@ class Node:
             config=self.config.to_json(),
             dp=-1 if dp is None else dp,
             site=make_site(self.config.parallel, self._dp_ranks, address=self.address, dp=dp),
+            essential=bool(self._dp_ranks),  # more front-ends may come and go
             serves=self._part.serves,
             generation=self._generation,
             connect_seconds=CONNECT_SECONDS,

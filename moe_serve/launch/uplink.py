@@ -93,6 +93,7 @@ class Uplink:
             pid=os.getpid(),
             host=socket.gethostname(),
             agreement=self._config.agreement(),
+            essential=bool(self._ranks),
             node=name_of_this_node(),
             ranks=self._ranks,
             worlds=self._worlds,

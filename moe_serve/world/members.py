@@ -78,8 +78,8 @@ class Member:
 
 
 def named_ranks(ranks: Collection[int]) -> str:
-    """`rank 1`, `ranks 1, 3`."""
-    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
+    """`rank 1`, `ranks 1, 3`, `no rank`."""
+    return "no rank" if not ranks else f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
 
 def expected_places(topology: Topology, *, has_workers: bool) -> list[tuple[str, int, int]]:
@@ -147,7 +147,7 @@ def why_not(
 
 def _why_no_launcher(newcomer: Member, members: Iterable[Member], ranks_here: Collection[int]) -> Refused | None:
     ranks, size = set(newcomer.hello.ranks), newcomer.topology.dp
-    if not ranks or not ranks <= set(range(size)):
+    if bool(ranks) != newcomer.hello.essential or not ranks <= set(range(size)):
         return Refused(f"{newcomer.name} must start DP ranks in [0, {size}), not {newcomer.hello.ranks}")
     taken = ranks & set(ranks_here)
     if taken:

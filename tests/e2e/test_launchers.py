@@ -20,7 +20,8 @@ import pytest
 from moe_serve.base.config import Config
 from moe_serve.base.messages import Stop
 from moe_serve.cli.random_model import make_model
-from moe_serve.launch.node import Node, NodePart
+from moe_serve.launch.node import Node
+from moe_serve.launch.part import NodePart
 from moe_serve.launch.resolve import resolve
 from moe_serve.world.member import ENVIRONMENT, MemberSpec, started
 from tests.support import second_launcher
@@ -56,10 +57,11 @@ class FirstLauncher:
         self._loop.close()
 
 
-def config_for(folder: Path) -> Config:
+def config_for(folder: Path, joins: Node | None = None) -> Config:
     options = {"model": str(folder), "data_parallel_size": 2, "enable_expert_parallel": True, "max_model_len": 256}
     small = {"kv_cache_memory_bytes": 2**24, "port": 0, "served_model_name": "tiny"}
-    return resolve(Config.from_flat({**options, **small}))[0]
+    meeting = {} if joins is None else {"data_parallel_address": joins.host, "data_parallel_rpc_port": joins.port}
+    return resolve(Config.from_flat({**options, **small, **meeting}))[0]
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +119,8 @@ def says_ready(address: str) -> bool:
 def world(folders: list[Path]) -> Iterator[tuple[FirstLauncher, str]]:
     """Of two launchers, each with its own copy of the model; and where the first one's API server listens."""
     first = FirstLauncher(config_for(folders[0]))
-    part = NodePart(serve_http=False, dp_ranks=(1,), joins=(first.node.host, first.node.port))
-    second = second_launcher.start(config_for(folders[1]), first.token, part)
+    part = NodePart(serve_http=False, dp_ranks=(1,), joins=True)
+    second = second_launcher.start(config_for(folders[1], first.node), first.token, part)
     try:
         first.call(first.node.until_ready())
         assert first.node.ended is None, first.node.ended
@@ -153,8 +155,8 @@ def test_a_front_end_of_one_rank_serves_it_and_may_be_killed(
     world: tuple[FirstLauncher, str], folders: list[Path]
 ) -> None:
     first, address = world
-    part = NodePart(dp_ranks=(), joins=(first.node.host, first.node.port), serves=[1])
-    launcher = second_launcher.start(config_for(folders[1]), first.token, part)
+    part = NodePart(dp_ranks=(), joins=True, serves=[1])
+    launcher = second_launcher.start(config_for(folders[1], first.node), first.token, part)
     try:
         front_end = find_member(first.token, "api.server", serves=[1])
         own = wait_for_address(front_end)

@@ -12,7 +12,8 @@ import sys
 import msgspec
 
 from moe_serve.base.config import Config
-from moe_serve.launch.node import Node, NodePart
+from moe_serve.launch.node import Node
+from moe_serve.launch.part import NodePart
 
 
 def start(config: Config, token: str, part: NodePart) -> subprocess.Popen[bytes]:
@@ -22,8 +23,8 @@ def start(config: Config, token: str, part: NodePart) -> subprocess.Popen[bytes]
 
 async def run(config: Config, token: str, part: NodePart) -> int:
     node = Node(config, part, token=token)
-    await node.start()
     try:
+        await node.start()
         return (await node.until_ended()).code
     finally:
         await node.close()

@@ -30,12 +30,13 @@ COMMAND = (sys.executable, "-m", "moe_serve")
 class Server:
     """`base_url` once ready. `log()` is all it has written so far (standard output and error together).
 
-    Its world's token is in the environment of all its processes, so that they are found whoever their parent is.
+    Its world's token is in the environment of all its processes, so that they are found whoever their parent is;
+    ranks of one world that are started apart share it.
     """
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, token: str | None = None) -> None:
         self._file = tempfile.NamedTemporaryFile(prefix="moe-serve-", suffix=".log")  # noqa: SIM115 - closed in end()
-        self.token = secrets.token_hex(16)
+        self.token = token or secrets.token_hex(16)
         key = arguments[arguments.index("--api-key") + 1] if "--api-key" in arguments else None
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.process = subprocess.Popen(

@@ -81,7 +81,7 @@ def test_whatever_a_policy_does_is_a_skip_with_its_reason_and_the_next_decision_
         entry = rebalancer.history[-1]
         assert entry["skipped"] == "policy_failed"
         assert words in str(entry["text"])
-        assert any(words in line for line in caplog.messages)
+        until(lambda: any(words in line for line in caplog.messages))
         rebalancer.policy = "shuffle"
         report(link, 4, first=2)
         assert isinstance(heard.get(timeout=10), StageExperts)
