@@ -227,3 +227,43 @@ def test_ranks_apart_need_a_secret(model: str, tmp_path: Path) -> None:
         done = subprocess.run(told, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2
         assert re.search(sentence, done.stderr), done.stderr
+
+
+NODES = {
+    "hybrid": (
+        ("--data-parallel-hybrid-lb", "--data-parallel-size-local", "1"),
+        ("--data-parallel-hybrid-lb", "--data-parallel-size-local", "1", "--data-parallel-start-rank", "1"),
+    ),
+    "headless": (
+        ("--data-parallel-size-local", "1"),
+        ("--headless", "--data-parallel-size-local", "1", "--data-parallel-start-rank", "1"),
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", NODES)
+def test_two_nodes_form_one_world_whose_servers_serve_the_ranks_they_should(model: str, kind: str) -> None:
+    world = World(model, 2)
+    try:
+        head, other = (Server(*world._common, *options, token=world.token) for options in NODES[kind])
+        world._started += [head, other]
+        head.wait_ready()
+        served = [rank for rank in (0, 1) if status(head, rank) == 200]
+        if kind == "hybrid":
+            other.wait_ready()
+            assert served == [0]
+            assert [rank for rank in (0, 1) if status(other, rank) == 200] == [1]
+            assert answers(head) == answers(other)
+        else:
+            assert served == [0, 1]
+            assert "curl" not in other.log()
+        assert head.terminate() == 0
+        assert other.process.wait(20) == WORLD_ENDED, other.log()
+    finally:
+        world.close()
+
+
+def status(server: Server, rank: int) -> int:
+    body = {"prompt": "x", "max_tokens": 1}
+    return server.post("/v1/completions", body, {"X-Data-Parallel-Rank": str(rank)}).status_code

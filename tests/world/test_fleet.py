@@ -22,6 +22,7 @@ from moe_serve.base.messages import (
     LineTo,
     Ready,
     Refused,
+    Retire,
     Stop,
     StoreAt,
     Unfinished,
@@ -231,6 +232,115 @@ def test_a_silent_member_is_named_within_ten_seconds() -> None:
     assert fleet.ended is not None
     assert "engine dp 1" in fleet.ended.reason
     assert "not been heard" in fleet.ended.reason
+
+
+def launcher(*ranks: int, **changes: object) -> Hello:
+    values: dict[str, object] = {"role": "launcher", "pid": 300, "host": "there", "node": "there", "ranks": list(ranks)}
+    return Hello(**(values | {"agreement": AGREEMENT} | changes))  # type: ignore[arg-type]
+
+
+def apart(generation: int = 7) -> Fleet:
+    """Rank 0 is started by the coordinator's own launcher, rank 1 by member 20; each has a server, 9 and 10."""
+    fleet = make_fleet()
+    fleet.generation, fleet.node, fleet.ranks_here, fleet.num_frontends = generation, "here", (0,), 2
+    fleet.hear(20, launcher(1), 0)
+    for dp, node in ((0, "here"), (1, "there")):
+        fleet.hear(dp, engine(dp, node=node, generation=generation), 0)
+        server = msgspec.structs.replace(API, node=node, pid=98 + dp, serves=[dp], generation=generation)
+        fleet.hear(9 + dp, server, 0)
+    for member, note in ((0, ""), (1, ""), (9, "here:1"), (10, "there:2")):
+        fleet.hear(member, Ready(note), 0)
+    assert fleet.ready
+    return fleet
+
+
+def test_a_launcher_hears_when_its_own_server_can_serve() -> None:
+    fleet = make_fleet()
+    fleet.ranks_here, fleet.num_frontends = (0,), 2
+    fleet.hear(20, launcher(1), 0)
+    sends: list[Send] = []
+    for dp, node in ((0, "here"), (1, "there")):
+        fleet.hear(dp, engine(dp, node=node), 0)
+        fleet.hear(9 + dp, msgspec.structs.replace(API, node=node, pid=98 + dp), 0)
+        fleet.hear(dp, Ready(), 0)
+        sends = fleet.hear(9 + dp, Ready(f"{node}:1"), 0)
+    assert answers(sends, 20) == [WorldReady(front_door="there:1")]
+
+
+def test_whose_ranks_are_taken_is_refused_for_now_and_who_has_none_for_good() -> None:
+    fleet = apart()
+    for hello, words, patience in (
+        (launcher(1, pid=301), "launcher of rank 1 (pid 300 on there) is here already", 14),
+        (launcher(0, pid=301), "rank 0 is started by the launcher of rank 0 itself", 0),
+        (launcher(2, pid=301), "must start DP ranks in [0, 2), not [2]", 0),
+        (launcher(pid=301), "must start DP ranks", 0),
+    ):
+        (send,) = fleet.hear(50, hello, 1)
+        assert isinstance(send.message, Refused)
+        assert words in send.message.reason
+        assert send.message.patience_seconds == patience
+    assert fleet.ended is None
+
+
+def test_who_was_started_for_another_generation_is_refused() -> None:
+    fleet = make_fleet()
+    fleet.generation = 7
+    (send,) = fleet.hear(50, engine(1, generation=8), 1)
+    assert isinstance(send.message, Refused)
+    assert "another generation" in send.message.reason
+    assert isinstance(fleet.hear(50, engine(1, generation=7), 1)[0].message, Welcome)
+
+
+def test_a_launcher_with_other_options_is_refused_alone() -> None:
+    fleet = make_fleet()
+    (send,) = fleet.hear(50, launcher(1, agreement=AGREEMENT | {"version": '"0.0.1"'}), 1)
+    assert isinstance(send.message, Refused)
+    assert 'version: "' in send.message.reason
+    assert fleet.ended is None
+
+
+def test_worlds_are_counted_through_those_who_saw_the_last() -> None:
+    fleet = make_fleet()
+    fleet.hear(20, launcher(1, worlds=4), 0)
+    assert fleet.view.number == 5
+
+
+def test_the_end_says_whose_node_it_was() -> None:
+    for member, node in ((1, "there"), (20, "there"), (0, "here")):
+        fleet = apart()
+        fleet.lost(member, 1)
+        assert fleet.ended is not None
+        assert fleet.ended.node == node
+
+
+def test_a_node_that_retires_goes_once_its_server_has_left_and_nobody_has_work() -> None:
+    fleet = apart()
+    told = fleet.hear(20, Retire(30), 1)
+    assert [send.member for send in told] == [10, 0, 1], "the other node's server goes on"
+    for dp, requests in ((0, 1), (1, 0)):
+        fleet.hear(dp, Unfinished(requests), 2)
+    told = fleet.hear(10, Leaving("drained"), 2)
+    assert [len(send.message.frontends) for send in told if isinstance(send.message, WorldView)] == [1] * len(told)
+    fleet.lost(10, 2)
+    for member in (0, 1, 9, 20):
+        beat(fleet, member, 3)
+    fleet.tick(3)
+    assert fleet.ended is None, "engine 0 has a request"
+    fleet.hear(0, Unfinished(0), 4)
+    fleet.tick(4)
+    assert fleet.ended == Stop("asked to stop, and nobody had work", 0, "there")
+
+
+def test_a_node_that_retires_does_not_wait_for_ever() -> None:
+    fleet = apart()
+    fleet.hear(20, Retire(3), 1)
+    fleet.hear(0, Unfinished(1, ["cmpl-7"]), 2)
+    for member in (0, 1, 9, 20):
+        beat(fleet, member, 4)
+    fleet.tick(4.1)
+    assert fleet.ended is not None
+    assert fleet.ended.code == 0
+    assert any("engine dp 0: 1 request (cmpl-7)" in line for line in fleet.take_log())
 
 
 def front_end(fleet: Fleet, *, stands: bool, dp: int = 1) -> None:
