@@ -123,6 +123,25 @@ ARCHITECTURES: Mapping[str, Defaults] = MappingProxyType(
         ),
     }
 )
+# No model comes near these; a file that goes beyond them lies, and whoever counts up to what it says never ends.
+LIMITS: Mapping[str, int] = MappingProxyType(
+    {
+        "vocab_size": 2**24,
+        "hidden_size": 2**20,
+        "intermediate_size": 2**24,
+        "moe_intermediate_size": 2**24,
+        "shared_expert_intermediate_size": 2**24,
+        "num_hidden_layers": 2**12,
+        "num_attention_heads": 2**16,
+        "num_key_value_heads": 2**16,
+        "head_dim": 2**16,
+        "num_experts": 2**16,
+        "num_experts_per_tok": 2**16,
+        "decoder_sparse_step": 2**31,
+        "max_position_embeddings": 2**28,
+    }
+)
+MAX_EXPERTS_OF_ALL_LAYERS = 2**20
 DENSE_LAYER_FIELDS = ("mlp_only_layers", "decoder_sparse_step")
 # Fields that change what is computed, each with the values under which they do not.
 HARMLESS: Mapping[str, tuple[object, ...]] = MappingProxyType(

@@ -16,7 +16,7 @@ def model_fingerprint(model: str | None) -> str | None:
     if model is None or not (folder / "config.json").is_file():
         return model
     config = (folder / "config.json").read_bytes()
-    sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors") if file.is_file())
     digest = hashlib.sha256(config + json.dumps(sizes).encode()).hexdigest()
     return f"{_architecture(config)} {digest[:16]}"
 
@@ -24,6 +24,6 @@ def model_fingerprint(model: str | None) -> str | None:
 def _architecture(config: bytes) -> str:
     try:
         (name,) = json.loads(config)["architectures"]
-    except (ValueError, KeyError, TypeError):  # refused elsewhere, with a better message
+    except (ValueError, KeyError, TypeError, RecursionError):  # refused elsewhere, with a better message
         return "unknown"
     return str(name)

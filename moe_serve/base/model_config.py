@@ -12,9 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from moe_serve.base.architectures import ARCHITECTURES, DENSE_LAYER_FIELDS, HARMLESS, Defaults, QKNorm
+from moe_serve.base.architectures import (
+    ARCHITECTURES,
+    DENSE_LAYER_FIELDS,
+    HARMLESS,
+    LIMITS,
+    MAX_EXPERTS_OF_ALL_LAYERS,
+    Defaults,
+    QKNorm,
+)
 from moe_serve.base.errors import CheckpointError
-from moe_serve.base.fields import Fields
+from moe_serve.base.fields import Fields, brief, read_object
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -108,33 +116,23 @@ def load_model_config(folder: Path | str) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; MODEL must name a folder in the Hugging Face layout")
-    values = _read_object(path)
+    values = read_object(path)
     architecture = _architecture(path, values)
     defaults = ARCHITECTURES[architecture]
-    fields = Fields(path, values, defaults.fields)
+    fields = Fields(path, values, defaults.fields, LIMITS)
     _refuse_unsupported(fields, defaults)
     generation_path = folder / "generation_config.json"
-    generation = _read_object(generation_path) if generation_path.is_file() else {}
+    generation = read_object(generation_path) if generation_path.is_file() else {}
     return _build(architecture, fields, Fields(generation_path, generation, {}))
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values
 
 
 def _architecture(path: Path, values: Mapping[str, object]) -> str:
     names = values.get("architectures")
     supported = f"supported are: {', '.join(ARCHITECTURES)}"
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise CheckpointError(f"{path}: architectures must name the model's class, not {names!r}; {supported}")
+        raise CheckpointError(f"{path}: architectures must name the model's class, not {brief(names)}; {supported}")
     if names[0] not in ARCHITECTURES:
-        raise CheckpointError(f"{path}: architecture {names[0]} is not supported; {supported}")
+        raise CheckpointError(f"{path}: architecture {names[0][:80]} is not supported; {supported}")
     return names[0]
 
 
@@ -170,13 +168,17 @@ def _refuse_sliding_window(fields: Fields, *, switched: bool) -> None:
     longest = fields.integer("max_position_embeddings")
     if isinstance(window, bool) or not isinstance(window, int) or window < longest:
         raise CheckpointError(
-            f"{fields.path}: sliding_window = {window!r}, shorter than max_position_embeddings ({longest}), "
+            f"{fields.path}: sliding_window = {brief(window)}, shorter than max_position_embeddings ({longest}), "
             "is not supported"
         )
 
 
 def _brief(value: object) -> str:
-    text = json.dumps(value)
+    """As brief(), in JSON's spelling."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return brief(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -190,14 +192,14 @@ def _rope_theta(fields: Fields) -> float:
             raise fields.wrong(name, rope, "an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise CheckpointError(f"{fields.path}: {name} of type {kind!r} is not supported; supported: default")
+            raise CheckpointError(f"{fields.path}: {name} of type {brief(kind)} is not supported; supported: default")
         if rope.get("partial_rotary_factor") not in (None, 1.0):
             raise CheckpointError(
-                f"{fields.path}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported"
+                f"{fields.path}: partial_rotary_factor = {brief(rope['partial_rotary_factor'])} is not supported"
             )
         unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
         if unknown:
-            raise CheckpointError(f"{fields.path}: {name} holds {', '.join(unknown)}, which is not supported")
+            raise CheckpointError(f"{fields.path}: {name} holds {', '.join(unknown)[:80]}, which is not supported")
         if rope.get("rope_theta") is not None:
             return Fields(fields.path, rope, {}).number("rope_theta")
     return fields.number("rope_theta")
@@ -209,7 +211,7 @@ def _dtype(fields: Fields) -> str:
         return "float32"
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     if name not in DTYPES:
-        raise CheckpointError(f"{fields.path}: dtype {value!r} is not supported; supported: {', '.join(DTYPES)}")
+        raise CheckpointError(f"{fields.path}: dtype {brief(value)} is not supported; supported: {', '.join(DTYPES)}")
     return str(name)
 
 
@@ -255,8 +257,8 @@ def _layers(fields: Fields, defaults: Defaults) -> tuple[LayerSpec, ...]:
     dense = [] if given is None else given
     if not isinstance(dense, list) or any(isinstance(index, bool) or not isinstance(index, int) for index in dense):
         raise fields.wrong("mlp_only_layers", dense, "a list of layers' numbers, the first being 0")
-    step = fields.integer("decoder_sparse_step")
-    kinds: list[FeedForward] = ["dense" if i in dense or (i + 1) % step else "moe" for i in range(count)]
+    step, without_experts = fields.integer("decoder_sparse_step"), set(dense)
+    kinds: list[FeedForward] = ["dense" if i in without_experts or (i + 1) % step else "moe" for i in range(count)]
     if "moe" not in kinds:
         raise CheckpointError(
             f"{fields.path}: mlp_only_layers and decoder_sparse_step ({step}) leave none of {count} layers with "
@@ -283,6 +285,11 @@ def _build(architecture: str, fields: Fields, generation: Fields) -> ModelConfig
     heads, kv_heads, head_dim = _heads(fields, hidden, free_head_dim=defaults.free_head_dim)
     experts = fields.integer("num_experts", "num_local_experts")
     layers = _layers(fields, defaults)
+    if experts * len(layers) > MAX_EXPERTS_OF_ALL_LAYERS:
+        raise CheckpointError(
+            f"{fields.path}: num_experts ({experts}) x num_hidden_layers ({len(layers)}) must be at most "
+            f"{MAX_EXPERTS_OF_ALL_LAYERS}"
+        )
     vocab_size = fields.integer("vocab_size")
     biased = defaults.bias_field is not None and fields.flag(defaults.bias_field)
     eos = generation.token_ids("eos_token_id") or fields.token_ids("eos_token_id")

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from moe_serve.base.checkpoint_size import check_size
 from moe_serve.base.config import Config
 from moe_serve.base.errors import CheckpointError, ConfigError
 from moe_serve.base.model_config import ModelConfig, load_model_config
@@ -30,6 +31,8 @@ def resolve(config: Config) -> tuple[Config, ModelConfig]:
     config.parallel.check_built()
     folder = model_folder(config.model.model, config.model.revision)
     model = load_model_config(folder)
+    if config.model.load_format == "auto":
+        check_size(folder, model)
     limit = model.max_position_embeddings
     asked = config.model.max_model_len
     if asked is not None and asked > limit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_serve.base.errors import CheckpointError
+from moe_serve.base.fields import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 128 * 2**20  # a million tensors
 READABLE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
@@ -123,11 +124,7 @@ class Checkpoint:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    where = index.get("weight_map") if isinstance(index, dict) else None
+    where = read_object(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise CheckpointError(f"{path} must hold an object weight_map from tensor names to file names")
     return where
