@@ -9,7 +9,6 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, Self
 
 from rich.console import Console
@@ -25,7 +24,7 @@ from moe_serve.engine.alone import OneEngine, OnEvent
 from moe_serve.launch.embedded import EngineWorld
 from moe_serve.launch.resolve import resolve
 from moe_serve.text.growing import GrowingText, Growth
-from moe_serve.text.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
@@ -69,7 +68,7 @@ class LLM:
         config, model_config = resolve(Config.from_flat({"log_level": "warning", **given}))
         setup_logging("llm", config.server.log_level)
         self.config = config
-        self.tokenizer = Tokenizer(Path(config.model.model or ""))
+        self.tokenizer = load_tokenizer(config)
         self._ids = itertools.count()
         alone = config.parallel.world_size_across_dp == 1
         self._engines: Engines = OneEngine(config, model_config) if alone else EngineWorld(config)
@@ -112,15 +111,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """generate() on one conversation or several, rendered by the model's chat template."""
         several = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        texts = [self.tokenizer.render_chat(conversation) for conversation in several]  # type: ignore[arg-type]
-        prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        rendered = [self.tokenizer.chat_templates.render(conversation) for conversation in several]  # type: ignore[arg-type]
+        prompts = [self.tokenizer.encode_chat(prompt) for prompt in rendered]
         outputs = self.generate(prompts, params, show_progress=show_progress)
-        for output, text in zip(outputs, texts, strict=True):
-            output.prompt = text
+        for output, prompt in zip(outputs, rendered, strict=True):
+            output.prompt = prompt.text
         return outputs
 
     def close(self) -> None:
         """End the engines; safe to call twice."""
+        self.tokenizer.chat_templates.close()
         self._engines.close()
 
     def __enter__(self) -> Self:

@@ -188,7 +188,8 @@ class Routes:
     async def _chat(
         self, request: Request, body: ChatBody, sampling: SamplingParams, place: Place, arrival: float
     ) -> Response:
-        prompt = await prepare.chat_prompt(self._state.tokenizer, body, self._state.engines.max_model_len)
+        rendered = await self._state.conversations.render(body, len(await request.body()))
+        prompt = await prepare.chat_ids(self._state.tokenizer, rendered, self._state.engines.max_model_len)
         heading = self._heading("chatcmpl")
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         choices = self._choices(heading.id, [prompt], sampling, arrival, param="messages", limit_param=limit)
@@ -198,13 +199,21 @@ class Routes:
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(TokenizeBody, request)
         self._state.check_model(body.model)
-        ids = await prepare.tokenized(self._state.tokenizer, body)
+        ids = await self._tokenized(body, len(await request.body()))
         engines = self._state.engines
         max_model_len = engines.max_model_len if engines.ready else None
         answer: dict[str, object] = {"count": len(ids), "max_model_len": max_model_len, "tokens": ids}
         if body.return_token_strs:
             answer["token_strs"] = [self._state.tokenizer.token_text(token_id) for token_id in ids]
         return _json(answer)
+
+    async def _tokenized(self, body: TokenizeBody, num_bytes: int) -> list[int]:
+        tokenizer = self._state.tokenizer
+        if body.prompt is not None:
+            special = body.add_special_tokens is not False
+            return (await prepare.encode_all(tokenizer, [body.prompt], add_special_tokens=special))[0]
+        rendered = await self._state.conversations.render(body, num_bytes)
+        return await prepare.chat_ids(tokenizer, rendered, add_special_tokens=bool(body.add_special_tokens))
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(DetokenizeBody, request)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import msgspec
 
 from moe_serve.api.logprobs import Echo
-from moe_serve.api.schemas import ChatBody, CompletionBody, TokenizeBody
+from moe_serve.api.schemas import ChatBody, CompletionBody
 from moe_serve.api.values import shown
 from moe_serve.base.errors import ContextTooLong, RequestError
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.admission import guess_tokens
+from moe_serve.text.chat_template import ChatPrompt
 from moe_serve.text.tokenizer import Tokenizer
 
 INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread, so that they hold up nobody else's stream
@@ -36,28 +37,17 @@ async def completion_prompts(tokenizer: Tokenizer, body: CompletionBody, max_mod
     return [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
 
 
-async def chat_prompt(
-    tokenizer: Tokenizer, body: ChatBody | TokenizeBody, max_model_len: int | None = None
+async def chat_ids(
+    tokenizer: Tokenizer, prompt: ChatPrompt, max_model_len: int | None = None, *, add_special_tokens: bool = False
 ) -> list[int]:
     """The ids of a conversation; the template writes the special tokens itself, unless more are asked for."""
-    hidden = isinstance(body, ChatBody) and body.tool_choice == "none"
-    text = tokenizer.render_chat(
-        body.messages or [],
-        tools=None if hidden else body.tools,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        options=body.chat_template_kwargs,
-    )
     if max_model_len is not None:
-        check_fits(tokenizer, text, max_model_len, "messages")
-    special = isinstance(body, TokenizeBody) and bool(body.add_special_tokens)
-    return (await encode_all(tokenizer, [text], add_special_tokens=special))[0]
+        check_fits(tokenizer, prompt.text, max_model_len, "messages")
 
+    def encode() -> list[int]:
+        return tokenizer.encode_chat(prompt, add_special_tokens)
 
-async def tokenized(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
-    if body.prompt is None:
-        return await chat_prompt(tokenizer, body)
-    special = body.add_special_tokens is not False
-    return (await encode_all(tokenizer, [body.prompt], add_special_tokens=special))[0]
+    return encode() if len(prompt.text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
 
 
 def guess(body: CompletionBody | ChatBody) -> int:

@@ -27,7 +27,7 @@ from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, ToMember
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
 from moe_serve.engine.client import EngineClient
-from moe_serve.text.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import load_tokenizer
 from moe_serve.world.link import Link
 from moe_serve.world.member import MemberSpec
 
@@ -101,11 +101,12 @@ class ApiServer:
 
     def _make_state(self) -> ApiState:
         folder = Path(self._config.model.model or "")
-        model_config = load_model_config(folder)
+        model_config, tokenizer = load_model_config(folder), load_tokenizer(self._config)
+        tokenizer.chat_templates.check()
         return ApiState(
             config=self._config,
             model_name=self._config.model.served_model_name or str(folder),
-            tokenizer=Tokenizer(folder),
+            tokenizer=tokenizer,
             engines=self._engines,
             generation_defaults=model_config.generation_defaults,
             created=int(time.time()),
@@ -130,6 +131,7 @@ class ApiServer:
         for task in tasks.values():
             task.cancel()
         server.should_exit = True
+        state.conversations.close()
         await asyncio.gather(serving, *tasks.values(), return_exceptions=True)
         self._engines.close()
         return code

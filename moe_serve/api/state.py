@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moe_serve.api.balance import Balance
+from moe_serve.api.conversations import Conversations
 from moe_serve.api.metrics import Metrics
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, Overloaded, UnknownModel
@@ -31,10 +32,12 @@ class ApiState:
     balance: Balance | None = None
     admission: Admission = field(init=False)
     metrics: Metrics = field(init=False)
+    conversations: Conversations = field(init=False)
 
     def __post_init__(self) -> None:
         scheduler, engines = self.config.scheduler, self.engines
         self.metrics = Metrics(self.model_name, engines.data_parallel_size, lambda: engines.reports)
+        self.conversations = Conversations(self.tokenizer.chat_templates, self.config.server.chat_template_timeout)
         self.admission = Admission(
             QueueLimits(scheduler.max_num_queued_reqs, scheduler.max_num_queued_tokens),
             room=lambda: engines.room,

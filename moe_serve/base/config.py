@@ -102,6 +102,11 @@ class ServerSection(Section):
     """Seconds for the head of a request to arrive, from its first byte or from the connection."""
     timeout_body: float = Field(60, gt=0, allow_inf_nan=False)
     """Seconds for the body of a request to arrive, and one more for each 16 KiB of it."""
+    chat_template_timeout: float = Field(5, gt=0, le=3600, allow_inf_nan=False)
+    """Seconds that the chat template may take over one conversation."""
+    sanitize_control_tokens: bool = False
+    """Read control tokens (special tokens, and others that the chat template writes) in the messages, tools and
+    chat_template_kwargs of a request as ordinary text, so that only the template itself can write them."""
     access_log: bool = True
     """Log a line for each request. Lines about refused requests and about throughput come anyway."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

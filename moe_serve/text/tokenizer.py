@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
 
+from moe_serve.base.config import Config
 from moe_serve.base.errors import CheckpointError, RequestError
-from moe_serve.text.chat_template import ChatTemplates
+from moe_serve.base.fields import read_object
+from moe_serve.text.chat_template import DEFAULT_SECONDS, ChatPrompt, ChatTemplates
 from moe_serve.text.decoding import LARGEST_ID, ByteDecoding, UnitDecoding, choose_decoding
+from moe_serve.text.sanitizing import Sanitizer, added_tokens, named_control_tokens
 
 
 class Tokenizer:
     """Loaded from a model folder in the Hugging Face layout. Raises CheckpointError naming the file.
 
     `eos_token`, `bos_token` as the folder names them, None where it does not. `vocab_size` is one more than the
-    largest id, added tokens included.
+    largest id, added tokens included. `sanitize_control_tokens` and `chat_template_timeout` as the server's options.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        sanitize_control_tokens: bool = False,
+        chat_template_timeout: float = DEFAULT_SECONDS,
+    ) -> None:
         self.folder = Path(folder)
         self._core = _load_core(self.folder / "tokenizer.json")
         config = _read_json(self.folder / "tokenizer_config.json")
@@ -30,6 +38,12 @@ class Tokenizer:
         self.bos_token = special_tokens.get("bos_token")
         self.eos_token = special_tokens.get("eos_token")
         self.chat_templates = _load_chat_templates(self.folder, config, special_tokens)
+        self.chat_templates.configure(
+            seconds=chat_template_timeout,
+            added_tokens=added_tokens(self._core) if sanitize_control_tokens else None,
+            control_tokens=named_control_tokens(config),
+        )
+        self._sanitizer = Sanitizer(self._core)
         self._special = {token.content for token in self._core.get_added_tokens_decoder().values() if token.special}
         self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._longest = _longest_token(self._core)
@@ -47,15 +61,17 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; with special tokens as the tokenizer's own post-processor adds them (a BOS or not)."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text is not valid Unicode: {error}", param="prompt") from error
+        _check_unicode(text, "prompt")
         # Only the batch lets go of the GIL while it works, and only the fast one keeps no offsets, which are as much
         # work again to drop: megabytes of text must not stop the rest of the process.
         (encoded,) = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoded.ids
         return ids
+
+    def encode_chat(self, prompt: ChatPrompt, add_special_tokens: bool = False) -> list[int]:
+        """Ids of a rendered conversation, to which the template has written the special tokens itself."""
+        _check_unicode(prompt.text, "messages")
+        return self._sanitizer.encode(prompt, add_special_tokens)
 
     def least_tokens(self, text: str) -> int:
         """At least so many tokens a text has, known without cutting it; 0 where nothing is known."""
@@ -74,10 +90,10 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         options: Mapping[str, object] | None = None,
     ) -> str:
-        """The prompt text of a conversation by the chat template; encode it with add_special_tokens=False."""
+        """The prompt text of a conversation by the chat template, as ChatTemplates.render()."""
         return self.chat_templates.render(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, options=options
-        )
+        ).text
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, special tokens shown; empty for an id that no token has."""
@@ -92,6 +108,16 @@ class Tokenizer:
             return found.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of a configuration whose model is a folder."""
+    server = config.server
+    return Tokenizer(
+        config.model.model or "",
+        sanitize_control_tokens=server.sanitize_control_tokens,
+        chat_template_timeout=server.chat_template_timeout,
+    )
 
 
 def _load_core(path: Path) -> tokenizers.Tokenizer:
@@ -121,17 +147,16 @@ def _longest_token(core: tokenizers.Tokenizer) -> int | None:
     return max(longest, 1) * (1 if core.normalizer is None else 4)
 
 
+def _check_unicode(text: str, param: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the text is not valid Unicode: {error}", param=param) from error
+
+
 def _read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file; empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+    return read_object(path) if path.is_file() else {}
 
 
 def _content(token: object) -> str | None:

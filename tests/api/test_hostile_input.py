@@ -116,12 +116,6 @@ def test_many_long_stop_strings_have_a_limit(served: Served) -> None:
         assert "stop" in assert_refused(send(served, "/v1/completions", body))
 
 
-def test_a_chat_with_a_content_the_template_cannot_take_is_refused(served: Served) -> None:
-    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
-    body = {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
-    assert "template" in assert_refused(send(served, "/v1/chat/completions", json.dumps(body).encode()))
-
-
 # --- sizes -----------------------------------------------------------------------------------------------------
 
 

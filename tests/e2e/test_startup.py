@@ -28,6 +28,7 @@ from moe_serve.cli.main import main
 from moe_serve.cli.random_model import make_model
 from moe_serve.launch.resolve import resolve
 from moe_serve.world.member import MemberSpec
+from tests.support.chat_templates import LOOPS
 from tests.support.coordinator import RunningCoordinator
 from tests.support.server import Server
 
@@ -96,6 +97,27 @@ def test_a_config_json_that_is_none(text: str, refused: Refused, model: Path, tm
     folder = copied(model, tmp_path / "copy")
     (folder / "config.json").write_text(text, encoding="latin-1")
     assert f"{folder / 'config.json'}" in refused(str(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_brackets_without_end(file: str, refused: Refused, model: Path, tmp_path: Path) -> None:
+    folder = copied(model, tmp_path / "copy")
+    (folder / file).write_text('{"a":' * 200_000)
+    assert f"{folder / file} cannot be read as JSON: it is nested too deeply" in refused(str(folder))
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["num_experts", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "max_position_embeddings"],
+)
+def test_a_billion_of_anything(field: str, refused: Refused, model: Path, tmp_path: Path) -> None:
+    said = refused(str(copied(model, tmp_path / "copy", **{field: 10**9})))
+    assert f"config.json: {field} must be at most" in said
+
+
+def test_weights_smaller_than_the_model(refused: Refused, model: Path, tmp_path: Path) -> None:
+    folder = copied(model, tmp_path / "copy", num_hidden_layers=4000, num_experts=200)
+    assert "describes a model of at least" in refused(str(folder))
 
 
 def test_an_unsupported_architecture_lists_the_supported(refused: Refused, model: Path, tmp_path: Path) -> None:
@@ -200,7 +222,7 @@ def untouched(folder: Path) -> None:
 
 def truncated(folder: Path) -> None:
     file = folder / "model.safetensors"
-    os.truncate(file, file.stat().st_size // 2)
+    os.truncate(file, file.stat().st_size - 64)
 
 
 def corrupt(folder: Path) -> None:
@@ -222,6 +244,10 @@ def with_broken_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": 1}')
 
 
+def with_a_template_without_end(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(LOOPS)
+
+
 @dataclass(frozen=True)
 class Case:
     """A folder that was spoilt, options, and the message. PORT stands for a port that is taken."""
@@ -241,6 +267,11 @@ HOSTILE = {
     ),
     "no tokenizer": Case(r"tokenizer\.json is missing", spoil=without_tokenizer),
     "a broken tokenizer": Case(r"tokenizer\.json is not a tokenizer", spoil=with_broken_tokenizer),
+    "a chat template without end": Case(
+        r"chat_template\.jinja cannot render a plain conversation: it takes longer than 1 s .*--chat-template-timeout",
+        ("--chat-template-timeout", "1"),
+        with_a_template_without_end,
+    ),
     "no such device": Case(r"device cuda is not available .*; choose --device cpu or auto", ("--device", "cuda")),
     "too little memory": Case(
         r"one sequence of max_model_len 4096 tokens needs 8,388,608 bytes .* but kv_cache_memory_bytes is 1,000",

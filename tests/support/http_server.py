@@ -13,7 +13,7 @@ from moe_serve.api.connections import HttpServer
 from moe_serve.api.server import listen
 from moe_serve.api.state import ApiState
 from moe_serve.base.config import Config
-from moe_serve.text.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import load_tokenizer
 from tests.support.fake_engines import FakeEngines
 
 MODEL = "fake-model"
@@ -21,7 +21,8 @@ MODEL = "fake-model"
 
 def make_state(folder: Path, *, max_model_len: int = 256, dp: int = 2, **options: object) -> ApiState:
     """Fake engines behind the tokenizer of `folder`; `options` by their flags' names."""
-    tokenizer = Tokenizer(folder)
+    config = Config.from_flat({"model": str(folder), "data_parallel_size": dp, **options})
+    tokenizer = load_tokenizer(config)
     end = tokenizer.eos_token_id
     engines = FakeEngines(
         vocab_size=tokenizer.vocab_size,
@@ -29,7 +30,6 @@ def make_state(folder: Path, *, max_model_len: int = 256, dp: int = 2, **options
         data_parallel_size=dp,
         max_model_len=max_model_len,
     )
-    config = Config.from_flat({"model": str(folder), "data_parallel_size": dp, **options})
     return ApiState(config=config, model_name=MODEL, tokenizer=tokenizer, engines=engines)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from moe_serve.base.errors import CheckpointError, RequestError
 from moe_serve.text.tokenizer import Tokenizer
+from tests.support.rendering import RendersHere
 from tests.support.tokenizer_folders import CHAT_TEMPLATE, TURN_END, write_folder
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -26,6 +27,11 @@ ESCAPES = [
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}{{ os }}",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_serve.text.chat_template.RenderProcess", RendersHere)
 
 
 def render(folder: Path, **options: object) -> str:
@@ -136,6 +142,15 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line(tmp_path: Path) -> N
     write_folder(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("\n{% if %}")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not valid: .*line 2"):
+        Tokenizer(tmp_path).chat_templates.check()
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not valid: .*line 2"):
+        render(tmp_path)
+
+
+def test_a_template_file_too_large_to_be_one_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("x" * (2**20 + 1))
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja has more than 1048576 characters"):
         Tokenizer(tmp_path)
 
 
@@ -211,3 +226,14 @@ def test_transformers_reads_the_same_folder_the_same_way(tmp_path: Path, kind: s
     expected = theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert ours.render_chat(conversation) == expected
     assert CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_brackets_without_end_are_a_sentence(tmp_path: Path, file: str) -> None:
+    deep = "[" * 200_000
+    for text in (deep, deep + "]" * 200_000, f'{{"added_tokens": {deep}'):
+        write_folder(tmp_path)
+        (tmp_path / file).write_text(text)
+        with pytest.raises(CheckpointError, match=file.replace(".", r"\.")) as caught:
+            Tokenizer(tmp_path)
+        assert len(str(caught.value)) < 400 + len(str(tmp_path))
