@@ -9,8 +9,7 @@ import msgspec
 
 from moe_serve.api.logprobs import Echo
 from moe_serve.api.schemas import ChatBody, CompletionBody, TokenizeBody
-from moe_serve.api.values import shown
-from moe_serve.base.errors import ContextTooLong, RequestError
+from moe_serve.base.errors import ContextTooLong, RequestError, shown
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.admission import guess_tokens
 from moe_serve.text.tokenizer import Tokenizer
@@ -49,8 +48,7 @@ async def chat_prompt(
     )
     if max_model_len is not None:
         check_fits(tokenizer, text, max_model_len, "messages")
-    special = isinstance(body, TokenizeBody) and bool(body.add_special_tokens)
-    return (await encode_all(tokenizer, [text], add_special_tokens=special))[0]
+    return (await encode_all(tokenizer, [text], add_special_tokens=bool(body.add_special_tokens)))[0]
 
 
 async def tokenized(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:

@@ -101,6 +101,9 @@ class ServerSection(Section):
     """Seconds for the head of a request to arrive, from its first byte or from the connection."""
     timeout_body: float = Field(60, gt=0, allow_inf_nan=False)
     """Seconds for the body of a request to arrive, and one more for each 16 KiB of it."""
+    strict_fields: bool = False
+    """Refuse requests that have unknown fields (400); else such fields are ignored, and named in a warning once for
+    each client and field."""
     access_log: bool = True
     """Log a line for each request. Lines about refused requests and about throughput come anyway."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -153,3 +153,9 @@ class EngineDead(EngineError):
 
 class RankTimeout(EngineError, TimeoutError):
     """A bounded wait ran out; the message names the ranks that are missing."""
+
+
+def shown(value: object) -> str:
+    """A value as an error message may repeat it: short."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
