@@ -120,3 +120,18 @@ def test_a_request_that_fails_in_the_engine_says_so_and_the_others_finish(llm: L
     assert all("finite" in (choice.error or "") for choice in bad.outputs)
     assert not llm._engines.core.has_work  # type: ignore[attr-defined]
     assert texts(llm, [TEXT, "def main("]) == alone
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_in_a_world_of_several_ranks_too_a_failed_answer_ends_nobody_else(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    with LLM(str(folder), dtype="float32", max_model_len=64, data_parallel_size=2, enable_expert_parallel=True) as llm:
+        ids = [*llm.tokenizer.encode(TEXT), POISON]
+        first, bad, last = llm.generate([TEXT, ids, TEXT], GREEDY, show_progress=False)
+        assert first.outputs[0].text == last.outputs[0].text
+        assert (first.outputs[0].finish_reason, bad.outputs[0].finish_reason) == ("length", "error")
+        assert "finite" in (bad.outputs[0].error or "")
+        with pytest.raises(RequestError, match=r"^prompts\[1\]: prompt holds token id -1"):
+            llm.generate([TEXT, [-1]], GREEDY, show_progress=False)

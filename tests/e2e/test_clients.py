@@ -18,7 +18,7 @@ import pytest
 from moe_serve.cli.random_model import make_model
 from tests.support.server import Server, serving
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
 PYTHON = os.environ.get("TEST_CLIENTS_PYTHON", sys.executable)
 SCRIPTS = Path(__file__).parents[1] / "clients"
