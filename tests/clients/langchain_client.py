@@ -17,7 +17,7 @@ def weather(city: str) -> str:
 
 def main(address: str, model: str) -> None:
     options = {"base_url": f"{address}/v1", "api_key": "unused", "model": model, "max_tokens": 8, "temperature": 0}
-    chat = ChatOpenAI(**options, max_retries=0)
+    chat = ChatOpenAI(**options, max_retries=0, stream_usage=True)
     whole = chat.invoke("Say something.")
     assert isinstance(whole.content, str)
     assert whole.usage_metadata["output_tokens"] > 0
