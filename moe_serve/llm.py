@@ -7,49 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Protocol, Self, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_serve.base.commands import TokenLogprob
+from moe_serve.api.messages import checked_messages
 from moe_serve.base.config import Config
-from moe_serve.base.errors import RequestError
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import FinishReason, Generate, TokenEvent
-from moe_serve.base.sampling import SamplingParams
+from moe_serve.base.messages import Generate, TokenEvent
+from moe_serve.base.sampling import SamplingParams, with_defaults
 from moe_serve.engine.alone import OneEngine, OnEvent
+from moe_serve.engine.request import check_request
 from moe_serve.launch.embedded import EngineWorld
 from moe_serve.launch.resolve import resolve
-from moe_serve.text.growing import GrowingText, Growth
-from moe_serve.text.tokenizer import Tokenizer, load_tokenizer
+from moe_serve.text.outputs import PendingCompletion, PendingOutput, RequestOutput
+from moe_serve.text.prompts import GivenPrompt, as_conversations, as_params, as_prompts, naming
+from moe_serve.text.tokenizer import load_tokenizer
 
-Prompt = str | Sequence[int]
+Ids = Sequence[int]
+Prompt = str | Ids | Mapping[str, object]
 Message = Mapping[str, object]
-
-
-@dataclass(slots=True)
-class CompletionOutput:
-    """One choice. `logprobs` one per token, if asked for; `stop_reason` the stop string or token that ended it."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None
-    stop_reason: str | int | None
-    logprobs: list[TokenLogprob] | None
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """What became of one prompt. `prompt` is None where token ids were given; `outputs` has n choices."""
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    prompt_logprobs: list[TokenLogprob] | None
+Params = SamplingParams | Iterable[SamplingParams | None] | None
 
 
 class Engines(Protocol):
@@ -69,54 +50,51 @@ class LLM:
         setup_logging("llm", config.server.log_level)
         self.config = config
         self.tokenizer = load_tokenizer(config)
+        self.default_params = with_defaults(model_config.generation_defaults)
+        self._check = partial(
+            check_request,
+            max_model_len=config.model.max_model_len or model_config.max_position_embeddings,
+            vocab_size=model_config.vocab_size,
+            eos_token_ids=model_config.eos_token_ids,
+        )
         self._ids = itertools.count()
         alone = config.parallel.world_size_across_dp == 1
         self._engines: Engines = OneEngine(config, model_config) if alone else EngineWorld(config)
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        show_progress: bool = True,
+        self, prompts: Prompt | Iterable[Prompt], params: Params = None, *, show_progress: bool = True
     ) -> list[RequestOutput]:
-        """Answers in the order of the prompts (texts or token ids). `params` one for all, or one per prompt.
+        """Answers in the order of the prompts.
 
-        Raises RequestError if one of the requests cannot be; the others are given up with it.
+        A prompt is a text, token ids, or a dict with `prompt` or `prompt_token_ids`. `params` are one for all or one
+        per prompt; where there are none, `default_params`: the model folder's, with 16 tokens. RequestError, before
+        anything runs, names a request that cannot be. A choice that an engine cannot go on with has finish_reason
+        "error"; the others are not disturbed.
         """
-        many = _as_list(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
-        if len(each) != len(many):
-            raise RequestError(f"{len(each)} sampling params for {len(many)} prompts", param="params")
-        answers = [self._prepare(prompt, wanted) for prompt, wanted in zip(many, each, strict=True)]
-        choices = {choice.request.request_id: choice for answer in answers for choice in answer.choices}
-        with _bar(len(choices), show_progress) as advance:
-
-            def on_event(event: TokenEvent) -> bool:
-                choice = choices[event.request_id]
-                ended = choice.take(event)
-                if ended:
-                    advance()
-                return ended
-
-            self._engines.run([choice.request for choice in choices.values()], on_event)
-        return [answer.output() for answer in answers]
+        given = as_prompts(prompts)
+        answers = []
+        for place, (prompt, wanted) in enumerate(zip(given, self._params(params, len(given)), strict=True)):
+            with naming(f"prompts[{place}]"):
+                answers.append(self._prepare(prompt, wanted))
+        return self._run(answers, show_progress)
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        messages: Iterable[Message] | Iterable[Iterable[Message]],
+        params: Params = None,
         *,
         show_progress: bool = True,
     ) -> list[RequestOutput]:
         """generate() on one conversation or several, rendered by the model's chat template."""
-        several = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        rendered = [self.tokenizer.chat_templates.render(conversation) for conversation in several]  # type: ignore[arg-type]
-        prompts = [self.tokenizer.encode_chat(prompt) for prompt in rendered]
-        outputs = self.generate(prompts, params, show_progress=show_progress)
-        for output, prompt in zip(outputs, rendered, strict=True):
-            output.prompt = prompt.text
-        return outputs
+        conversations = as_conversations(messages)
+        answers = []
+        for place, wanted in enumerate(self._params(params, len(conversations))):
+            with naming(f"conversation {place}"):
+                checked = cast(list[Message], checked_messages(conversations[place]))
+                rendered = self.tokenizer.chat_templates.render(checked)
+                prompt = GivenPrompt(rendered.text, self.tokenizer.encode_chat(rendered))
+                answers.append(self._prepare(prompt, wanted))
+        return self._run(answers, show_progress)
 
     def close(self) -> None:
         """End the engines; safe to call twice."""
@@ -129,73 +107,32 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _prepare(self, prompt: Prompt, sampling: SamplingParams) -> PendingOutput:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def _params(self, params: Params, count: int) -> list[SamplingParams]:
+        return as_params(params, count, self.default_params)
+
+    def _prepare(self, prompt: GivenPrompt, sampling: SamplingParams) -> PendingOutput:
+        token_ids = self.tokenizer.encode(prompt.text or "") if prompt.token_ids is None else prompt.token_ids
+        self._check(token_ids, sampling)
         name = f"llm-{next(self._ids)}"
-        return PendingOutput(
-            prompt if isinstance(prompt, str) else None,
-            token_ids,
-            [
-                PendingCompletion(
-                    self.tokenizer, Generate(request_id=f"{name}-{i}", token_ids=token_ids, sampling=single), i
-                )
-                for i, single in enumerate(sampling.choices())
-            ],
-        )
+        choices = [
+            PendingCompletion(self.tokenizer, Generate(request_id=f"{name}-{i}", token_ids=token_ids, sampling=one), i)
+            for i, one in enumerate(sampling.choices())
+        ]
+        return PendingOutput(prompt.text, token_ids, choices)
 
+    def _run(self, answers: list[PendingOutput], show_progress: bool) -> list[RequestOutput]:
+        choices = {choice.request.request_id: choice for answer in answers for choice in answer.choices}
+        with _bar(len(choices), show_progress) as advance:
 
-class PendingCompletion:
-    """One choice until it has ended: collects what GrowingText makes of its events."""
+            def on_event(event: TokenEvent) -> bool:
+                choice = choices[event.request_id]
+                ended = choice.take(event)
+                if ended:
+                    advance()
+                return ended
 
-    def __init__(self, tokenizer: Tokenizer, request: Generate, index: int) -> None:
-        self.request = request
-        self.prompt_logprobs: list[TokenLogprob] | None = None
-        self._growing = GrowingText(tokenizer, request.sampling)
-        self._growths: list[Growth] = []
-        self._index = index
-
-    def take(self, event: TokenEvent) -> bool:
-        """Book an event; whether the choice has ended."""
-        self._growths.append(self._growing.take(event))
-        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
-        return self._growing.finish_reason is not None
-
-    def output(self) -> CompletionOutput:
-        """The finished choice."""
-        growths = self._growths
-        asked = self.request.sampling.logprobs is not None
-        return CompletionOutput(
-            index=self._index,
-            text="".join(growth.text for growth in growths),
-            token_ids=[token_id for growth in growths for token_id in growth.token_ids],
-            finish_reason=self._growing.finish_reason,
-            stop_reason=self._growing.stop_reason,
-            logprobs=[entry for growth in growths for entry in growth.logprobs or []] if asked else None,
-        )
-
-
-@dataclass(slots=True)
-class PendingOutput:
-    """One prompt and its choices."""
-
-    prompt: str | None
-    token_ids: list[int]
-    choices: list[PendingCompletion]
-
-    def output(self) -> RequestOutput:
-        outputs = [choice.output() for choice in self.choices]
-        return RequestOutput(self.prompt, self.token_ids, outputs, self.choices[0].prompt_logprobs)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as several."""
-    if isinstance(prompts, str):
-        return [prompts]
-    ids = [item for item in prompts if isinstance(item, int)]
-    texts = [item for item in prompts if not isinstance(item, int)]
-    if ids and texts:
-        raise RequestError("prompts mix token ids with texts or lists", param="prompts")
-    return [ids] if ids else list(texts)
+            self._engines.run([choice.request for choice in choices.values()], on_event)
+        return [answer.output() for answer in answers]
 
 
 @contextlib.contextmanager

@@ -153,7 +153,7 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         arrival = time.monotonic()
         self._state.check_open()
-        body = await read_body(CompletionBody, request)
+        body = await read_body(CompletionBody, request, self._state.unknown_fields)
         self._state.check_model(body.model)
         sampling = body.to_sampling(self._state.generation_defaults)
         place = self._state.admission.admit(len(body.prompt) * sampling.n, prepare.guess(body) * sampling.n)
@@ -178,7 +178,7 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         arrival = time.monotonic()
         self._state.check_open()
-        body = await read_body(ChatBody, request)
+        body = await read_body(ChatBody, request, self._state.unknown_fields)
         self._state.check_model(body.model)
         sampling = body.to_sampling(self._state.generation_defaults)
         place = self._state.admission.admit(sampling.n, prepare.guess(body) * sampling.n)
@@ -189,7 +189,8 @@ class Routes:
         self, request: Request, body: ChatBody, sampling: SamplingParams, place: Place, arrival: float
     ) -> Response:
         rendered = await self._state.conversations.render(body, len(await request.body()))
-        prompt = await prepare.chat_ids(self._state.tokenizer, rendered, self._state.engines.max_model_len)
+        special, max_model_len = bool(body.add_special_tokens), self._state.engines.max_model_len
+        prompt = await prepare.chat_ids(self._state.tokenizer, rendered, max_model_len, add_special_tokens=special)
         heading = self._heading("chatcmpl")
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         choices = self._choices(heading.id, [prompt], sampling, arrival, param="messages", limit_param=limit)
@@ -197,7 +198,7 @@ class Routes:
         return await self._answer(request, choices, form, body, place)
 
     async def tokenize(self, request: Request) -> Response:
-        body = await read_body(TokenizeBody, request)
+        body = await read_body(TokenizeBody, request, self._state.unknown_fields)
         self._state.check_model(body.model)
         ids = await self._tokenized(body, len(await request.body()))
         engines = self._state.engines
@@ -216,7 +217,7 @@ class Routes:
         return await prepare.chat_ids(tokenizer, rendered, add_special_tokens=bool(body.add_special_tokens))
 
     async def detokenize(self, request: Request) -> Response:
-        body = await read_body(DetokenizeBody, request)
+        body = await read_body(DetokenizeBody, request, self._state.unknown_fields)
         self._state.check_model(body.model)
         prepare.check_ids(body.tokens, self._state.num_ids, "tokens")
         return _json({"prompt": self._state.tokenizer.decode(body.tokens, skip_special_tokens=False)})
@@ -278,7 +279,7 @@ class Routes:
         await answer.start()
         headers = {"X-Request-Id": form.heading.id}
         if body.stream:
-            events: AsyncIterator[bytes] = event_stream(answer, form, include_usage=body.include_usage)
+            events: AsyncIterator[bytes] = event_stream(answer, form, usage=body.streamed_usage)
             return EventStream(events, headers=headers | _rank_header(answer), on_close=answer.aclose)
         try:
             whole = await unless_disconnected(request, whole_body(answer, form))

@@ -24,11 +24,15 @@ SUBMITTED_AT_A_TIME = 32
 
 @dataclass(slots=True)
 class Delta:
-    """News of one choice: text, and where it was asked for, log-probabilities of tokens with their text offsets."""
+    """News of one choice: text, and where it was asked for, log-probabilities of tokens with their text offsets.
+
+    `num_tokens` of the choice up to here; its sequence may be further.
+    """
 
     index: int
     text: str
     first: bool
+    num_tokens: int = 0
     logprobs: list[tuple[TokenLogprob, int]] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: Literal["stop", "length"] | None = None
@@ -79,6 +83,7 @@ class GrowingSequence:
             delta.text = ""
             return delta
         self.num_tokens += len(growth.token_ids)
+        delta.num_tokens = self.num_tokens
         if growth.logprobs is not None:
             delta.logprobs = list(zip(growth.logprobs, growth.offsets, strict=False))
         return delta

@@ -9,8 +9,7 @@ import msgspec
 
 from moe_serve.api.logprobs import Echo
 from moe_serve.api.schemas import ChatBody, CompletionBody
-from moe_serve.api.values import shown
-from moe_serve.base.errors import ContextTooLong, RequestError
+from moe_serve.base.errors import ContextTooLong, RequestError, shown
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.admission import guess_tokens
 from moe_serve.text.chat_template import ChatPrompt

@@ -14,6 +14,7 @@ import msgspec
 from moe_serve.api.errors import problem_of
 from moe_serve.api.generation import Delta, GrowingAnswer, GrowingSequence
 from moe_serve.api.logprobs import CompletionLogprobs, Echo, chat_logprobs
+from moe_serve.api.schemas import StreamedUsage
 from moe_serve.base.errors import MoEServeError
 from moe_serve.text.tokenizer import Tokenizer
 
@@ -175,7 +176,7 @@ async def whole_body(answer: GrowingAnswer, form: Form) -> bytes:
         # One at a time: thousands of prompts with log-probabilities are megabytes, and others' streams go on between.
         choices.append(msgspec.Raw(msgspec.json.encode(form.choice(wholes.pop(index)))))
         await asyncio.sleep(0)
-    body = form.heading.fields(form.body_object) | {"choices": choices, "usage": usage(answer.choices)}
+    body = form.heading.fields(form.body_object) | {"choices": choices, "usage": whole_usage(answer.choices)}
     return msgspec.json.encode(body)
 
 
@@ -193,12 +194,15 @@ def _join(whole: Part, part: Part) -> None:
             whole.logprobs[name] += values
 
 
-async def event_stream(answer: GrowingAnswer, form: Form, *, include_usage: bool) -> AsyncIterator[bytes]:
+async def event_stream(answer: GrowingAnswer, form: Form, *, usage: StreamedUsage) -> AsyncIterator[bytes]:
     """Server-sent events. A failure ends the stream with an event that holds the error, and without [DONE]."""
     heading = form.heading.fields(form.chunk_object)
-    usage_field: Json = {"usage": None} if include_usage else {}
+    usage_field: Json = {} if usage == "none" else {"usage": None}
+    running = RunningUsage(answer.choices)
     try:
         async for delta in answer.deltas():
+            if usage == "all":
+                usage_field = {"usage": running.after(delta)}
             for choice in form.chunks(await _part(form, delta)):
                 yield event(heading | {"choices": [choice]} | usage_field)
     except Exception as error:
@@ -207,8 +211,8 @@ async def event_stream(answer: GrowingAnswer, form: Form, *, include_usage: bool
             log.exception("a stream failed")
         yield event(dict(problem_of(error).body()))
         return
-    if include_usage:
-        yield event(heading | {"choices": [], "usage": usage(answer.choices)})
+    if usage != "none":
+        yield event(heading | {"choices": [], "usage": whole_usage(answer.choices)})
     yield DONE
 
 
@@ -220,14 +224,36 @@ def event(value: Json) -> bytes:
     return b"data: " + encoded + b"\n\n"
 
 
-def usage(choices: Sequence[GrowingSequence]) -> Json:
-    """Token counts; a prompt counts once however many choices it has."""
-    prompts = {id(choice.token_ids): choice for choice in reversed(choices)}  # its first choice
-    prompt_tokens = sum(len(choice.token_ids) for choice in prompts.values())
-    completion_tokens = sum(choice.num_tokens for choice in choices)
+class RunningUsage:
+    """Token counts of a request while its choices grow."""
+
+    def __init__(self, choices: Sequence[GrowingSequence]) -> None:
+        self._prompt_tokens = sum(len(choice.token_ids) for choice in _first_choices(choices))
+        self._by_choice: dict[int, int] = {}
+        self._completion_tokens = 0
+
+    def after(self, delta: Delta) -> Json:
+        """The counts, this delta included."""
+        self._completion_tokens += delta.num_tokens - self._by_choice.get(delta.index, 0)
+        self._by_choice[delta.index] = delta.num_tokens
+        return _counts(self._prompt_tokens, self._completion_tokens)
+
+
+def whole_usage(choices: Sequence[GrowingSequence]) -> Json:
+    """Token counts in the end."""
+    prompts = _first_choices(choices)
+    counts = _counts(sum(len(choice.token_ids) for choice in prompts), sum(choice.num_tokens for choice in choices))
+    return counts | {"prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts)}}
+
+
+def _first_choices(choices: Sequence[GrowingSequence]) -> list[GrowingSequence]:
+    """One choice of each prompt: a prompt counts once however many choices it has."""
+    return list({id(choice.token_ids): choice for choice in reversed(choices)}.values())
+
+
+def _counts(prompt_tokens: int, completion_tokens: int) -> Json:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts.values())},
     }

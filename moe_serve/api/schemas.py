@@ -1,24 +1,27 @@
 """What clients may send: OpenAI's completions and chat bodies, the usual extensions, and /tokenize.
 
 Rules for fields: those without a meaning here (user, store, metadata, ...) are accepted; those that would change the
-answer and are not built are refused by name unless they hold their neutral value; unknown fields are refused by name,
-as OpenAI does. null means "not given". Types are strict: "5" is no number. All failures are RequestErrors.
+answer and are not built are refused by name unless they hold a neutral value (api/known_fields.py); unknown ones are
+named in a warning, or refused with --strict-fields (api/unknown_fields.py). null means "not given". Types are strict:
+"5" is no number. All failures are RequestErrors.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 from starlette.requests import Request
 
+from moe_serve.api.known_fields import asks_for_nothing, check_neutral, is_known
 from moe_serve.api.messages import checked_messages, checked_tools
-from moe_serve.api.values import as_bias, as_prompts, as_stops, shown
-from moe_serve.base.errors import NotJson, RequestError
-from moe_serve.base.sampling import SamplingParams
+from moe_serve.api.unknown_fields import UnknownFields
+from moe_serve.api.values import as_bias, as_prompts, as_stops, false_is_none, zero_is_false
+from moe_serve.base.errors import NotJson, RequestError, shown
+from moe_serve.base.sampling import DEFAULTED, SamplingParams, with_defaults
 
 MAX_SEQUENCES = 2048  # prompts x n of one request
 DEFAULT_COMPLETION_TOKENS = 16
@@ -27,15 +30,44 @@ INLINE_BYTES = 2**17  # a larger body is read in a thread, so that it holds up n
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Ids = Annotated[list[Int64], Field(fail_fast=True)]  # an error for each of a million items is a gigabyte
 Prompt = str | list[int]
-Body = TypeVar("Body", bound=BaseModel)
+StreamedUsage = Literal["none", "last", "all"]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+class _Fields(BaseModel):
+    """An object of a request; fields that it does not declare are kept aside."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    def unknown_fields(self) -> list[str]:
+        """Names of fields that nobody knows, those of inner objects with the object's name in front."""
+        names = [name for name in self.model_extra or {} if not self._knows(name)]
+        for name in type(self).model_fields:
+            inner = getattr(self, name)
+            if isinstance(inner, _Fields):
+                names += [f"{name}.{each}" for each in inner.unknown_fields()]
+        return names
+
+    def _knows(self, name: str) -> bool:
+        return False
 
 
-class StreamOptions(_Body):
+class _Body(_Fields):
+    @model_validator(mode="after")
+    def _known_fields_ask_for_nothing(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if is_known(name):
+                check_neutral(name, value)
+        return self
+
+    def _knows(self, name: str) -> bool:
+        return is_known(name)
+
+
+class StreamOptions(_Fields):
+    """`continuous_usage_stats` puts the token counts so far into every chunk; it needs include_usage."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None  # hides lengths from onlookers; has no meaning here
 
 
@@ -73,12 +105,16 @@ class GenerationBody(_Body):
     prompt_cache_retention: str | None = None
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def streamed_usage(self) -> StreamedUsage:
+        """Which chunks of a stream have token counts."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return "none"
+        return "all" if options.continuous_usage_stats else "last"
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.streamed_usage != "none" and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
         return self
 
@@ -91,14 +127,11 @@ class GenerationBody(_Body):
         prompt_logprobs: int | None,
     ) -> SamplingParams:
         """The record for one engine request; `defaults` are the checkpoint's for what the client left out."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
-        others = ("frequency_penalty", "n", "seed", "include_stop_str_in_output", "min_tokens", "ignore_eos")
-        given = {name: getattr(self, name) for name in (*names, *others, "skip_special_tokens")}
-        values: dict[str, Any] = {name: defaults[name] for name in names if name in defaults}
-        values |= {name: value for name, value in given.items() if value is not None}
-        values["top_k"] = int(values.get("top_k", 0))
-        return SamplingParams(
-            **values,
+        others = ("n", "seed", "include_stop_str_in_output", "min_tokens", "ignore_eos", "skip_special_tokens")
+        given = {name: getattr(self, name) for name in (*DEFAULTED, "frequency_penalty", *others)}
+        return with_defaults(
+            defaults,
+            **{name: value for name, value in given.items() if value is not None},
             logit_bias=self.logit_bias,
             stop=self.stop,
             stop_token_ids=tuple(self.stop_token_ids or ()),
@@ -111,7 +144,7 @@ class GenerationBody(_Body):
 class CompletionBody(GenerationBody):
     prompt: Annotated[list[Prompt], BeforeValidator(as_prompts)]
     echo: bool | None = None
-    logprobs: Int64 | None = None
+    logprobs: Annotated[Int64 | None, BeforeValidator(false_is_none)] = None
     add_special_tokens: bool | None = None
     # Known; only their neutral values are built.
     suffix: str | None = None
@@ -149,33 +182,19 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     messages: Annotated[list[dict[str, Any]], BeforeValidator(checked_messages)]
     max_completion_tokens: Int64 | None = None
-    logprobs: bool | None = None
-    top_logprobs: Int64 | None = None
+    logprobs: Annotated[bool | None, BeforeValidator(zero_is_false)] = None
+    top_logprobs: Annotated[Int64 | None, BeforeValidator(false_is_none)] = None
     tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(checked_tools)] = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    # Known; only their neutral values are built.
-    response_format: Any = None
-    functions: Any = None
-    function_call: Any = None
-    audio: Any = None
-    modalities: Any = None
-    prediction: Any = None
-    web_search_options: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    moderation: Any = None
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        for name, neutral in _NEUTRAL.items():
-            value = getattr(self, name)
-            if value is not None and value not in neutral:
-                allowed = f"; allowed: {', '.join(map(shown, neutral))}" if neutral else ""
-                raise RequestError(f"{name} {shown(value)} is not supported{allowed}", param=name)
-        if self.top_logprobs is not None and not self.logprobs:
+        check_neutral("tool_choice", self.tool_choice)
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         return self
 
@@ -187,22 +206,6 @@ class ChatBody(GenerationBody):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             prompt_logprobs=None,
         )
-
-
-# Field -> the values under which leaving it out would give the same answer.
-_NEUTRAL: Mapping[str, Sequence[object]] = {
-    "tool_choice": ("auto", "none"),
-    "response_format": ({"type": "text"},),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "audio": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "web_search_options": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "moderation": (),
-}
 
 
 class TokenizeBody(_Body):
@@ -222,7 +225,7 @@ class TokenizeBody(_Body):
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
         for name in ("add_generation_prompt", "chat_template_kwargs", "tools"):
-            if self.prompt is not None and getattr(self, name) is not None:
+            if self.prompt is not None and not asks_for_nothing(getattr(self, name), ([], {})):
                 raise RequestError(f"{name} needs messages", param=name)
         return self
 
@@ -232,17 +235,21 @@ class DetokenizeBody(_Body):
     tokens: Ids
 
 
-async def read_body(kind: type[Body], request: Request) -> Body:
-    """A request's body as `kind`.
+Body = TypeVar("Body", bound=_Body)
+
+
+async def read_body(kind: type[Body], request: Request, unknown: UnknownFields) -> Body:
+    """A request's body as `kind`; what becomes of its unknown fields is up to `unknown`.
 
     A body of another declared type is refused: a web page of a stranger may send a form or plain text to a server on
     this machine without asking, JSON it may not.
     """
     check_is_json(request.headers.get("content-type", "application/json"))
-    body = await request.body()
-    if len(body) <= INLINE_BYTES:
-        return parse(kind, body)
-    return await asyncio.to_thread(parse, kind, body)
+    content = await request.body()
+    small = len(content) <= INLINE_BYTES
+    body = parse(kind, content) if small else await asyncio.to_thread(parse, kind, content)
+    unknown.meet("unknown" if request.client is None else request.client.host, body.unknown_fields())
+    return body
 
 
 def check_is_json(declared: str) -> None:
@@ -271,8 +278,6 @@ def _first_problem(error: ValidationError) -> RequestError:
     if isinstance(cause, RequestError):
         return cause
     name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return RequestError(f"unrecognized field: {shown(name)}", param=name[:200])
     if problem["type"] == "missing":
         return RequestError(f"{name} is required", param=name)
     return RequestError(f"{name}: {problem['msg']}, not {shown(problem['input'])}", param=name[:200])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from moe_serve.api.balance import Balance
 from moe_serve.api.conversations import Conversations
 from moe_serve.api.metrics import Metrics
+from moe_serve.api.unknown_fields import UnknownFields
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, Overloaded, UnknownModel
 from moe_serve.engine.admission import Admission, QueueLimits
@@ -33,11 +34,13 @@ class ApiState:
     admission: Admission = field(init=False)
     metrics: Metrics = field(init=False)
     conversations: Conversations = field(init=False)
+    unknown_fields: UnknownFields = field(init=False)
 
     def __post_init__(self) -> None:
         scheduler, engines = self.config.scheduler, self.engines
         self.metrics = Metrics(self.model_name, engines.data_parallel_size, lambda: engines.reports)
         self.conversations = Conversations(self.tokenizer.chat_templates, self.config.server.chat_template_timeout)
+        self.unknown_fields = UnknownFields(strict=self.config.server.strict_fields)
         self.admission = Admission(
             QueueLimits(scheduler.max_num_queued_reqs, scheduler.max_num_queued_tokens),
             room=lambda: engines.room,

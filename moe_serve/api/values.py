@@ -1,8 +1,8 @@
-"""Fields that clients write in several ways, in one; and values as an error message may repeat them."""
+"""Fields that clients write in several ways, in one."""
 
 from __future__ import annotations
 
-from moe_serve.base.errors import RequestError
+from moe_serve.base.errors import RequestError, shown
 from moe_serve.base.sampling import MAX_LOGIT_BIAS
 
 MAX_STOPS = 32
@@ -58,7 +58,11 @@ def as_bias(value: object) -> object:
     return bias
 
 
-def shown(value: object) -> str:
-    """A value as an error message may repeat it: short."""
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def false_is_none(value: object) -> object:
+    """false where a count is due asks for none."""
+    return None if value is False else value
+
+
+def zero_is_false(value: object) -> object:
+    """0 where true or false is due."""
+    return False if type(value) in (int, float) and value == 0 else value

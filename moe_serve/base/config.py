@@ -107,6 +107,9 @@ class ServerSection(Section):
     sanitize_control_tokens: bool = False
     """Read control tokens (special tokens, and others that the chat template writes) in the messages, tools and
     chat_template_kwargs of a request as ordinary text, so that only the template itself can write them."""
+    strict_fields: bool = False
+    """Refuse requests that have unknown fields (400); else such fields are ignored, and named in a warning once for
+    each client and field."""
     access_log: bool = True
     """Log a line for each request. Lines about refused requests and about throughput come anyway."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -162,3 +162,9 @@ class NotYet(RankTimeout):
     def __init__(self, message: str, *, patience_seconds: float) -> None:
         super().__init__(message)
         self.patience_seconds = patience_seconds
+
+
+def shown(value: object) -> str:
+    """A value as an error message may repeat it: short."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."

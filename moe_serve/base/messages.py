@@ -270,6 +270,11 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     error: str | None = None
     failed: bool = False
 
+    @classmethod
+    def of_failure(cls, request_id: str, why: str) -> TokenEvent:
+        """The last event of a request that the engine could not go on with."""
+        return cls(request_id=request_id, token_ids=[], finish_reason="error", error=why, failed=True)
+
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defaults=True):
     """An engine's state, with its events and, as long as it is awake, every half second.

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
 import msgspec
 
-from moe_serve.base.errors import RequestError
+from moe_serve.base.errors import RequestError, shown
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_TOKEN_IDS = 1024  # looked at again in every step of the first min_tokens
 MAX_LOGIT_BIAS = 1024  # the field's limit too; every entry costs in every step
 OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 INTEGERS = ("n", "top_k", "min_tokens", *OPTIONAL)
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
+"""What a checkpoint may have defaults of its own for."""
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -80,15 +87,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def _check_types(self) -> None:
         """msgspec checks types only when it decodes, which is too late: in the engine, for everybody's requests."""
-        if isinstance(self.stop, str):  # ("end",) is meant, not ("e", "n", "d")
-            msgspec.structs.force_setattr(self, "stop", (self.stop,))
         for name in (*INTEGERS, *NUMBERS):
             value = getattr(self, name)
-            if value is None and name in OPTIONAL:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int if name in INTEGERS else (int, float)):
-                what = "an integer" if name in INTEGERS else "a number"
-                raise RequestError(f"{name} must be {what}, not {value!r}", param=name)
+            if value is not None or name not in OPTIONAL:
+                self._set(name, _integer(name, value) if name in INTEGERS else _number(name, value))
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, not {shown(getattr(self, name))}", param=name)
+        self._set("stop", _texts("stop", self.stop))
+        ids = _items("stop_token_ids", self.stop_token_ids)
+        self._set("stop_token_ids", tuple(_integer("stop_token_ids", token_id) for token_id in ids))
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, Mapping):
+            raise RequestError(f"logit_bias must map token ids to biases, not {shown(bias)}", param="logit_bias")
+        pairs = bias.items()
+        self._set("logit_bias", {_integer("logit_bias", k): _number("logit_bias", v) for k, v in pairs})
+
+    def _set(self, name: str, value: object) -> None:
+        if value is not getattr(self, name):
+            msgspec.structs.force_setattr(self, name, value)
 
     def choices(self) -> list[SamplingParams]:
         """The n single generations these params ask for; with a seed, choice i has seed + i (wrapping at 2^63)."""
@@ -100,6 +117,50 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def with_defaults(defaults: Mapping[str, float], **given: Any) -> SamplingParams:
+    """What was given, and for what was not the checkpoint's `defaults` (ModelConfig.generation_defaults)."""
+    values: dict[str, Any] = {name: defaults[name] for name in DEFAULTED if name in defaults} | given
+    values["top_k"] = int(values.get("top_k", 0))
+    return SamplingParams(**values)
+
+
+def _integer(name: str, value: object) -> int:
+    """An integer of whatever library as Python's own, which alone can be sent to an engine."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise RequestError(f"{name} must be an integer, not {shown(value)}", param=name)
+    return int(value)
+
+
+def _number(name: str, value: object) -> float:
+    if type(value) is float or type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise RequestError(f"{name} must be a number, not {shown(value)}", param=name)
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    """One string is a list of itself: ("end",) is meant, not ("e", "n", "d")."""
+    if isinstance(value, str):
+        return (value,)
+    texts = _items(name, value)
+    for text in texts:
+        if not isinstance(text, str):
+            raise RequestError(f"{name} must be a string or a list of strings, not of {shown(text)}", param=name)
+    return tuple(text for text in texts if isinstance(text, str))
+
+
+def _items(name: str, value: object) -> tuple[object, ...]:
+    """The items of a list; None has none."""
+    if isinstance(value, tuple):
+        return value
+    if value is not None and not isinstance(value, list | frozenset | set):
+        raise RequestError(f"{name} must be a list, not {shown(value)}", param=name)
+    return tuple(value or ())
 
 
 def _within(name: str, value: float, low: float, high: float | None, *, open_low: bool = False) -> None:

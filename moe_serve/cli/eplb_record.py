@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_serve.base.commands import Command, Meeting, Reply, StepPlan, StepResult
 from moe_serve.base.config import Config
-from moe_serve.base.errors import ConfigError, RequestError
+from moe_serve.base.errors import ConfigError, RequestError, RequestFailed
 from moe_serve.base.messages import Generate, TokenEvent
 from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
@@ -158,6 +158,8 @@ def _run(engine: OneEngine, sequences: list[Generate]) -> None:
         task = progress.add_task("recording", total=len(sequences))
 
         def on_event(event: TokenEvent) -> bool:
+            if event.finish_reason == "error":
+                raise RequestFailed(event.error)
             ended = event.finish_reason is not None
             if ended:
                 progress.advance(task)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from moe_serve.base.commands import Meeting
 from moe_serve.base.config import Config
-from moe_serve.base.errors import RequestFailed
 from moe_serve.base.messages import Generate, TokenEvent
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Progress
@@ -28,7 +27,7 @@ class OneEngine:
         self.core = build_core(self._executor, config, model, facts, num_blocks=facts.kv_blocks)
 
     def run(self, sequences: list[Generate], on_event: OnEvent) -> None:
-        """All sequences to their end; if anything raises, none is left behind in the core."""
+        """All sequences to their end (an error event if one failed); if anything raises, none stays in the core."""
         core = self.core
         names = [sequence.request_id for sequence in sequences]
         try:
@@ -36,8 +35,6 @@ class OneEngine:
                 core.add(sequence.request_id, sequence.token_ids, sequence.sampling)
             while core.has_work:
                 for event in core.step():
-                    if event.finish_reason == "error":
-                        raise RequestFailed(event.error)
                     if on_event(event) and event.finish_reason is None:
                         core.abort([event.request_id])
         except BaseException:

@@ -9,12 +9,12 @@ import msgspec
 
 from moe_serve.base.commands import Failed, Reply, StepPlan, StepResult
 from moe_serve.base.config import Config
-from moe_serve.base.errors import ConfigError, ContextTooLong, EngineError, RankTimeout, RequestError
+from moe_serve.base.errors import ConfigError, EngineError, RankTimeout, RequestError
 from moe_serve.base.messages import LoadReport, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.block_pool import BlockPool
 from moe_serve.engine.flight import Flight, StepOutcome
-from moe_serve.engine.request import make_request
+from moe_serve.engine.request import check_request, make_request
 from moe_serve.engine.scheduler import Scheduler
 from moe_serve.executor.base import Executor
 
@@ -155,27 +155,10 @@ class EngineCore:
     def _check(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> None:
         if self.scheduler.knows(request_id):
             raise RequestError(f"request id {request_id!r} is already in use", param="request_id")
-        if not token_ids:
-            raise RequestError("the prompt must have at least one token", param="prompt")
-        if len(token_ids) + 1 > self.max_model_len:
-            raise ContextTooLong(
-                f"the prompt has {len(token_ids)} tokens, which leaves no room for an answer within the "
-                f"context of {self.max_model_len} tokens (--max-model-len)",
-                param="prompt",
-            )
-        self._check_vocabulary("prompt", token_ids)
-        self._check_vocabulary("stop_token_ids", sampling.stop_token_ids)
-        self._check_vocabulary("logit_bias", sampling.logit_bias)
-        if sampling.min_tokens and len({*sampling.stop_token_ids, *self.eos_token_ids}) >= self.vocab_size:
-            raise RequestError(
-                "stop_token_ids holds the whole vocabulary, which min_tokens bans: no token would be left",
-                param="stop_token_ids",
-            )
-
-    def _check_vocabulary(self, param: str, token_ids: Collection[int]) -> None:
-        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
-            outside = next(token for token in token_ids if not 0 <= token < self.vocab_size)
-            raise RequestError(
-                f"{param} holds token id {outside}, outside the vocabulary [0, {self.vocab_size})",
-                param=param,
-            )
+        check_request(
+            token_ids,
+            sampling,
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+        )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from moe_serve.base.commands import NewRequest, Sampled, TokenLogprob
-from moe_serve.base.errors import EngineError
+from moe_serve.base.errors import ContextTooLong, EngineError, RequestError
 from moe_serve.base.messages import FinishReason, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 
@@ -129,3 +129,36 @@ def make_request(
         max_total=min(limit, max_model_len),
         prompt_logprobs=None if sampling.prompt_logprobs is None else [],
     )
+
+
+def check_request(
+    token_ids: list[int],
+    sampling: SamplingParams,
+    *,
+    max_model_len: int,
+    vocab_size: int,
+    eos_token_ids: Collection[int],
+) -> None:
+    """RequestError for what no engine of this model could serve."""
+    if not token_ids:
+        raise RequestError("the prompt must have at least one token", param="prompt")
+    if len(token_ids) + 1 > max_model_len:
+        raise ContextTooLong(
+            f"the prompt has {len(token_ids)} tokens, which leaves no room for an answer within the "
+            f"context of {max_model_len} tokens (--max-model-len)",
+            param="prompt",
+        )
+    _check_vocabulary("prompt", token_ids, vocab_size)
+    _check_vocabulary("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    _check_vocabulary("logit_bias", sampling.logit_bias, vocab_size)
+    if sampling.min_tokens and len({*sampling.stop_token_ids, *eos_token_ids}) >= vocab_size:
+        raise RequestError(
+            "stop_token_ids holds the whole vocabulary, which min_tokens bans: no token would be left",
+            param="stop_token_ids",
+        )
+
+
+def _check_vocabulary(param: str, token_ids: Collection[int], vocab_size: int) -> None:
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        outside = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise RequestError(f"{param} holds token id {outside}, outside the vocabulary [0, {vocab_size})", param=param)

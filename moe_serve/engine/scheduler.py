@@ -306,7 +306,7 @@ class Scheduler:
         """End a request that the workers cannot compute; its blocks may be the cause and are shared with nobody new."""
         self.pool.forget(request.blocks)
         self._finish(request, "error")
-        return TokenEvent(request_id=request.request_id, token_ids=[], finish_reason="error", error=why, failed=True)
+        return TokenEvent.of_failure(request.request_id, why)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.state is State.RUNNING:

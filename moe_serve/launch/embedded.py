@@ -16,9 +16,9 @@ from concurrent.futures import Future
 import msgspec
 
 from moe_serve.base.config import Config
-from moe_serve.base.errors import ConfigError, EngineDead
+from moe_serve.base.errors import ConfigError, EngineDead, RequestFailed
 from moe_serve.base.interpreter import import_environment, module_command
-from moe_serve.base.messages import Generate, Hello, Ready, Stop, ToMember, WorldReady, WorldView
+from moe_serve.base.messages import Generate, Hello, Ready, Stop, TokenEvent, ToMember, WorldReady, WorldView
 from moe_serve.base.progress import Progress
 from moe_serve.base.site import local_address
 from moe_serve.engine.alone import OnEvent
@@ -153,10 +153,13 @@ class EngineWorld:
     async def _stream(self, sequence: Generate, on_event: OnEvent) -> None:
         assert self._client is not None
         stream = await self._client.submit(sequence.request_id, sequence.token_ids, sequence.sampling)
-        async with contextlib.aclosing(stream) as events:
-            async for event in events:
-                if on_event(event):
-                    return
+        try:
+            async with contextlib.aclosing(stream) as events:
+                async for event in events:
+                    if on_event(event):
+                        return
+        except RequestFailed as error:  # the end of this one; the others go on
+            on_event(TokenEvent.of_failure(sequence.request_id, str(error)))
 
     async def _end(self) -> None:
         process = self._process

@@ -15,6 +15,7 @@ from tests.support.http_server import engines_of, make_state, serving
 from tests.support.tokenizer_folders import END, TURN_END, TURN_START, write_folder
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def post(served: Served, path: str, body: object) -> httpx.Response:
@@ -221,7 +222,7 @@ def test_a_bos_is_added_to_texts_unless_declined(bare: tuple[str, ApiState]) -> 
 
 
 def test_options_of_chats_need_messages_to_tokenize(served: Served) -> None:
-    for name, value in (("add_generation_prompt", True), ("chat_template_kwargs", {}), ("tools", [])):
+    for name, value in (("add_generation_prompt", True), ("chat_template_kwargs", {"a": 1}), ("tools", [TOOL])):
         refused = post(served, "/tokenize", {"prompt": "x", name: value})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from moe_serve.api.known_fields import NEUTRAL
 from moe_serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tests.support.http_server import MODEL, make_state, serving
 
@@ -87,6 +88,9 @@ def bodies(draw: st.DrawFn, path: str) -> dict[str, object]:
     for name in {*REQUIRED[path], *names}:
         likely = LIKELY[name] if name in LIKELY else by_type(str(FIELDS[path].model_fields[name].annotation))
         body[name] = draw(VALUES if draw(st.integers(0, 19)) == 0 else likely)
+    for name in draw(st.lists(st.sampled_from(sorted(NEUTRAL)) | TEXTS, max_size=2)):
+        neutral = st.sampled_from((None, *NEUTRAL.get(name, (1, {}))))
+        body.setdefault(name, draw(VALUES if draw(st.integers(0, 19)) == 0 else neutral))
     return body
 
 

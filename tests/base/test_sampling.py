@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from moe_serve.base.errors import RequestError
-from moe_serve.base.sampling import SamplingParams
+from moe_serve.base.sampling import SamplingParams, with_defaults
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,20 @@ from moe_serve.base.sampling import SamplingParams
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
         ("logit_bias", {5: 101.0}),
         ("stop", ("",)),
+        ("stop", (5,)),
+        ("stop", 5),
+        ("stop", {"a": 1}),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", "5"),
+        ("stop_token_ids", (1.0,)),
+        ("stop_token_ids", (True,)),
+        ("logit_bias", [(5, 1.0)]),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {5: "1"}),
+        ("logit_bias", {5: None}),
+        ("ignore_eos", 1),
+        ("skip_special_tokens", None),
+        ("include_stop_str_in_output", "yes"),
         ("stop_token_ids", tuple(range(1025))),
     ],
 )
@@ -105,3 +120,35 @@ def test_params_travel_between_processes_unchanged() -> None:
 def test_temperature_zero_is_greedy() -> None:
     assert SamplingParams(temperature=0).greedy
     assert not SamplingParams(temperature=0.01).greedy
+
+
+def test_numbers_of_other_libraries_become_pythons_own_and_travel() -> None:
+    params = SamplingParams(
+        n=np.int64(2),  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        top_p=np.int8(1),
+        max_tokens=np.uint16(7),  # type: ignore[arg-type]
+        stop_token_ids=[np.int32(3)],  # type: ignore[arg-type]
+        logit_bias={np.int64(4): np.float64(1.5)},  # type: ignore[dict-item]
+    )
+    plain = SamplingParams(n=2, temperature=0.5, top_p=1, max_tokens=7, stop_token_ids=(3,), logit_bias={4: 1.5})
+    assert msgspec.msgpack.encode(params) == msgspec.msgpack.encode(plain)
+    assert params == plain
+
+
+def test_none_means_none_of_them() -> None:
+    empty = SamplingParams(stop=None, stop_token_ids=None, logit_bias=None)  # type: ignore[arg-type]
+    assert empty == SamplingParams()
+
+
+def test_lists_may_be_given_for_tuples() -> None:
+    given = SamplingParams(stop=["a", "b"], stop_token_ids=[1, 2])  # type: ignore[arg-type]
+    assert given == SamplingParams(stop=("a", "b"), stop_token_ids=(1, 2))
+
+
+def test_defaults_of_a_checkpoint_count_where_nothing_was_given() -> None:
+    defaults = {"temperature": 0.25, "top_k": 9.0, "repetition_penalty": 1.1}
+    params = with_defaults(defaults, top_k=3, max_tokens=5)
+    assert params == SamplingParams(temperature=0.25, top_k=3, repetition_penalty=1.1, max_tokens=5)
+    assert with_defaults(defaults).top_k == 9
+    assert with_defaults({}) == SamplingParams()
