@@ -150,7 +150,7 @@ class PendingCompletion:
     def __init__(self, tokenizer: Tokenizer, request: Generate, index: int) -> None:
         self.request = request
         self.prompt_logprobs: list[TokenLogprob] | None = None
-        self._growing = GrowingText(tokenizer, request.sampling)
+        self._growing = GrowingText(tokenizer, request.token_ids, request.sampling)
         self._growths: list[Growth] = []
         self._index = index
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
 
-from moe_serve.base.errors import CheckpointError, RequestError
+from moe_serve.base.errors import RequestError
 from moe_serve.text.chat_template import ChatTemplates
-from moe_serve.text.decoding import LARGEST_ID, ByteDecoding, UnitDecoding, choose_decoding
+from moe_serve.text.cleaning import CleanedStream, clean
+from moe_serve.text.decoding import LARGEST_ID, Decoding, TextStream, choose_decoding
+from moe_serve.text.folder import read_tokenizer
+from moe_serve.text.stops import SpecialStops, may_meet
+from moe_serve.text.template_files import read_templates
 
 
 class Tokenizer:
@@ -23,19 +25,17 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._core = _load_core(self.folder / "tokenizer.json")
-        config = _read_json(self.folder / "tokenizer_config.json")
-        named = {name: _content(value) for name, value in config.items() if re.fullmatch(r"[a-z]+_token", name)}
-        special_tokens = {name: text for name, text in named.items() if text is not None}
-        self.bos_token = special_tokens.get("bos_token")
-        self.eos_token = special_tokens.get("eos_token")
-        self.chat_templates = _load_chat_templates(self.folder, config, special_tokens)
+        found = read_tokenizer(self.folder)
+        self._core = found.core
+        self.bos_token = found.special_tokens.get("bos_token")
+        self.eos_token = found.special_tokens.get("eos_token")
+        sources, origin = read_templates(self.folder, found.config)
+        self.chat_templates = ChatTemplates(sources, found.special_tokens, origin)
+        self._cleans_up = found.cleans_up
         self._special = {token.content for token in self._core.get_added_tokens_decoder().values() if token.special}
         self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._longest = _longest_token(self._core)
-        self.decoding: ByteDecoding | UnitDecoding = choose_decoding(
-            self._core, self._special, self.folder / "tokenizer.json"
-        )
+        self.decoding: Decoding = choose_decoding(self._core, self._special, self.folder / "tokenizer.json")
 
     @property
     def bos_token_id(self) -> int | None:
@@ -64,7 +64,19 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; ids that no token has are left out."""
         known = [token_id for token_id in ids if 0 <= token_id <= LARGEST_ID]
-        return self._core.decode(known, skip_special_tokens=skip_special_tokens)
+        text = self._core.decode(known, skip_special_tokens=skip_special_tokens)
+        return clean(text) if self._cleans_up else text
+
+    def stream(self, skip_special_tokens: bool, after: Sequence[int] = ()) -> TextStream:
+        """A text that is decoded token by token, and follows the tokens `after`."""
+        stream = self.decoding.stream(skip_special_tokens, after)
+        return CleanedStream(stream) if self._cleans_up else stream
+
+    def special_stops(self, stops: Sequence[str], after: Sequence[int]) -> SpecialStops | None:
+        """Looks for stop strings that hidden special tokens are part of; None where that cannot be."""
+        if not may_meet(stops, self._special):
+            return None
+        return SpecialStops(self.decoding, self.stream(False, after), stops)
 
     def render_chat(
         self,
@@ -94,21 +106,6 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
 
-def _load_core(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: a model folder needs its tokenizer in this file")
-    try:
-        core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    except Exception as error:  # the library raises no narrower kind
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    # A folder may carry the cutting and filling its training used; a prompt must arrive whole.
-    core.no_truncation()
-    core.no_padding()
-    return core
-
-
 def _longest_token(core: tokenizers.Tokenizer) -> int | None:
     """Characters that one token can stand for; None if there is no limit, as for an unknown word.
 
@@ -119,47 +116,3 @@ def _longest_token(core: tokenizers.Tokenizer) -> int | None:
         return None
     longest = max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
     return max(longest, 1) * (1 if core.normalizer is None else 4)
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    """The object in a JSON file; empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _content(token: object) -> str | None:
-    """A token given as text or as an object with its text."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _load_chat_templates(
-    folder: Path, config: Mapping[str, object], special_tokens: Mapping[str, str]
-) -> ChatTemplates:
-    """chat_template.jinja wins over tokenizer_config.json's chat_template (one text, or a list of named ones)."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return ChatTemplates({"default": file.read_text(encoding="utf-8")}, special_tokens, file)
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{file} is not UTF-8 text: {error}") from error
-    origin = folder / "tokenizer_config.json"
-    given = config.get("chat_template")
-    if given is None:
-        return ChatTemplates({}, special_tokens, origin)
-    if isinstance(given, str):
-        return ChatTemplates({"default": given}, special_tokens, origin)
-    named = (
-        [(e.get("name"), e.get("template")) for e in given if isinstance(e, dict)] if isinstance(given, list) else []
-    )
-    sources = {name: text for name, text in named if isinstance(name, str) and isinstance(text, str)}
-    if not isinstance(given, list) or len(sources) != len(given):
-        raise CheckpointError(f"chat_template in {origin} must be text or a list of objects with name and template")
-    return ChatTemplates(sources, special_tokens, origin)
