@@ -123,6 +123,14 @@ ARCHITECTURES: Mapping[str, Defaults] = MappingProxyType(
         ),
     }
 )
+OF_MODEL_TYPE: Mapping[str, str] = MappingProxyType(
+    {
+        "qwen3_moe": "Qwen3MoeForCausalLM",
+        "qwen2_moe": "Qwen2MoeForCausalLM",
+        "mixtral": "MixtralForCausalLM",
+        "olmoe": "OlmoeForCausalLM",
+    }
+)
 DENSE_LAYER_FIELDS = ("mlp_only_layers", "decoder_sparse_step")
 # Fields that change what is computed, each with the values under which they do not.
 HARMLESS: Mapping[str, tuple[object, ...]] = MappingProxyType(

@@ -12,19 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from moe_serve.base.architectures import ARCHITECTURES, DENSE_LAYER_FIELDS, HARMLESS, Defaults, QKNorm
+from moe_serve.base.architectures import (
+    ARCHITECTURES,
+    DENSE_LAYER_FIELDS,
+    HARMLESS,
+    OF_MODEL_TYPE,
+    Defaults,
+    QKNorm,
+)
 from moe_serve.base.errors import CheckpointError
 from moe_serve.base.fields import Fields
 from moe_serve.base.generation_config import sampling_defaults, unused_settings
 from moe_serve.base.weight_files import stored_dtype
 
 DTYPES = ("float32", "bfloat16", "float16")
-ARCHITECTURE_OF_TYPE = {
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-}
 FeedForward = Literal["moe", "dense"]
 
 
@@ -135,14 +136,14 @@ def _read_object(path: Path) -> dict[str, object]:
 
 def _architecture(path: Path, values: Mapping[str, object]) -> str:
     """What architectures names; where it names nothing, what model_type means to transformers."""
-    names = values.get("architectures") or [ARCHITECTURE_OF_TYPE.get(str(values.get("model_type")))]
+    names = values.get("architectures") or [OF_MODEL_TYPE.get(str(values.get("model_type")))]
     supported = f"supported are: {', '.join(ARCHITECTURES)}"
     if not isinstance(names, list) or not isinstance(names[0], str):
         given = values.get("architectures")
         raise CheckpointError(f"{path}: architectures must name the model's class, not {given!r}; {supported}")
     if names[0] not in ARCHITECTURES:
         raise CheckpointError(f"{path}: architecture {names[0]} is not supported; {supported}")
-    meant = ARCHITECTURE_OF_TYPE.get(str(values.get("model_type")), names[0])
+    meant = OF_MODEL_TYPE.get(str(values.get("model_type")), names[0])
     if meant != names[0]:
         raise CheckpointError(
             f"{path}: architectures says {names[0]}, but model_type {values['model_type']} is {meant}"

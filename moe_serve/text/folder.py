@@ -140,10 +140,10 @@ def _declared(folder: Path, config: Mapping[str, object], core: tokenizers.Token
     values = dict(config)
     if not values.get("extra_special_tokens") and "additional_special_tokens" in values:
         values["extra_special_tokens"] = values.pop("additional_special_tokens")
-    if isinstance(values.get("extra_special_tokens"), dict):
+    if isinstance(extra := values.get("extra_special_tokens"), dict):
+        del values["extra_special_tokens"]
         own = values.get("model_specific_special_tokens")
-        extra = values.pop("extra_special_tokens")
-        values["model_specific_special_tokens"] = (own if isinstance(own, dict) else {}) | extra
+        values["model_specific_special_tokens"] = {**(own if isinstance(own, dict) else {}), **extra}
     if "added_tokens_decoder" in config:
         declared = _Declared(_added_by_id(config["added_tokens_decoder"], path), origin=path)
     else:

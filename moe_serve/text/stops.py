@@ -89,7 +89,8 @@ class SpecialStops:
 
 def may_meet(stops: Iterable[str], specials: Iterable[str]) -> bool:
     """Whether a special token could be part of one of the strings; sometimes true where it could not."""
-    beginnings, characters = set(), set()
+    beginnings: set[str] = set()
+    characters: set[str] = set()
     for special in specials:
         beginnings.add(special[:1])
         characters.update(special)

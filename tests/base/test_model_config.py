@@ -102,8 +102,8 @@ def full_config(arch: str, folder: Path) -> dict[str, Any]:
     oracle = tiny_config(
         arch,
         tie_word_embeddings=True,
-        hidden_size=96,
-        num_attention_heads=6,
+        hidden_size=512,
+        num_attention_heads=32,
         num_key_value_heads=2,
         rms_norm_eps=3e-4,
         rope_parameters={"rope_type": "default", "rope_theta": 777.0},
