@@ -66,8 +66,9 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: object) -> None:
         given = options if model is None else {"model": model, **options}
-        config, model_config = resolve(Config.from_flat({"log_level": "warning", **given}))
-        setup_logging("llm", config.server.log_level)
+        asked = Config.from_flat({"log_level": "warning", **given})
+        setup_logging("llm", asked.server.log_level)
+        config, model_config = resolve(asked)
         self.config = config
         self.tokenizer = Tokenizer(Path(config.model.model or ""))
         self._ids = itertools.count()

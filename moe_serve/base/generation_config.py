@@ -72,4 +72,4 @@ def unused_settings(generation: Fields) -> str | None:
     if not unused:
         return None
     shown = ", ".join(f"{name} = {str(values[name])[:40]}" for name in unused)
-    return f"{generation.path}: not used: {shown}; requests say such things themselves, where they can be said"
+    return f"{generation.path}: what would change answers in transformers and is not used here: {shown}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_serve.base.architectures import ARCHITECTURES
+from moe_serve.base.architectures import ARCHITECTURES, OF_MODEL_TYPE
 from moe_serve.base.errors import CheckpointError
 from moe_serve.base.model_config import ModelConfig, RouterConfig, load_model_config
 from tests.support.tiny_model import ARCHS, tiny_config
@@ -174,6 +174,7 @@ def test_each_field_left_out_or_null_means_what_it_means_to_transformers(arch: s
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_config_without_architectures_is_what_its_model_type_says(arch: str, tmp_path: Path) -> None:
+    assert set(OF_MODEL_TYPE.values()) == set(ARCHITECTURES)
     values = full_config(arch, tmp_path)
     expected = load_model_config(tmp_path)
     for names in ({}, {"architectures": None}, {"architectures": []}):
