@@ -18,8 +18,8 @@ class IncrementalDetokenizer:
     held back together share their beginning); `stopped_by` the stop string that ended the answer, if one did: tokens
     after the one that completed it are not taken. Stop strings are not looked for in the first `min_tokens` tokens.
 
-    `after` the prompt's tokens: the answer begins in the middle of their text. A stop string is also found where
-    special tokens are part of it, though these be hidden.
+    `after` the prompt's tokens: the answer begins in the middle of their text. A stop string that holds the
+    text of a special token is found though that be hidden.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class IncrementalDetokenizer:
             return text
         found = self._matcher.feed(text)
         joined = self._held + text
-        ends = [] if found is None else [(len(self._held) + found[0], len(found[1]), found[1])]
+        ends = [] if found is None else [(len(self._held) + found[0], False, len(found[1]), found[1])]
         if special is not None:
-            ends.append((len(joined) - special.after, special.inside, special.stop))
+            ends.append((len(joined) - special.after, special.ends_hidden, special.inside, special.stop))
         if not ends:
             keep = len(joined) - max(self._matcher.partial, 0 if self._specials is None else self._specials.held)
             self._held = joined[max(keep, 0) :]
             return joined[: max(keep, 0)]
-        end, visible, self.stopped_by = min(ends, key=lambda found: (found[0], -len(found[2])))
+        end, _, visible, self.stopped_by = min(ends, key=lambda found: (*found[:2], -len(found[3])))
         self._held = ""
         return joined[: max(end - visible, 0)] + (self.stopped_by if self._include_stop else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_serve.text.decoding import Decoding, TextStream
@@ -44,12 +44,13 @@ class StopMatcher:
 @dataclass(frozen=True, slots=True)
 class SpecialStop:
     """A stop string that hidden tokens are part of. Of the answer's text, `inside` of its last characters belong to
-    it, not counting the `after` that come behind it.
+    it, not counting the `after` that come behind it. `ends_hidden`: its own last character is none of them.
     """
 
     stop: str
     inside: int
     after: int
+    ends_hidden: bool
 
 
 class SpecialStops:
@@ -84,17 +85,8 @@ class SpecialStops:
             found[1],
             inside=self._kinds[max(rest - len(found[1]), 0) : rest].count("t"),
             after=self._kinds[rest:].count("t"),
+            ends_hidden=self._kinds[rest - 1] == "s",
         )
-
-
-def may_meet(stops: Iterable[str], specials: Iterable[str]) -> bool:
-    """Whether a special token could be part of one of the strings; sometimes true where it could not."""
-    beginnings: set[str] = set()
-    characters: set[str] = set()
-    for special in specials:
-        beginnings.add(special[:1])
-        characters.update(special)
-    return any(stop[0] in characters or not beginnings.isdisjoint(stop) for stop in stops)
 
 
 def _borders(text: str) -> list[int]:

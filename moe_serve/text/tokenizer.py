@@ -12,7 +12,7 @@ from moe_serve.text.chat_template import ChatTemplates
 from moe_serve.text.cleaning import CleanedStream, clean
 from moe_serve.text.decoding import LARGEST_ID, Decoding, TextStream, choose_decoding
 from moe_serve.text.folder import read_tokenizer
-from moe_serve.text.stops import SpecialStops, may_meet
+from moe_serve.text.stops import SpecialStops
 from moe_serve.text.template_files import read_templates
 
 
@@ -73,10 +73,12 @@ class Tokenizer:
         return CleanedStream(stream) if self._cleans_up else stream
 
     def special_stops(self, stops: Sequence[str], after: Sequence[int]) -> SpecialStops | None:
-        """Looks for stop strings that hidden special tokens are part of; None where that cannot be."""
-        if not may_meet(stops, self._special):
-            return None
-        return SpecialStops(self.decoding, self.stream(False, after), stops)
+        """Looks for those stop strings that hold a special token's whole text; None where there are none.
+
+        Others are looked for in what the client sees: `>` is not meant to end an answer at a hidden `<|turn|>`.
+        """
+        special = [stop for stop in stops if any(text in stop for text in self._special)]
+        return SpecialStops(self.decoding, self.stream(False, after), special) if special else None
 
     def render_chat(
         self,

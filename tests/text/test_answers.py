@@ -139,7 +139,11 @@ def by_hand(symbols: str, stops: list[str], include: bool) -> tuple[str, str | N
     for length in range(1, len(symbols) + 1):
         shown = symbols[:length]
         visible = shown.replace("S", "")
-        found = [stop for stop in stops if shown.endswith(stop) or (shown[-1] != "S" and visible.endswith(stop))]
+        found = [
+            stop
+            for stop in stops
+            if (shown.endswith(stop) if "S" in stop else shown[-1] != "S" and visible.endswith(stop))
+        ]
         if found:
             stop = max(found, key=lambda each: len(each.replace("S", TURN_END)))
             kept = visible[: len(visible) - len(stop.replace("S", ""))]
@@ -175,3 +179,11 @@ def test_what_could_begin_a_stop_string_with_a_special_token_is_held_back(
     assert text.push(tokenizer.encode("a")) == "a"
     assert text.push(tokenizer.encode("b")) == ""
     assert text.push(tokenizer.encode("c")) == "bc"
+
+
+def test_a_part_of_a_hidden_tokens_text_is_no_stop_string(tokenizers: Mapping[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["byte_level"]
+    ids = tokenizer.encode(f"one{TURN_END}two>three")
+    assert answer(tokenizer, [], ids, stop=("|>", ">", "end")) == ("onetwo", ">")
+    assert answer(tokenizer, [], ids, stop=("|>", ">", "end"), skip=False) == ("one<|im_", "end")
+    assert tokenizer.special_stops(["xyz", "im_end", "<|im_end"], []) is None
