@@ -67,8 +67,8 @@ def warn_of_pipeline(
     name = _class_name(config, model)
     if name not in _PIPELINES:
         return
-    built = json.loads(core.to_str())
-    different = [part for part, wanted in _PIPELINES[name].items() if _bare(built[part]) != wanted]
+    there = {"normalizer": core.normalizer, "pre_tokenizer": core.pre_tokenizer}
+    different = [part for part, wanted in _PIPELINES[name].items() if _built(there[part]) != wanted]
     if different:
         log.warning(
             "%s has its own %s, which is used; transformers 5 would use that of %s, and can cut texts otherwise",
@@ -85,6 +85,10 @@ def _class_name(config: Mapping[str, object], model: Mapping[str, object]) -> st
         return ""
     given = config.get("tokenizer_class") or model.get("tokenizer_class") or _CLASS_OF_MODEL.get(model_type, "")
     return str(given).removesuffix("Fast")
+
+
+def _built(part: Any) -> Any:
+    return None if part is None else _bare(json.loads(part.__getstate__()))
 
 
 def _bare(part: Any) -> Any:

@@ -82,6 +82,15 @@ def _only_the_head(shards: Shards, where: dict[str, str]) -> None:
     where[HEAD] = file
 
 
+def _single_too(shards: Shards, where: dict[str, str]) -> None:
+    whole = {name: tensor.clone() for held in shards.values() for name, tensor in held.items()}
+    shards[SINGLE] = whole | {NORM: whole[NORM] + 1}
+
+
+def _other_types(shards: Shards, where: dict[str, str]) -> None:
+    shards[SECOND] = {name: tensor.to(torch.bfloat16) for name, tensor in shards[SECOND].items()}
+
+
 LAYOUTS = [
     Layout("as written", lambda shards, where: None),
     Layout("a tensor in two shards", _again),
@@ -91,6 +100,8 @@ LAYOUTS = [
     Layout("an index with a tensor that no shard holds", _absent),
     Layout("a shard in a folder", _in_a_folder),
     Layout("shards of other names", _other_names),
+    Layout("a single file beside an index", _single_too),
+    Layout("shards of other types", _other_types),
     Layout("tied, as written", lambda shards, where: None, tied=True),
     Layout("tied, with a head of its own", _head_of_its_own, tied=True),
     Layout("tied, with the head again", _head_again, tied=True),
