@@ -46,8 +46,9 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: object) -> None:
         given = options if model is None else {"model": model, **options}
-        config, model_config = resolve(Config.from_flat({"log_level": "warning", **given}))
-        setup_logging("llm", config.server.log_level)
+        asked = Config.from_flat({"log_level": "warning", **given})
+        setup_logging("llm", asked.server.log_level)
+        config, model_config = resolve(asked)
         self.config = config
         self.tokenizer = load_tokenizer(config)
         self.default_params = with_defaults(model_config.generation_defaults)

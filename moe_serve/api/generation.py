@@ -62,7 +62,7 @@ class GrowingSequence:
         self.finished = False
         self._discard = discard
         self._began = False
-        self._growing = GrowingText(tokenizer, sampling)
+        self._growing = GrowingText(tokenizer, token_ids, sampling)
 
     def take(self, event: TokenEvent, rank: int) -> Delta:
         """What an event from DP rank `rank` means for the client; RequestFailed or EngineError if it means failure."""

@@ -142,6 +142,14 @@ LIMITS: Mapping[str, int] = MappingProxyType(
     }
 )
 MAX_EXPERTS_OF_ALL_LAYERS = 2**20
+OF_MODEL_TYPE: Mapping[str, str] = MappingProxyType(
+    {
+        "qwen3_moe": "Qwen3MoeForCausalLM",
+        "qwen2_moe": "Qwen2MoeForCausalLM",
+        "mixtral": "MixtralForCausalLM",
+        "olmoe": "OlmoeForCausalLM",
+    }
+)
 DENSE_LAYER_FIELDS = ("mlp_only_layers", "decoder_sparse_step")
 # Fields that change what is computed, each with the values under which they do not.
 HARMLESS: Mapping[str, tuple[object, ...]] = MappingProxyType(
@@ -163,5 +171,6 @@ HARMLESS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "per_layer_config": (None, {}),
         "routed_scaling_factor": (None, 1.0),
         "scoring_func": (None, "softmax"),
+        "transformers_weights": (None,),
     }
 )

@@ -67,6 +67,10 @@ class Fields:
             return value
         return next((self._defaults[name] for name in names if name in self._defaults), None)
 
+    def or_null(self, name: str) -> object:
+        """The value as it is there, null too; the default only where it is left out."""
+        return self.values[name] if name in self.values else self._defaults.get(name)
+
     def wrong(self, name: str, value: object, wanted: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {name} must be {wanted}, not {brief(value)}")
 
@@ -95,7 +99,7 @@ class Fields:
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """One id, a list of ids or nothing."""
-        value = self.raw(name)
+        value = self.or_null(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
             raise self.wrong(name, value, "a token id or a list of them")

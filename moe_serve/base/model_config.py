@@ -18,18 +18,16 @@ from moe_serve.base.architectures import (
     HARMLESS,
     LIMITS,
     MAX_EXPERTS_OF_ALL_LAYERS,
+    OF_MODEL_TYPE,
     Defaults,
     QKNorm,
 )
 from moe_serve.base.errors import CheckpointError
 from moe_serve.base.fields import Fields, brief, read_object
+from moe_serve.base.generation_config import sampling_defaults, unused_settings
+from moe_serve.base.weight_files import stored_dtype
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
 FeedForward = Literal["moe", "dense"]
 
 
@@ -62,7 +60,8 @@ class ModelConfig:
     `layers` in order. Experts are counted in MoE layers only: number m of them is layer `moe_layers[m]`.
     `qk_norm`: "head" norms each head's q and k by itself, "full" over all heads at once. `dtype` as saved.
     `eos_token_ids` from generation_config.json, else config.json; only ids inside the vocabulary.
-    `generation_defaults` sampling options under SamplingParams' names.
+    `generation_defaults` sampling options under SamplingParams' names. `notes`: sentences for the operator, who should
+    hear each of them once.
     """
 
     architecture: str
@@ -88,6 +87,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -127,12 +127,19 @@ def load_model_config(folder: Path | str) -> ModelConfig:
 
 
 def _architecture(path: Path, values: Mapping[str, object]) -> str:
-    names = values.get("architectures")
+    """What architectures names; where it names nothing, what model_type means to transformers."""
+    names = values.get("architectures") or [OF_MODEL_TYPE.get(str(values.get("model_type")))]
     supported = f"supported are: {', '.join(ARCHITECTURES)}"
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise CheckpointError(f"{path}: architectures must name the model's class, not {brief(names)}; {supported}")
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        given = values.get("architectures")
+        raise CheckpointError(f"{path}: architectures must name the model's class, not {brief(given)}; {supported}")
     if names[0] not in ARCHITECTURES:
         raise CheckpointError(f"{path}: architecture {names[0][:80]} is not supported; {supported}")
+    meant = OF_MODEL_TYPE.get(str(values.get("model_type")), names[0])
+    if meant != names[0]:
+        raise CheckpointError(
+            f"{path}: architectures says {names[0]}, but model_type {values['model_type']} is {meant}"
+        )
     return names[0]
 
 
@@ -202,35 +209,23 @@ def _rope_theta(fields: Fields) -> float:
             raise CheckpointError(f"{fields.path}: {name} holds {', '.join(unknown)[:80]}, which is not supported")
         if rope.get("rope_theta") is not None:
             return Fields(fields.path, rope, {}).number("rope_theta")
+        break  # rope_scaling, where it says something, goes over rope_parameters
     return fields.number("rope_theta")
 
 
 def _dtype(fields: Fields) -> str:
-    value = fields.raw("dtype", "torch_dtype")
-    if value is None:
-        return "float32"
+    """As config.json says (dtype wins over torch_dtype), else as the weights are stored."""
+    value = fields.raw("dtype") or fields.raw("torch_dtype") or stored_dtype(fields.path.parent) or "float32"
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     if name not in DTYPES:
         raise CheckpointError(f"{fields.path}: dtype {brief(value)} is not supported; supported: {', '.join(DTYPES)}")
     return str(name)
 
 
-def _generation_defaults(generation: Fields) -> dict[str, float]:
-    """Sampling options; an explicit `"do_sample": false` means greedy, as in transformers."""
-    found = {name: generation.values.get(name) for name in SAMPLING_FIELDS}
-    for name, value in found.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise generation.wrong(name, value, "a number")
-    defaults = {name: value for name, value in found.items() if isinstance(value, int | float)}
-    if generation.values.get("do_sample") is False:
-        defaults["temperature"] = 0.0
-    return defaults
-
-
 def _heads(fields: Fields, hidden: int, *, free_head_dim: bool) -> tuple[int, int, int]:
     """(query heads, KV heads, head dimension), each checked against the others."""
     heads = fields.integer("num_attention_heads")
-    kv_heads = heads if fields.raw("num_key_value_heads") is None else fields.integer("num_key_value_heads")
+    kv_heads = heads if fields.or_null("num_key_value_heads") is None else fields.integer("num_key_value_heads")
     if heads % kv_heads:
         raise CheckpointError(
             f"{fields.path}: num_key_value_heads ({kv_heads}) must divide num_attention_heads ({heads})"
@@ -272,6 +267,13 @@ def _router(fields: Fields, defaults: Defaults, num_experts: int) -> RouterConfi
     if top_k > num_experts:
         raise CheckpointError(f"{fields.path}: num_experts_per_tok ({top_k}) is more than num_experts ({num_experts})")
     return RouterConfig(top_k=top_k, norm_topk_prob=fields.flag("norm_topk_prob") if normed is None else normed)
+
+
+def _notes(folder: Path, generation: Fields) -> tuple[str, ...]:
+    notes = [unused_settings(generation)]
+    if (folder / "adapter_config.json").is_file():
+        notes.append(f"{folder / 'adapter_config.json'}: adapters are not applied; merge this one into the weights")
+    return tuple(note for note in notes if note)
 
 
 def _dense_size(fields: Fields, defaults: Defaults, layers: tuple[LayerSpec, ...]) -> int | None:
@@ -317,5 +319,6 @@ def _build(architecture: str, fields: Fields, generation: Fields) -> ModelConfig
         dtype=_dtype(fields),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=tuple(token for token in eos if 0 <= token < vocab_size),
-        generation_defaults=_generation_defaults(generation),
+        generation_defaults=sampling_defaults(generation),
+        notes=_notes(fields.path.parent, generation),
     )

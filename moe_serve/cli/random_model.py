@@ -22,9 +22,9 @@ from torch import Tensor
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import DTYPES, ModelConfig, load_model_config
 from moe_serve.base.parallel_config import ParallelConfig
+from moe_serve.base.weight_files import INDEX, SINGLE
 from moe_serve.model.archs.base import find_spec
 from moe_serve.model.partition import make_partition
-from moe_serve.worker.loading.checkpoint import INDEX, SINGLE
 from moe_serve.worker.loading.loader import byte_progress, random_weight
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -5,6 +5,7 @@ The exception is `device`, which only a process that has torch can settle; the e
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -20,6 +21,7 @@ from moe_serve.model.partition import make_partition
 DEFAULT_MODEL = "moe-serve-default"
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "default-model"
 HUB_SECONDS = 10.0
+log = logging.getLogger(__name__)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -33,6 +35,8 @@ def resolve(config: Config) -> tuple[Config, ModelConfig]:
     model = load_model_config(folder)
     if config.model.load_format == "auto":
         check_size(folder, model)
+    for note in model.notes:
+        log.warning("%s", note)
     limit = model.max_position_embeddings
     asked = config.model.max_model_len
     if asked is not None and asked > limit:

@@ -1,5 +1,8 @@
 """How the tokens of one tokenizer become text one after another, exactly as decoding them all at once would.
 
+A text may go on where others end: an answer adds to its prompt what decoding both together adds to the prompt's own
+text, which is never taken back.
+
 Two kinds cover the tokenizers in use. ByteLevel: a token is some bytes, the text is their UTF-8. All others: a
 token is some text that does not depend on its neighbours, except at the very start of the text and in runs of byte
 tokens (`<0xE2>`), which count together. A decoder that fits neither is refused when the tokenizer is loaded.
@@ -10,7 +13,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +24,8 @@ from moe_serve.base.errors import CheckpointError
 
 LARGEST_ID = 2**32 - 1
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BEGUN_BYTES = 3  # of a character of UTF-8 that is not complete, at most
+_LOOK_BACK = 64  # tokens without text between the bytes of one character are not looked through for ever
 
 
 class TextStream(Protocol):
@@ -31,6 +37,22 @@ class TextStream(Protocol):
 
     def finish(self) -> str:
         """The rest: what waited for more tokens."""
+        ...
+
+
+class Decoding(Protocol):
+    """How one tokenizer's tokens become text."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, special tokens shown; empty for an id that no token has."""
+        ...
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `skip_special_tokens` leaves the token out."""
+        ...
+
+    def stream(self, skip_special_tokens: bool, after: Sequence[int] = ()) -> TextStream:
+        """A text that follows the tokens `after`, of which it gives nothing itself."""
         ...
 
 
@@ -49,8 +71,11 @@ class ByteDecoding:
         token = _token(self._core, token_id)
         return b"" if skip_special_tokens and token in self._special else self._bytes(token)
 
-    def stream(self, skip_special_tokens: bool) -> TextStream:
-        return _ByteStream(self, skip_special_tokens)
+    def is_special(self, token_id: int) -> bool:
+        return _token(self._core, token_id) in self._special
+
+    def stream(self, skip_special_tokens: bool, after: Sequence[int] = ()) -> TextStream:
+        return _ByteStream(self, skip_special_tokens, after)
 
     def _bytes(self, token: str | None) -> bytes:
         if token is None:
@@ -106,8 +131,11 @@ class UnitDecoding:
         found = _BYTE_TOKEN.fullmatch(token) if self._byte_tokens else None
         return bytes([int(found[1], 16)]) if found else self.later([token_id]).encode()
 
-    def stream(self, skip_special_tokens: bool) -> TextStream:
-        return _UnitStream(self, skip_special_tokens)
+    def is_special(self, token_id: int) -> bool:
+        return _token(self._core, token_id) in self._special
+
+    def stream(self, skip_special_tokens: bool, after: Sequence[int] = ()) -> TextStream:
+        return _UnitStream(self, skip_special_tokens, after)
 
     def _find_anchor(self, path: Path) -> list[int]:
         """Tokens that decode to more text than is stripped: what is put before a token to see it as a later one."""
@@ -122,22 +150,36 @@ class UnitDecoding:
 
 
 class _ByteStream:
-    def __init__(self, decoding: ByteDecoding, skip_special_tokens: bool) -> None:
+    """A character that was begun before this text, and not ended there, is part of this text."""
+
+    def __init__(self, decoding: ByteDecoding, skip_special_tokens: bool, after: Sequence[int]) -> None:
         self._decoding = decoding
         self._skip = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        begun = b""
+        for token_id in islice(reversed(after), _LOOK_BACK):
+            begun = decoding.visible_bytes(token_id, skip_special_tokens) + begun
+            if len(begun) >= _BEGUN_BYTES:
+                break
+        self._utf8.decode(begun[-_BEGUN_BYTES:])
+        self._begun = bool(self._utf8.getstate()[0])
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._decoding.visible_bytes(token_id, self._skip))
+        return self._own(self._utf8.decode(self._decoding.visible_bytes(token_id, self._skip)))
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        return self._own(self._utf8.decode(b"", final=True))
+
+    def _own(self, text: str) -> str:
+        """A replacement of what was begun before this text, and did not become a character, is not of this text."""
+        begun, self._begun = self._begun, self._begun and not text
+        return text[1:] if begun and text.startswith("\ufffd") else text
 
 
 class _UnitStream:
     """Byte tokens in a row are held until the run ends: one bad byte spoils the text of all of them."""
 
-    def __init__(self, decoding: UnitDecoding, skip_special_tokens: bool) -> None:
+    def __init__(self, decoding: UnitDecoding, skip_special_tokens: bool, after: Sequence[int]) -> None:
         self._decoding = decoding
         self._skip = skip_special_tokens
         self._run: list[int] = []
@@ -145,6 +187,13 @@ class _UnitStream:
         self._head: list[int] | None = []
         self._head_length = 0
         self._head_text = ""
+        self._num_given = 0
+        for token_id in after:
+            self.push(token_id)
+            if self._head is None:
+                break
+        self._run = self._last_run(after)
+        self._num_given = len(self._run)  # so many of the run were there before this text
 
     def push(self, token_id: int) -> str:
         if not self._decoding.is_visible(token_id, self._skip):
@@ -157,9 +206,34 @@ class _UnitStream:
     def finish(self) -> str:
         return self._end_run()
 
+    def _last_run(self, token_ids: Sequence[int]) -> list[int]:
+        run: list[int] = []
+        for token_id in reversed(token_ids):
+            if self._decoding.is_visible(token_id, self._skip):
+                if not self._decoding.is_byte(token_id):
+                    break
+                run.append(token_id)
+        return run[::-1]
+
     def _end_run(self) -> str:
         run, self._run = self._run, []
-        return self._add(run) if run else ""
+        num_given, self._num_given = self._num_given, 0
+        if not num_given:
+            return self._add(run) if run else ""
+        before = self._would_add(run[:num_given])
+        text = self._add(run)
+        if text.startswith(before):
+            return text[len(before) :]
+        if set(text) == {"\ufffd"}:
+            return text[num_given:]
+        # The run's last character was only begun before this text.
+        given = b"".join(map(self._decoding.token_bytes, run[:num_given]))
+        return text[len(given.decode(errors="ignore")) :]
+
+    def _would_add(self, unit: list[int]) -> str:
+        if self._head is None:
+            return self._decoding.later(unit)
+        return self._decoding.decode([*self._head, *unit])[len(self._head_text) :]
 
     def _add(self, unit: list[int]) -> str:
         text = self._decoding.later(unit)

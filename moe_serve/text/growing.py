@@ -5,6 +5,7 @@ It keeps no text or tokens: whoever wants a whole answer collects the growths, w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_serve.base.commands import TokenLogprob
@@ -28,14 +29,17 @@ class Growth:
 
 
 class GrowingText:
-    """For one answer. `finish_reason` is None while it grows; `stop_reason` the stop string or token that ended it."""
+    """For one answer to the tokens `prompt`. `finish_reason` is None while it grows; `stop_reason` the stop string or
+    token that ended it.
+    """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams) -> None:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._wants_logprobs = sampling.logprobs is not None
         self._text = IncrementalDetokenizer(
             tokenizer,
+            after=prompt,
             skip_special_tokens=sampling.skip_special_tokens,
             stop=sampling.stop,
             include_stop=sampling.include_stop_str_in_output,

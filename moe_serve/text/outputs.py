@@ -43,7 +43,7 @@ class PendingCompletion:
         self.request = request
         self.prompt_logprobs: list[TokenLogprob] | None = None
         self._error: str | None = None
-        self._growing = GrowingText(tokenizer, request.sampling)
+        self._growing = GrowingText(tokenizer, request.token_ids, request.sampling)
         self._growths: list[Growth] = []
         self._index = index
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from moe_serve.base.config import Config
-from moe_serve.base.errors import CheckpointError, RequestError
-from moe_serve.base.fields import read_object
+from moe_serve.base.errors import RequestError
 from moe_serve.text.chat_template import DEFAULT_SECONDS, ChatPrompt, ChatTemplates
-from moe_serve.text.decoding import LARGEST_ID, ByteDecoding, UnitDecoding, choose_decoding
+from moe_serve.text.cleaning import CleanedStream, clean
+from moe_serve.text.decoding import LARGEST_ID, Decoding, TextStream, choose_decoding
+from moe_serve.text.folder import read_tokenizer
 from moe_serve.text.sanitizing import Sanitizer, added_tokens, named_control_tokens
+from moe_serve.text.stops import SpecialStops
+from moe_serve.text.template_files import read_templates
 
 
 class Tokenizer:
@@ -31,25 +33,23 @@ class Tokenizer:
         chat_template_timeout: float = DEFAULT_SECONDS,
     ) -> None:
         self.folder = Path(folder)
-        self._core = _load_core(self.folder / "tokenizer.json")
-        config = _read_json(self.folder / "tokenizer_config.json")
-        named = {name: _content(value) for name, value in config.items() if re.fullmatch(r"[a-z]+_token", name)}
-        special_tokens = {name: text for name, text in named.items() if text is not None}
-        self.bos_token = special_tokens.get("bos_token")
-        self.eos_token = special_tokens.get("eos_token")
-        self.chat_templates = _load_chat_templates(self.folder, config, special_tokens)
+        found = read_tokenizer(self.folder)
+        self._core = found.core
+        self.bos_token = found.special_tokens.get("bos_token")
+        self.eos_token = found.special_tokens.get("eos_token")
+        sources, origin = read_templates(self.folder, found.config)
+        self.chat_templates = ChatTemplates(sources, found.special_tokens, origin)
+        self._cleans_up = found.cleans_up
         self.chat_templates.configure(
             seconds=chat_template_timeout,
             added_tokens=added_tokens(self._core) if sanitize_control_tokens else None,
-            control_tokens=named_control_tokens(config),
+            control_tokens=named_control_tokens(found.config),
         )
         self._sanitizer = Sanitizer(self._core)
         self._special = {token.content for token in self._core.get_added_tokens_decoder().values() if token.special}
         self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._longest = _longest_token(self._core)
-        self.decoding: ByteDecoding | UnitDecoding = choose_decoding(
-            self._core, self._special, self.folder / "tokenizer.json"
-        )
+        self.decoding: Decoding = choose_decoding(self._core, self._special, self.folder / "tokenizer.json")
 
     @property
     def bos_token_id(self) -> int | None:
@@ -80,7 +80,21 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; ids that no token has are left out."""
         known = [token_id for token_id in ids if 0 <= token_id <= LARGEST_ID]
-        return self._core.decode(known, skip_special_tokens=skip_special_tokens)
+        text = self._core.decode(known, skip_special_tokens=skip_special_tokens)
+        return clean(text) if self._cleans_up else text
+
+    def stream(self, skip_special_tokens: bool, after: Sequence[int] = ()) -> TextStream:
+        """A text that is decoded token by token, and follows the tokens `after`."""
+        stream = self.decoding.stream(skip_special_tokens, after)
+        return CleanedStream(stream) if self._cleans_up else stream
+
+    def special_stops(self, stops: Sequence[str], after: Sequence[int]) -> SpecialStops | None:
+        """Looks for those stop strings that hold a special token's whole text; None where there are none.
+
+        Others are looked for in what the client sees: `>` is not meant to end an answer at a hidden `<|turn|>`.
+        """
+        special = [stop for stop in stops if any(text in stop for text in self._special)]
+        return SpecialStops(self.decoding, self.stream(False, after), special) if special else None
 
     def render_chat(
         self,
@@ -120,21 +134,6 @@ def load_tokenizer(config: Config) -> Tokenizer:
     )
 
 
-def _load_core(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: a model folder needs its tokenizer in this file")
-    try:
-        core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    except Exception as error:  # the library raises no narrower kind
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    # A folder may carry the cutting and filling its training used; a prompt must arrive whole.
-    core.no_truncation()
-    core.no_padding()
-    return core
-
-
 def _longest_token(core: tokenizers.Tokenizer) -> int | None:
     """Characters that one token can stand for; None if there is no limit, as for an unknown word.
 
@@ -152,39 +151,3 @@ def _check_unicode(text: str, param: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the text is not valid Unicode: {error}", param=param) from error
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    """The object in a JSON file; empty when there is no such file."""
-    return read_object(path) if path.is_file() else {}
-
-
-def _content(token: object) -> str | None:
-    """A token given as text or as an object with its text."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _load_chat_templates(
-    folder: Path, config: Mapping[str, object], special_tokens: Mapping[str, str]
-) -> ChatTemplates:
-    """chat_template.jinja wins over tokenizer_config.json's chat_template (one text, or a list of named ones)."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return ChatTemplates({"default": file.read_text(encoding="utf-8")}, special_tokens, file)
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{file} is not UTF-8 text: {error}") from error
-    origin = folder / "tokenizer_config.json"
-    given = config.get("chat_template")
-    if given is None:
-        return ChatTemplates({}, special_tokens, origin)
-    if isinstance(given, str):
-        return ChatTemplates({"default": given}, special_tokens, origin)
-    named = (
-        [(e.get("name"), e.get("template")) for e in given if isinstance(e, dict)] if isinstance(given, list) else []
-    )
-    sources = {name: text for name, text in named if isinstance(name, str) and isinstance(text, str)}
-    if not isinstance(given, list) or len(sources) != len(given):
-        raise CheckpointError(f"chat_template in {origin} must be text or a list of objects with name and template")
-    return ChatTemplates(sources, special_tokens, origin)

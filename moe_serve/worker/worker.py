@@ -35,6 +35,7 @@ from moe_serve.worker.device import choose_device, choose_dtype
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
 from moe_serve.worker.kv_cache import KVShape, blocks_for, cpu_room, cuda_room, fitting_blocks
 from moe_serve.worker.loading.loader import load_weights
+from moe_serve.worker.loading.tied_head import settle_head
 from moe_serve.worker.runner import Runner, rehearse
 
 COLLECTIVE_SECONDS = 300.0
@@ -116,6 +117,8 @@ class Worker:
         model_config = load_model_config(folder)
         device = choose_device(config.model.device, self._meeting.site.local_rank + self._worker)
         dtype = choose_dtype(config.model.dtype, model_config.dtype, device)
+        if config.model.load_format != "dummy":
+            model_config = settle_head(model_config, folder, dtype, warns=self._rank == 0)
         with self._phase(Phase.MEET_RANKS):
             self._groups = build_groups(
                 self._topology,

@@ -175,6 +175,14 @@ def test_fields_without_a_meaning_here_are_accepted(served: Served) -> None:
 # --- other folders ---------------------------------------------------------------------------------------------
 
 
+def test_the_text_of_a_special_token_is_a_stop_string_like_any_other(served: Served) -> None:
+    says(served, *ids(served, f"one two{TURN_START}three{TURN_END}"))
+    assert both(served, stop=["never", TURN_START]) == ("one two", "stop")
+    assert both(served, stop=[TURN_START], include_stop_str_in_output=True) == (f"one two{TURN_START}", "stop")
+    assert both(served, stop=[f"two{TURN_START}th"]) == ("one ", "stop")
+    assert both(served, stop=[TURN_START], skip_special_tokens=False) == ("one two", "stop")
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ApiState]]:
     """A model without chat template, with a BOS and with defaults of its own."""
@@ -184,6 +192,16 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ApiSta
     state.generation_defaults = {"temperature": 0.25, "top_k": 9.0, "repetition_penalty": 1.1}
     with serving(state) as url:
         yield url, state
+
+
+def test_an_answer_in_pieces_goes_on_where_its_prompt_ends(bare: tuple[str, ApiState]) -> None:
+    url, state = bare
+    tokens = state.tokenizer.encode("with the others", add_special_tokens=False)
+    engines_of(state).script = lambda prompt, sampling: [*tokens, 2]
+    for body in ({"echo": True}, {"echo": False}):
+        answer = httpx.post(url + "/v1/completions", json={"prompt": "the word", "max_tokens": 50, **body}).json()
+        assert answer["choices"][0]["text"] == ("the word" if body["echo"] else "") + " with the others"
+    engines_of(state).calm()
 
 
 def test_a_model_without_template_refuses_to_chat_and_completes(bare: tuple[str, ApiState], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.inputs import rows_by_ep_rank
 from moe_serve.worker.kv_cache import KVShape
 from moe_serve.worker.loading.loader import load_weights
+from moe_serve.worker.loading.tied_head import settle_head
 from tests.support.ranks import Seat
 
 CPU = torch.device("cpu")
@@ -58,9 +59,8 @@ def empty_decoder(
     """A rank's decoder under some parallel options, not filled; with idle groups if none are given."""
     parallel = Config.from_flat(options or {}).parallel
     groups = groups or idle_groups(parallel.topology, rank)
-    return build_model(
-        load_model_config(folder), parallel, rank, groups, dtype=dtype, device=device, max_tokens=MAX_TOKENS
-    )
+    config = settle_head(load_model_config(folder), folder, dtype)
+    return build_model(config, parallel, rank, groups, dtype=dtype, device=device, max_tokens=MAX_TOKENS)
 
 
 def load_decoder(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -36,6 +36,28 @@ def byte_level() -> Tokenizer:
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_tokens([AddedToken("<odd token>", special=False)])
+    return tokenizer
+
+
+def neox() -> Tokenizer:
+    """byte_level as OLMoE has it."""
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def qwen() -> Tokenizer:
+    """byte_level as Qwen has it."""
+    tokenizer = neox()
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    parts = [
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     return tokenizer
 
 
@@ -87,6 +109,8 @@ def plain_words() -> Tokenizer:
 
 KINDS: Mapping[str, Callable[[], Tokenizer]] = {
     "byte_level": byte_level,
+    "neox": neox,
+    "qwen": qwen,
     "sentence_pieces": sentence_pieces,
     "unigram": unigram,
     "word_pieces": word_pieces,

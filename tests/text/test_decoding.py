@@ -17,12 +17,13 @@ from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer
 from tests.support.tokenizer_folders import KINDS, TEXTS, TURN_END, write_folder
 
+DECODED = [kind for kind in KINDS if kind not in ("neox", "qwen")]  # these decode as byte_level
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tokenizer]:
-    return {kind: Tokenizer(write_folder(tmp_path_factory.mktemp(kind), kind)) for kind in KINDS}
+    return {kind: Tokenizer(write_folder(tmp_path_factory.mktemp(kind), kind)) for kind in DECODED}
 
 
 def chunks_of(ids: list[int], sizes: list[int]) -> list[list[int]]:
@@ -33,7 +34,7 @@ def chunks_of(ids: list[int], sizes: list[int]) -> list[list[int]]:
     return [*chunks, ids[start:]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DECODED)
 @QUICK
 @given(data=st.data())
 def test_any_tokens_in_any_chunks_give_the_decode_of_all(
@@ -60,7 +61,7 @@ def test_a_text_survives_encoding_and_streaming(tokenizers: Mapping[str, Tokeniz
         assert "".join(map(stream.push, ids)) + stream.finish() == text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DECODED)
 def test_no_piece_of_a_stream_is_ever_taken_back(tokenizers: Mapping[str, Tokenizer], kind: str) -> None:
     tokenizer = tokenizers[kind]
     for text in TEXTS:

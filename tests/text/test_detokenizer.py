@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_serve.text.detokenizer import IncrementalDetokenizer, StopMatcher
+from moe_serve.text.detokenizer import IncrementalDetokenizer
+from moe_serve.text.stops import StopMatcher
 from moe_serve.text.tokenizer import Tokenizer
 from tests.support.tokenizer_folders import TURN_END, write_folder
 

@@ -27,7 +27,7 @@ def event(ids: list[int], finish: FinishReason | None = None, stop_token: int | 
 
 
 def test_tokens_and_logprobs_after_a_stop_string_are_not_taken(tokenizer: Tokenizer) -> None:
-    growing = GrowingText(tokenizer, SamplingParams(stop=("bc",), logprobs=0))
+    growing = GrowingText(tokenizer, [], SamplingParams(stop=("bc",), logprobs=0))
     ids = characters(tokenizer, "abcde")
     first, second = growing.take(event(ids[:2])), growing.take(event(ids[2:]))
     assert (first.text + second.text, first.token_ids, second.token_ids) == ("a", ids[:2], ids[2:3])
@@ -38,7 +38,7 @@ def test_tokens_and_logprobs_after_a_stop_string_are_not_taken(tokenizer: Tokeni
 
 
 def test_an_answer_that_grows_has_no_reason_and_an_end_token_is_its_stop_reason(tokenizer: Tokenizer) -> None:
-    growing = GrowingText(tokenizer, SamplingParams())
+    growing = GrowingText(tokenizer, [], SamplingParams())
     ids = characters(tokenizer, "ab")
     assert growing.take(event(ids[:1])).logprobs is None
     assert (growing.finish_reason, growing.stop_reason) == (None, None)
@@ -47,7 +47,7 @@ def test_an_answer_that_grows_has_no_reason_and_an_end_token_is_its_stop_reason(
 
 
 def test_what_was_held_back_for_a_stop_string_comes_with_the_last_event(tokenizer: Tokenizer) -> None:
-    growing = GrowingText(tokenizer, SamplingParams(stop=("bcd",)))
+    growing = GrowingText(tokenizer, [], SamplingParams(stop=("bcd",)))
     ids = characters(tokenizer, "abc")
     assert growing.take(event(ids[:2])).text == "a"
     last = growing.take(event(ids[2:], "length"))

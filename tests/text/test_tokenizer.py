@@ -131,7 +131,7 @@ def test_a_model_without_template_says_how_to_go_on(tmp_path: Path) -> None:
         render(tmp_path)
 
 
-@pytest.mark.parametrize("given", [5, [1], [{"name": "default"}], {"default": "x"}])
+@pytest.mark.parametrize("given", [5, [1], [{"name": "default"}], {"default": 5}])
 def test_a_template_of_the_wrong_form_is_named(tmp_path: Path, given: object) -> None:
     write_folder(tmp_path, config={"chat_template": given})
     with pytest.raises(CheckpointError, match=r"chat_template in .*tokenizer_config\.json"):

@@ -22,6 +22,7 @@ ARCHS = Registry(
 )
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LayerKind = FeedForward | Literal["all"]
 
 
@@ -76,8 +77,11 @@ def find_spec(config: ModelConfig) -> ModelSpec:
 
 def common_weights(config: ModelConfig) -> tuple[WeightRule, ...]:
     """What all supported architectures name alike: embeddings, norms and attention."""
+    embedding: tuple[str, ...] = (EMBEDDING,)
+    if config.tie_word_embeddings:
+        embedding += (HEAD,)
     rules = [
-        WeightRule("embedding.weight", ("model.embed_tokens.weight",), ("vocab", "hidden")),
+        WeightRule("embedding.weight", embedding, ("vocab", "hidden")),
         WeightRule("norm.weight", ("model.norm.weight",), ("hidden",)),
         layer_rule("attention_norm.weight", "input_layernorm.weight", "hidden"),
         layer_rule("feed_forward_norm.weight", "post_attention_layernorm.weight", "hidden"),
@@ -87,7 +91,7 @@ def common_weights(config: ModelConfig) -> tuple[WeightRule, ...]:
         layer_rule("attention.o.weight", "self_attn.o_proj.weight", "hidden", "heads"),
     ]
     if not config.tie_word_embeddings:
-        rules.append(WeightRule("head.weight", ("lm_head.weight",), ("vocab", "hidden")))
+        rules.append(WeightRule("head.weight", (HEAD,), ("vocab", "hidden")))
     if config.qkv_bias:
         rules += [
             layer_rule("attention.q.bias", "self_attn.q_proj.bias", "heads"),

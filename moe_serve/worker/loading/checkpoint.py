@@ -13,11 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_serve.base.errors import CheckpointError
-from moe_serve.base.fields import read_object
+from moe_serve.base.weight_files import INDEX, SINGLE, weight_map
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 128 * 2**20  # a million tensors
 READABLE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
@@ -35,16 +32,22 @@ class Stored:
 
 
 class Checkpoint:
-    """Open until closed. `tensors` by name; `bytes_read` grows with every read()."""
+    """Open until closed. `tensors` by name; `bytes_read` grows with every read().
+
+    Where there is an index it says which file a tensor is taken from. `unnamed` tensors it does not name; `absent` are
+    those it names and no file holds.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.bytes_read = 0
         self._files: dict[Path, Any] = {}
         self.tensors: dict[str, Stored] = {}
+        self.unnamed: frozenset[str] = frozenset()
+        self.absent: tuple[str, ...] = ()
         single = self.folder / SINGLE
         if single.is_file():
-            self._add_file(single)
+            self.tensors = self._map_file(single)
         elif (self.folder / INDEX).is_file():
             self._add_indexed(self.folder / INDEX)
         else:
@@ -95,39 +98,28 @@ class Checkpoint:
     def _has_bin(self) -> bool:
         return any(self.folder.glob("pytorch_model*.bin"))
 
-    def _add_file(self, path: Path) -> list[str]:
-        """Map a file and note its tensors."""
+    def _map_file(self, path: Path) -> dict[str, Stored]:
+        """Map a file; its tensors."""
         try:
             file: Any = safe_open(path, framework="pt", device="cpu")
-            names = list(file.keys())
-            for name in names:
+            found = {}
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 part = file.get_slice(name)
-                self.tensors[name] = Stored(path, tuple(part.get_shape()), str(part.get_dtype()))
+                found[name] = Stored(path, tuple(part.get_shape()), str(part.get_dtype()))
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
         self._files[path] = file
-        return names
+        return found
 
     def _add_indexed(self, path: Path) -> None:
-        """Map the files an index names; each must hold what the index says of it, and no more."""
-        where = _weight_map(path)
-        for file in sorted(set(where.values())):
-            if Path(file).name != file or not (self.folder / file).is_file():
-                raise CheckpointError(f"{path} names the file {file}, which is not in {self.folder}")
-            wanted = {name for name, other in where.items() if other == file}
-            held = set(self._add_file(self.folder / file))
-            if wanted != held:
-                what = "lacks" if wanted - held else "also holds"
-                raise CheckpointError(
-                    f"{self.folder / file} {what} {name_some(wanted - held or held - wanted)} ({path.name} disagrees)"
-                )
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    where = read_object(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise CheckpointError(f"{path} must hold an object weight_map from tensor names to file names")
-    return where
+        """Map the files an index names. A tensor that lies elsewhere than it says, or is not named, is found too."""
+        where = weight_map(path)
+        held = {file: self._map_file(self.folder / file) for file in sorted(set(where.values()))}
+        for found in held.values():
+            self.tensors |= found
+        self.tensors |= {name: held[file][name] for name, file in where.items() if name in held[file]}
+        self.unnamed = frozenset(self.tensors.keys() - where.keys())
+        self.absent = tuple(sorted(where.keys() - self.tensors.keys()))
 
 
 def name_some(names: Iterable[str], limit: int = 8) -> str:

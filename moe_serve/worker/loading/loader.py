@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from moe_serve.base.errors import CheckpointError
-from moe_serve.model.archs.base import WeightRule, find_spec
+from moe_serve.model.archs.base import HEAD, WeightRule, find_spec
 from moe_serve.model.decoder import Decoder
 from moe_serve.model.partition import Partition
 from moe_serve.worker.loading.checkpoint import Checkpoint, name_some
@@ -76,7 +76,6 @@ def load_weights(
             for source in held:
                 _fill(source, checkpoint)
                 report_done(checkpoint.bytes_read)
-        _check_tied_head(model, checkpoint)
         model.finish_loading()
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
@@ -106,7 +105,8 @@ def _inventory(model: Decoder, checkpoint: Checkpoint) -> list[Source]:
                 found.sources.append(source)
     used = {source.name for source in found.sources}
     if model.config.tie_word_embeddings:
-        used.add("lm_head.weight")
+        used.add(HEAD)
+    used |= checkpoint.unnamed  # what the index does not name is taken where it is needed, and else left
     found.unexpected = [name for name in checkpoint.tensors if name not in used and not name.endswith(spec.ignored)]
     _check_names(model, checkpoint, found)
     for source in found.sources:
@@ -143,6 +143,8 @@ def _check_names(model: Decoder, checkpoint: Checkpoint, found: Inventory) -> No
     problems = []
     if found.missing:
         problems.append(f"{len(found.missing)} tensors are missing: {name_some(found.missing)}")
+    if found.missing and checkpoint.absent:
+        problems.append(f"the index names some that no file holds: {name_some(checkpoint.absent)}")
     if found.unexpected:
         problems.append(f"{len(found.unexpected)} tensors are unexpected: {name_some(found.unexpected)}")
     if problems:
@@ -164,22 +166,6 @@ def _check_shape(source: Source, checkpoint: Checkpoint) -> None:
 def _fill(source: Source, checkpoint: Checkpoint) -> None:
     if source.target is not None:
         source.target.copy_(checkpoint.read(source.name, source.index).view(source.target.shape))
-
-
-def _check_tied_head(model: Decoder, checkpoint: Checkpoint) -> None:
-    """A tied checkpoint may carry its head as well, as long as it is the embedding."""
-    name = "lm_head.weight"
-    if not model.config.tie_word_embeddings or name not in checkpoint.tensors:
-        return
-    partition = model.partition
-    whole = (partition.size("vocab"), partition.size("hidden"))
-    _check_shape(Source(name, whole, (), None), checkpoint)
-    head = checkpoint.read(name, (partition.held("vocab"), partition.held("hidden")))
-    if not torch.equal(head.to(model.dtype), model.embedding.weight.cpu()):
-        raise CheckpointError(
-            f"{checkpoint.tensors[name].file}: {name} differs from model.embed_tokens.weight, "
-            "but config.json says tie_word_embeddings"
-        )
 
 
 @contextmanager
