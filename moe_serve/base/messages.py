@@ -15,6 +15,9 @@ from moe_serve.base.commands import SetShares, StageExperts, TokenLogprob
 from moe_serve.base.progress import Phase
 from moe_serve.base.sampling import SamplingParams
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no record: nesting and texts have errors of their own."""
+
 Role = Literal["api", "engine", "worker", "launcher"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -305,5 +308,21 @@ class Events(msgspec.Struct, frozen=True, tag="events"):
     report: LoadReport
 
 
-ToEngine = Generate | Abort
-FromEngine = EngineHello | Events
+class HeldAsk(msgspec.Struct, frozen=True, tag="held_ask"):
+    """Which of these do you still have? Answered after everything that was said before on the same line."""
+
+    number: int
+    request_ids: list[str]
+
+
+class HeldAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="held_answer"):
+    """All of question `number` but the `unknown` ones. `computed` counts the engine's steps that were not dummies."""
+
+    dp: int
+    number: int
+    unknown: list[str]
+    computed: int
+
+
+ToEngine = Generate | Abort | HeldAsk
+FromEngine = EngineHello | Events | HeldAnswer
