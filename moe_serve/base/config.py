@@ -17,7 +17,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.fingerprint import model_fingerprint
 from moe_serve.base.parallel_config import ParallelConfig
-from moe_serve.base.section import Port, Section, Size
+from moe_serve.base.section import Host, Port, Section, Size
 from moe_serve.base.version import package_version
 
 
@@ -76,8 +76,8 @@ class SchedulerSection(Section):
 
 
 class ServerSection(Section):
-    host: str = "127.0.0.1"
-    """Address the HTTP server listens on."""
+    host: Host = "127.0.0.1"
+    """Address the HTTP server listens on; an IPv6 one with or without brackets, here and elsewhere."""
     port: Port = 8000
     """Port the HTTP server listens on."""
     api_key: SecretStr | None = Field(None, min_length=1)
