@@ -17,7 +17,7 @@ import msgspec
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineDead
-from moe_serve.base.interpreter import import_environment, module_command
+from moe_serve.base.interpreter import child_environment, module_command
 from moe_serve.base.messages import Generate, Hello, Ready, Stop, ToMember, WorldReady, WorldView
 from moe_serve.base.progress import Progress
 from moe_serve.base.site import local_address
@@ -99,7 +99,7 @@ class EngineWorld:
         """Start the process that holds the world, and hear where its coordinator listens."""
         process = self._process = subprocess.Popen(
             module_command("moe_serve.launch.world_process"),
-            env={**os.environ, **import_environment()},
+            env=child_environment(),
             start_new_session=True,  # Ctrl-C is for this process
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

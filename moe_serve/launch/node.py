@@ -206,7 +206,7 @@ class Node:
             host=self.host,
             port=self.port,
             token=self.token,
-            config=self.config.to_json(),
+            config=self.config.to_json(keys=dp is None),
             dp=-1 if dp is None else dp,
             site=make_site(self.config.parallel, self._dp_ranks, address=self.address, dp=dp),
             essential=bool(self._dp_ranks),  # more front-ends may come and go
