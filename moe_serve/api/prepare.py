@@ -60,6 +60,10 @@ async def tokenized(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
     return (await encode_all(tokenizer, [body.prompt], add_special_tokens=special))[0]
 
 
+def num_prompts(body: CompletionBody | ChatBody) -> int:
+    return len(body.prompt) if isinstance(body, CompletionBody) else 1
+
+
 def guess(body: CompletionBody | ChatBody) -> int:
     """About how many prompt tokens a body brings, told without a tokenizer."""
     if isinstance(body, CompletionBody):
