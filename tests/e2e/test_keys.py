@@ -73,6 +73,7 @@ def test_no_engine_worker_or_solver_is_told_a_key(server: Server) -> None:
         assert (spec.load_config().server.admin_api_key is not None) == knows
 
 
+@pytest.mark.long
 def test_no_engine_worker_or_solver_has_a_key_in_its_memory(server: Server) -> None:
     (api,) = of(server, "moe_serve.api.server")
     try:

@@ -33,7 +33,7 @@ class ForgetfulExecutor(UniExecutor):
             if token_ids[0] != FORGOTTEN:
                 add(core, request_id, token_ids, sampling, group=group)
 
-        EngineCore.add = forget  # type: ignore[method-assign]
+        EngineCore.add = forget  # type: ignore[method-assign, assignment]
 
     def submit(self, command: Command) -> Future[Reply]:
         if isinstance(command, StepPlan) and command.scheduled:
