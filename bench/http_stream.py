@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from moe_serve.base.site import with_port
+
 SILENCE_SECONDS = 120.0
 DONE = b"[DONE]"
 
@@ -65,7 +67,7 @@ async def _body(address: Address, method: str, path: str, body: bytes) -> AsyncI
     reader, writer = await asyncio.open_connection(address.host, address.port, ssl=secure)
     try:
         head = (
-            f"{method} {path} HTTP/1.1\r\nHost: {address.host}:{address.port}\r\nConnection: close\r\n"
+            f"{method} {path} HTTP/1.1\r\nHost: {with_port(address.host, address.port)}\r\nConnection: close\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         writer.write(head.encode() + body)

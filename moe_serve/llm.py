@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_serve.api.messages import checked_messages
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import Generate, TokenEvent
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import Generate, TokenEvent
 from moe_serve.base.sampling import SamplingParams, with_defaults
 from moe_serve.engine.alone import OneEngine, OnEvent
 from moe_serve.engine.request import check_request

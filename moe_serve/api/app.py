@@ -9,6 +9,8 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -31,7 +33,6 @@ from moe_serve.api.schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    GenerationBody,
     TokenizeBody,
     check_is_json,
     read_body,
@@ -46,6 +47,7 @@ from moe_serve.engine.admission import Place, closed_on_error
 
 RANK_HEADER = "X-data-parallel-rank"
 BALANCE_ACTIONS = ("plan", "apply", "rollback", "save", "record/start", "record/stop")
+SomeBody = TypeVar("SomeBody", CompletionBody, ChatBody)
 CLIENT_CLOSED = 499  # nobody reads it; it is what logs say
 
 
@@ -80,6 +82,17 @@ def create_app(state: ApiState) -> FastAPI:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     return app
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Generic[SomeBody]):
+    """A request that may be answered: what it asks for, its place among others, and when it arrived."""
+
+    request: Request
+    body: SomeBody
+    sampling: SamplingParams
+    place: Place
+    arrival: float
 
 
 class Routes:
@@ -151,21 +164,29 @@ class Routes:
         return _json(self._card())
 
     async def completions(self, request: Request) -> Response:
+        return await self._generate(request, CompletionBody, self._complete)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._generate(request, ChatBody, self._chat)
+
+    async def _generate(
+        self, request: Request, kind: type[SomeBody], answer: Callable[[Asked[SomeBody]], Awaitable[Response]]
+    ) -> Response:
+        """Refuse what can be refused without a tokenizer, take a place, and `answer`; an error gives the place back."""
         arrival = time.monotonic()
         self._state.check_open()
-        body = await read_body(CompletionBody, request, self._state.unknown_fields)
+        body = await read_body(kind, request, self._state.unknown_fields)
         self._state.check_model(body.model)
         sampling = body.to_sampling(self._state.generation_defaults)
-        place = self._state.admission.admit(len(body.prompt) * sampling.n, prepare.guess(body) * sampling.n)
+        place = self._state.admission.admit(prepare.num_prompts(body) * sampling.n, prepare.guess(body) * sampling.n)
         with closed_on_error(place):
-            return await self._complete(request, body, sampling, place, arrival)
+            return await answer(Asked(request, body, sampling, place, arrival))
 
-    async def _complete(
-        self, request: Request, body: CompletionBody, sampling: SamplingParams, place: Place, arrival: float
-    ) -> Response:
+    async def _complete(self, asked: Asked[CompletionBody]) -> Response:
+        body, sampling = asked.body, asked.sampling
         prompts = await prepare.completion_prompts(self._state.tokenizer, body, self._state.engines.max_model_len)
         heading = self._heading("cmpl")
-        choices = self._choices(heading.id, prompts, sampling, arrival, param="prompt", discard=body.only_scores)
+        choices = self._choices(heading.id, prompts, asked, param="prompt", discard=body.only_scores)
         echo: dict[int, Echo] = {}
         if body.echo:
             skip = sampling.skip_special_tokens
@@ -173,29 +194,18 @@ class Routes:
             echoed = [prepare.echo_of(self._state.tokenizer, *pair, skip) for pair in pairs]
             echo = {choice.index: echoed[choice.index // sampling.n] for choice in choices}
         form = CompletionForm(heading, self._state.tokenizer, sampling.logprobs, echo)
-        return await self._answer(request, choices, form, body, place)
+        return await self._answer(asked, choices, form)
 
-    async def chat(self, request: Request) -> Response:
-        arrival = time.monotonic()
-        self._state.check_open()
-        body = await read_body(ChatBody, request, self._state.unknown_fields)
-        self._state.check_model(body.model)
-        sampling = body.to_sampling(self._state.generation_defaults)
-        place = self._state.admission.admit(sampling.n, prepare.guess(body) * sampling.n)
-        with closed_on_error(place):
-            return await self._chat(request, body, sampling, place, arrival)
-
-    async def _chat(
-        self, request: Request, body: ChatBody, sampling: SamplingParams, place: Place, arrival: float
-    ) -> Response:
-        rendered = await self._state.conversations.render(body, len(await request.body()))
+    async def _chat(self, asked: Asked[ChatBody]) -> Response:
+        body = asked.body
+        rendered = await self._state.conversations.render(body, len(await asked.request.body()))
         special, max_model_len = bool(body.add_special_tokens), self._state.engines.max_model_len
         prompt = await prepare.chat_ids(self._state.tokenizer, rendered, max_model_len, add_special_tokens=special)
         heading = self._heading("chatcmpl")
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        choices = self._choices(heading.id, [prompt], sampling, arrival, param="messages", limit_param=limit)
-        form = ChatForm(heading, self._state.tokenizer, sampling.logprobs)
-        return await self._answer(request, choices, form, body, place)
+        choices = self._choices(heading.id, [prompt], asked, param="messages", limit_param=limit)
+        form = ChatForm(heading, self._state.tokenizer, asked.sampling.logprobs)
+        return await self._answer(asked, choices, form)
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(TokenizeBody, request, self._state.unknown_fields)
@@ -239,15 +249,14 @@ class Routes:
         self,
         answer_id: str,
         prompts: list[list[int]],
-        sampling: SamplingParams,
-        arrival: float,
+        asked: Asked[SomeBody],
         *,
         param: str,
         limit_param: str = "max_tokens",
         discard: bool = False,
     ) -> list[GrowingSequence]:
         """n choices per prompt, in order; RequestError for what does not fit."""
-        state = self._state
+        state, sampling = self._state, asked.sampling
         prepare.check_sampling_ids(sampling, state.num_ids)
         choices: list[GrowingSequence] = []
         for token_ids in prompts:
@@ -263,23 +272,21 @@ class Routes:
                         token_ids=token_ids,
                         sampling=single,
                         tokenizer=state.tokenizer,
-                        clock=RequestClock(self._metrics, len(token_ids), arrival),
+                        clock=RequestClock(self._metrics, len(token_ids), asked.arrival),
                         discard=discard,
                     )
                 )
         return choices
 
-    async def _answer(
-        self, request: Request, choices: list[GrowingSequence], form: Form, body: GenerationBody, place: Place
-    ) -> Response:
-        engines = self._state.engines
+    async def _answer(self, asked: Asked[SomeBody], choices: list[GrowingSequence], form: Form) -> Response:
+        engines, request, place = self._state.engines, asked.request, asked.place
         place.settle(len(choices), sum(len(choice.token_ids) for choice in choices))
         rank = prepare.pinned_rank(request.headers.get(RANK_HEADER), engines.data_parallel_size, RANK_HEADER)
         answer = GrowingAnswer(engines, choices, dp_rank=rank, place=place, group=form.heading.id)
         await answer.start()
         headers = {"X-Request-Id": form.heading.id}
-        if body.stream:
-            events: AsyncIterator[bytes] = event_stream(answer, form, usage=body.streamed_usage)
+        if asked.body.stream:
+            events: AsyncIterator[bytes] = event_stream(answer, form, usage=asked.body.streamed_usage)
             return EventStream(events, headers=headers | _rank_header(answer), on_close=answer.aclose)
         try:
             whole = await unless_disconnected(request, whole_body(answer, form))

@@ -10,8 +10,8 @@ from typing import Literal
 
 from moe_serve.api.metrics import RequestClock
 from moe_serve.base.commands import TokenLogprob
+from moe_serve.base.engine_messages import TokenEvent
 from moe_serve.base.errors import EngineDead, EngineError, RequestFailed
-from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.admission import Place
 from moe_serve.engine.streams import AsyncEngines, SequenceStream

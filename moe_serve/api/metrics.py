@@ -12,8 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.registry import Collector
 
 from moe_serve.base import metrics as table
+from moe_serve.base.engine_messages import FinishReason, LoadReport
 from moe_serve.base.errors import RefusalReason
-from moe_serve.base.messages import FinishReason, LoadReport
 from moe_serve.base.metrics import COMMON_LABELS, Metric
 
 Family = CounterMetricFamily | GaugeMetricFamily | SummaryMetricFamily

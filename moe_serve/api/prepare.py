@@ -49,6 +49,10 @@ async def chat_ids(
     return encode() if len(prompt.text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
 
 
+def num_prompts(body: CompletionBody | ChatBody) -> int:
+    return len(body.prompt) if isinstance(body, CompletionBody) else 1
+
+
 def guess(body: CompletionBody | ChatBody) -> int:
     """About how many prompt tokens a body brings, told without a tokenizer."""
     if isinstance(body, CompletionBody):

@@ -26,6 +26,7 @@ from moe_serve.base.log import setup_logging
 from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, ToMember, WorldView
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
+from moe_serve.base.site import with_port
 from moe_serve.engine.client import EngineClient
 from moe_serve.text.tokenizer import load_tokenizer
 from moe_serve.world.link import Link
@@ -157,7 +158,7 @@ class ApiServer:
     async def _announce(self, link: Link, listening: socket.socket) -> None:
         await self._engines.wait_ready()
         host, port = listening.getsockname()[:2]
-        link.send(Ready(f"{host}:{port}"))
+        link.send(Ready(with_port(host, port)))
 
     async def _drain(self, order: Drain, state: ApiState) -> Stop:
         """No new requests; those in flight get their time, which the coordinator ends with a Stop."""
@@ -193,7 +194,8 @@ def listen(host: str, port: int) -> socket.socket:
         made.listen(2048)
     except OSError as error:
         raise ConfigError(
-            f"the HTTP server cannot listen on {host}:{port}: {error.strerror or error} (options --host and --port)"
+            f"the HTTP server cannot listen on {with_port(host, port)}: {error.strerror or error} "
+            "(options --host and --port)"
         ) from error
     return made
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 from moe_serve.api.metrics import Metrics
-from moe_serve.base.messages import LoadReport
+from moe_serve.base.engine_messages import LoadReport
 from moe_serve.base.metrics import GENERATION_TOKENS, PROMPT_TOKENS
 
 PERIOD_SECONDS = 10.0

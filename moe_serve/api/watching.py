@@ -9,7 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_serve.api.errors import PROBLEM, ApiProblem
 from moe_serve.api.metrics import Metrics
-from moe_serve.base.log import Sparingly
+from moe_serve.base.log import limit_lines
+from moe_serve.base.site import with_port
 
 LINES_PER_SECOND = 100
 REFUSALS_PER_SECOND = 10
@@ -20,9 +21,9 @@ log = logging.getLogger(__name__)
 
 def log_sparingly() -> None:
     """Whoever connects can cause these lines, so there is a limit to them."""
-    access_log.addFilter(Sparingly(burst=LINES_PER_SECOND, seconds=1))
+    limit_lines(access_log.name, burst=LINES_PER_SECOND, seconds=1)
     for name in (__name__, "moe_serve.api.connections", "moe_serve.engine.client", "uvicorn.error", "asyncio"):
-        logging.getLogger(name).addFilter(Sparingly(burst=REFUSALS_PER_SECOND, seconds=1))
+        limit_lines(name, burst=REFUSALS_PER_SECOND, seconds=1)
 
 
 class WatchRequests:
@@ -61,7 +62,7 @@ class WatchRequests:
 
 def _client(scope: Scope) -> str:
     client = scope["client"]
-    return "unknown" if client is None else f"{client[0]}:{client[1]}"
+    return "unknown" if client is None else with_port(*client)
 
 
 def _shown(scope: Scope) -> str:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.fingerprint import model_fingerprint
 from moe_serve.base.parallel_config import ParallelConfig
-from moe_serve.base.section import Port, Section, Size
+from moe_serve.base.section import Host, Port, Section, Size
 from moe_serve.base.version import package_version
 
 
@@ -76,12 +76,12 @@ class SchedulerSection(Section):
 
 
 class ServerSection(Section):
-    host: str = "127.0.0.1"
-    """Address the HTTP server listens on."""
+    host: Host = "127.0.0.1"
+    """Address the HTTP server listens on; an IPv6 one with or without brackets, here and elsewhere."""
     port: Port = 8000
     """Port the HTTP server listens on."""
     api_key: SecretStr | None = Field(None, min_length=1)
-    """Key that clients must send as a bearer token."""
+    """Key that clients must send as a bearer token; given by its variable, it is in no command line."""
     admin_api_key: SecretStr | None = Field(None, min_length=1)
     """Key that orders need (POST /eplb/...); the API key if not given. Without either, orders are taken only from this
     machine."""
@@ -127,6 +127,8 @@ SECTIONS: dict[str, type[Section]] = {
 
 SECOND_NAMES = {"data_parallel_master_ip": "data_parallel_address"}
 """Of options, as LLM takes them; the command line has them beside the fields."""
+KEYS = {name for name, field in ServerSection.model_fields.items() if SecretStr in get_args(field.annotation)}
+"""Options that are secrets of the API server and its clients."""
 
 
 class Config(Section):
@@ -206,13 +208,19 @@ class Config(Section):
         values = {name: getattr(part, name) for name in part.model_fields_set} | changes
         return self.model_copy(update={section: type(part)(**values)})
 
-    def to_json(self) -> str:
-        """JSON for another process of this world, secrets included; only options that were set."""
+    def to_json(self, *, keys: bool = False) -> str:
+        """JSON for another process of this world; only options that were set.
+
+        With the `keys` of clients for an API server alone: nobody else needs them.
+        """
         values = self.model_dump(mode="json", exclude_unset=True)
-        for name in ("api_key", "admin_api_key"):
+        server = values.get("server", {})
+        for name in KEYS & server.keys():
             secret: SecretStr | None = getattr(self.server, name)
-            if secret is not None:
-                values["server"][name] = secret.get_secret_value()
+            if keys and secret is not None:
+                server[name] = secret.get_secret_value()
+            else:
+                del server[name]
         return json.dumps(values)
 
 

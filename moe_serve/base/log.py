@@ -62,6 +62,14 @@ class Sparingly(logging.Filter):
         return True
 
 
+def limit_lines(name: str, *, burst: int, seconds: float) -> None:
+    """From now on the logger of this name is Sparingly; said again, the last word counts."""
+    logger = logging.getLogger(name)
+    for known in [each for each in logger.filters if isinstance(each, Sparingly)]:
+        logger.removeFilter(known)
+    logger.addFilter(Sparingly(burst=burst, seconds=seconds))
+
+
 @dataclass(slots=True)
 class _Kind:
     began: float

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.section import Port, Section, Size, short
+from moe_serve.base.section import Host, Port, Section, Size, short
 from moe_serve.base.tables import ALL2ALL, EPLB_POLICIES, EXECUTORS
 from moe_serve.base.topology import Topology
 
@@ -51,7 +51,7 @@ class ParallelConfig(Section):
     """The one data-parallel rank started here, with a server of its own behind somebody else's load balancer."""
     data_parallel_rank_local: int | None = Field(None, ge=0)
     """This rank's place among the ranks of its node (chooses the device)."""
-    data_parallel_address: str = Field("127.0.0.1", json_schema_extra=short("dpa", "data-parallel-master-ip"))
+    data_parallel_address: Host = Field("127.0.0.1", json_schema_extra=short("dpa", "data-parallel-master-ip"))
     """Address or name of data-parallel rank 0, where everybody meets; one that does not resolve yet is waited for."""
     data_parallel_rpc_port: Port = Field(29550, json_schema_extra=short("dpp"))
     """Port of the coordinator on rank 0; the default counts only when an address or a rank is given (else any free

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from moe_serve.base.site import without_brackets
+
+ENVIRONMENT_PREFIX = "MOE_SERVE_"
+"""Of the variable of an option."""
 Size = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Host = Annotated[str, AfterValidator(without_brackets)]
 
 
 class Section(BaseModel):

@@ -25,6 +25,16 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
 
 
+def without_brackets(host: str) -> str:
+    """An IPv6 address as sockets take it, however it is written."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def with_port(host: str, port: object) -> str:
+    """host:port, an IPv6 address in brackets (RFC 3986), as URLs and ZMQ want it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def resolve_host(host: str, port: int) -> tuple[Any, Any, int, str, Any]:
     """The first address of a host; ConfigError if it has none."""
     try:
@@ -44,4 +54,5 @@ def local_address(host: str, port: int) -> str:
                 f"this machine has no route to {host} ({error.strerror}); give an address that it can reach "
                 "(--data-parallel-address)"
             ) from error
-        return str(probe.getsockname()[0])
+        # With its scope, where it is an address of one link only.
+        return socket.getnameinfo(probe.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]

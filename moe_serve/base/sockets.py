@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import msgspec
 import zmq
 from zmq.utils import z85
 
@@ -22,9 +21,6 @@ SILENCE_MILLISECONDS = 5_000
 BEAT_MILLISECONDS = 1_000
 QUEUED_MESSAGES = 10_000
 """For each peer and direction. Steps are answered one by one; only a peer that does not read comes near it."""
-
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are no record: nesting and texts have errors of their own."""
 
 SomeSocket = TypeVar("SomeSocket", bound=zmq.Socket[Any])
 

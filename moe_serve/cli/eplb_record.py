@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_serve.base.commands import Command, Meeting, Reply, StepPlan, StepResult
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import Generate, TokenEvent
 from moe_serve.base.errors import ConfigError, RequestError, RequestFailed
-from moe_serve.base.messages import Generate, TokenEvent
 from moe_serve.base.progress import Progress as RankProgress
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.alone import OneEngine

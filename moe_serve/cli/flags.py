@@ -26,9 +26,8 @@ from pydantic_settings import (
 
 from moe_serve.base.config import explain
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.section import dashed
+from moe_serve.base.section import ENVIRONMENT_PREFIX, dashed
 
-ENVIRONMENT_PREFIX = "MOE_SERVE_"
 FLAG = re.compile(r"^--?([A-Za-z][A-Za-z0-9_.-]*)(=.*)?$", re.DOTALL)
 POSITIONAL = get_args(CliPositionalArg[str])[-1]
 SWITCH = {"true": "", "false": "no-"}

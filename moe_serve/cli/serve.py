@@ -16,9 +16,9 @@ from pydantic_settings import CliPositionalArg
 
 from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.section import ENVIRONMENT_PREFIX
 from moe_serve.cli.environment import check_environment
 from moe_serve.cli.flags import (
-    ENVIRONMENT_PREFIX,
     Options,
     help_text,
     normalise,

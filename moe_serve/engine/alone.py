@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from moe_serve.base.commands import Meeting
 from moe_serve.base.config import Config
-from moe_serve.base.messages import Generate, TokenEvent
+from moe_serve.base.engine_messages import Generate, TokenEvent
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Progress
 from moe_serve.engine.build import build_core

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from moe_serve.base.commands import AllocateKV, WorkerFacts
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import EngineHello
 from moe_serve.base.model_config import ModelConfig
+from moe_serve.engine.block_pool import BlockPool
 from moe_serve.engine.core import EngineCore
 from moe_serve.executor.base import Executor
 
@@ -29,11 +31,24 @@ def build_core(
     )
 
 
-def describe_loaded(facts: WorkerFacts, *, num_blocks: int, block_size: int) -> str:
+def make_hello(dp: int, facts: WorkerFacts, core: EngineCore) -> EngineHello:
+    """What the engine of a DP rank says to every front-end first."""
+    return EngineHello(
+        dp=dp,
+        num_blocks=core.pool.num_blocks,
+        block_size=core.pool.block_size,
+        max_model_len=core.max_model_len,
+        facts={"device": facts.device, "dtype": facts.dtype},
+        load_seconds=facts.load_seconds,
+    )
+
+
+def describe_loaded(facts: WorkerFacts, pool: BlockPool) -> str:
     """One line about what an engine has loaded, for the operator."""
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in facts.load_seconds.items())
     return (
         f"loaded {facts.weight_bytes / 2**20:.1f} MiB of weights as {facts.dtype} on {facts.device} (read "
         f"{facts.checkpoint_bytes_read / 2**20:.1f} of {facts.checkpoint_bytes_total / 2**20:.1f} MiB on disk); "
-        f"KV cache: {num_blocks * block_size} tokens, {num_blocks * facts.kv_block_bytes / 2**20:.1f} MiB; {phases}"
+        f"KV cache: {pool.num_blocks * pool.block_size} tokens, "
+        f"{pool.num_blocks * facts.kv_block_bytes / 2**20:.1f} MiB; {phases}"
     )

@@ -6,6 +6,7 @@ It listens, the engines connect and show the world's token; requests go out and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -16,25 +17,43 @@ import zmq
 import zmq.asyncio
 
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import (
+    Abort,
+    EngineHello,
+    Events,
+    FromEngine,
+    Generate,
+    HeldAnswer,
+    LoadReport,
+    ToEngine,
+    TokenEvent,
+)
 from moe_serve.base.errors import EngineDead
-from moe_serve.base.messages import Abort, EngineHello, Events, FromEngine, Generate, LoadReport, TokenEvent, WorldView
+from moe_serve.base.messages import UNREADABLE, WorldView
 from moe_serve.base.sampling import SamplingParams
-from moe_serve.base.sockets import UNREADABLE, prepare
+from moe_serve.base.site import with_port
+from moe_serve.base.sockets import prepare
 from moe_serve.engine.admission import EngineRoom
+from moe_serve.engine.overdue import LOOK_SECONDS, QUIET_SECONDS, Overdue
 from moe_serve.engine.router import Balancer
 from moe_serve.engine.streams import SubmittedStream
 
 MAX_EVENTS_BYTES = 1 << 28  # of one step of one engine: log-probabilities of its prompts, most of all
+TURNS_OF_PATIENCE = 3
+"""In step time-outs: an engine takes a vote and a step between two answers, and the world ends if they take longer."""
 log = logging.getLogger(__name__)
 
 
 class EngineClient:
     """AsyncEngines over ZMQ. `bind()`, `meet()` the world, `run()` as a task, then `wait_ready()`.
 
-    Requests go to the DP ranks in `serves` only (None: all); the engines of others do not connect.
+    Requests go to the DP ranks in `serves` only (None: all); the engines of others do not connect. An engine is asked
+    after requests of which nothing is heard for `quiet` seconds (engine/overdue.py).
     """
 
-    def __init__(self, config: Config, *, token: str, serves: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, config: Config, *, token: str, serves: Sequence[int] | None = None, quiet: float = QUIET_SECONDS
+    ) -> None:
         self._serves = serves
         self._view: WorldView | None = None
         self._scheduler, self._block_size = config.scheduler, config.cache.block_size
@@ -44,6 +63,9 @@ class EngineClient:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._balancer = self._make_balancer(0)
+        limit = TURNS_OF_PATIENCE * config.scheduler.step_timeout_seconds
+        self._quiet = quiet
+        self._overdue = Overdue(clock=time.monotonic, limit=limit, quiet=quiet)
         self._hellos: dict[int, EngineHello] = {}
         self._identities: dict[int, bytes] = {}
         self._ranks: dict[bytes, int] = {}
@@ -54,8 +76,8 @@ class EngineClient:
 
     def bind(self, host: str) -> str:
         """Listen on a free port of `host`; the address engines must connect to."""
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
-        return f"tcp://{host}:{port}"
+        self._socket.bind(f"tcp://{with_port(host, 0)}")
+        return self._socket.get_string(zmq.LAST_ENDPOINT)
 
     def meet(self, view: WorldView) -> None:
         """How the world looks: at first, before requests, and whenever it has changed."""
@@ -107,14 +129,38 @@ class EngineClient:
         await self._all_here.wait()
 
     async def run(self) -> None:
-        """Receive for ever; what cannot be read is dropped."""
+        """Receive for ever, and look after requests of which nothing comes; what cannot be read is dropped."""
+        await asyncio.gather(self._receive(), self._look())
+
+    async def _receive(self) -> None:
         while True:
             frames = await self._socket.recv_multipart()
             message = self._read(frames[1:])
             if isinstance(message, EngineHello):
                 self._welcome(frames[0], message)
-            elif message is not None and self._ranks.get(frames[0]) == message.dp:
+            elif message is None or self._ranks.get(frames[0]) != message.dp:
+                continue
+            elif isinstance(message, HeldAnswer):
+                self._give_up(self._overdue.answered(message))
+            else:
                 self._deliver(message)
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(min(LOOK_SECONDS, self._quiet))
+            asks, lost = self._overdue.look()
+            self._give_up(lost)
+            for rank, ask in asks.items():
+                with contextlib.suppress(TimeoutError):  # a line that takes nothing will not answer in time either
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._send(rank, ask)
+
+    def _give_up(self, lost: Mapping[str, str]) -> None:
+        """End these requests with these reasons."""
+        for request_id, reason in lost.items():
+            log.error("gave up request %s: %s", request_id, reason)
+            self._overdue.ended(request_id)
+            self._queues[request_id].put_nowait(EngineDead(reason))
 
     def _read(self, frames: Sequence[bytes]) -> FromEngine | None:
         """A record; None where a stranger's bytes are none, whatever they are."""
@@ -141,6 +187,7 @@ class EngineClient:
         events: asyncio.Queue[TokenEvent | EngineDead] = asyncio.Queue()
         self._queues[request_id] = events
         self._balancer.sent(request_id, rank, len(token_ids))
+        self._overdue.sent(request_id, rank)
         stream = SubmittedStream(rank, events, partial(self._leave, request_id, rank))
         try:
             message = Generate(request_id=request_id, token_ids=token_ids, sampling=sampling, group=group)
@@ -153,6 +200,7 @@ class EngineClient:
     async def _leave(self, request_id: str, rank: int, finished: bool) -> None:
         del self._queues[request_id]
         self._balancer.finished(request_id)
+        self._overdue.ended(request_id)
         if not finished and self.alive:
             await self._send(rank, Abort([request_id]))
 
@@ -183,6 +231,7 @@ class EngineClient:
     def _line_lost(self, identity: bytes, rank: int) -> None:
         """An engine is back after its connection was lost; nobody knows what of its streams was on the way."""
         del self._ranks[identity]
+        self._overdue.line_lost(rank)
         reason = f"the connection to DP rank {rank} was lost and stands again; send the request once more"
         log.error("%s", reason)
         for request_id in self._balancer.on_rank(rank):
@@ -211,15 +260,23 @@ class EngineClient:
         self._reports[message.dp] = msgspec.structs.replace(report, **constant)
         for event in message.events:
             self._balancer.progressed(event.request_id, len(event.token_ids))
+            self._note(event)
             events = self._queues.get(event.request_id)
             if events is not None:
                 events.put_nowait(event)
 
-    async def _send(self, rank: int, message: Generate | Abort) -> None:
+    def _note(self, event: TokenEvent) -> None:
+        """After its last event a stream may stay open for as long as a client reads."""
+        if event.finish_reason is None:
+            self._overdue.heard(event.request_id)
+        else:
+            self._overdue.ended(event.request_id)
+
+    async def _send(self, rank: int, message: ToEngine) -> None:
         try:
             await self._socket.send_multipart([self._identities[rank], self._encoder.encode(message)])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            if isinstance(message, Generate):
+            if isinstance(message, Generate):  # else nobody waits for it
                 raise EngineDead(f"DP rank {rank} cannot be reached now; send the request once more") from error

@@ -9,8 +9,8 @@ import msgspec
 
 from moe_serve.base.commands import Failed, Reply, StepPlan, StepResult
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import LoadReport, TokenEvent
 from moe_serve.base.errors import ConfigError, EngineError, RankTimeout, RequestError
-from moe_serve.base.messages import LoadReport, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.block_pool import BlockPool
 from moe_serve.engine.flight import Flight, StepOutcome

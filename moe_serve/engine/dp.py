@@ -10,7 +10,7 @@ import time
 
 import msgspec
 
-from moe_serve.base.messages import LoadReport, TokenEvent
+from moe_serve.base.engine_messages import LoadReport, TokenEvent
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.lockstep import Naps, Vote, decide

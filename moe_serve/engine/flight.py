@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from moe_serve.base.commands import Reply, StepPlan, StepResult
-from moe_serve.base.messages import TokenEvent
+from moe_serve.base.engine_messages import TokenEvent
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from moe_serve.base.messages import TokenEvent
+from moe_serve.base.engine_messages import TokenEvent
 
 
 class Owners:
@@ -15,6 +15,10 @@ class Owners:
 
     def add(self, request_id: str, address: str) -> None:
         self._owners[request_id] = address
+
+    def has(self, request_id: str, address: str) -> bool:
+        """Whether this front-end asked for it, and it has not ended."""
+        return self._owners.get(request_id) == address
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Unknown ones are ignored."""

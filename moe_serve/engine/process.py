@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe_serve.base.balance_messages import DropStage, Record
-from moe_serve.base.commands import Meeting, SetShares, StageExperts, WorkerFacts
+from moe_serve.base.commands import Meeting, SetShares, StageExperts
+from moe_serve.base.engine_messages import Abort, EngineHello, Generate, HeldAsk, ToEngine
 from moe_serve.base.errors import (
     ConfigError,
     EngineDead,
@@ -27,26 +28,10 @@ from moe_serve.base.errors import (
     WorkerDied,
 )
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import (
-    Abort,
-    Drain,
-    EngineHello,
-    Failure,
-    Generate,
-    Hello,
-    Ready,
-    Stop,
-    StoreAt,
-    ToEngine,
-    ToMember,
-    Wake,
-    WorldReady,
-    WorldView,
-)
+from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, StoreAt, ToMember, Wake, WorldReady, WorldView
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Phase, Progress
-from moe_serve.engine.build import build_core, describe_loaded
-from moe_serve.engine.core import EngineCore
+from moe_serve.engine.build import build_core, describe_loaded, make_hello
 from moe_serve.engine.dp import DPRank
 from moe_serve.engine.frontends import Frontends
 from moe_serve.engine.owners import Owners
@@ -180,7 +165,8 @@ class EngineProcess:
             interval = max(1, parallel.eplb_config.window_size // COLLECTIONS_PER_WINDOW)
             rearranging = Rearranging(self._executor, collect_interval=interval, generation=self._view.generation)
         rank = DPRank(core, votes, progress=self._progress, rearranging=rearranging, generation=self._view.generation)
-        return rank, self._describe(facts, num_blocks, core)
+        log.info("%s", describe_loaded(facts, core.pool))
+        return rank, make_hello(spec.dp, facts, core)
 
     def _meet(self) -> StoreAt:
         """Engine 0 opens the store and tells; the others are told."""
@@ -205,17 +191,6 @@ class EngineProcess:
             if isinstance(message, StoreAt):
                 return message
             self._take(message)
-
-    def _describe(self, facts: WorkerFacts, num_blocks: int, core: EngineCore) -> EngineHello:
-        log.info("%s", describe_loaded(facts, num_blocks=num_blocks, block_size=self._config.cache.block_size))
-        return EngineHello(
-            dp=self._spec.dp,
-            num_blocks=num_blocks,
-            block_size=self._config.cache.block_size,
-            max_model_len=core.max_model_len,
-            facts={"device": facts.device, "dtype": facts.dtype},
-            load_seconds=facts.load_seconds,
-        )
 
     def _serve(self, rank: DPRank, hello: EngineHello) -> NoReturn:
         assert self._link is not None
@@ -246,6 +221,8 @@ class EngineProcess:
                 case (str(), Abort() as abort):
                     rank.core.abort(abort.request_ids)
                     self._owners.forget(abort.request_ids)
+                case (str() as address, HeldAsk() as ask) if address in frontends.addresses:
+                    reporting.answer(address, ask, rank)
                 case (str() as address, LineLost() | LineStands() as news):
                     frontends.hear_line(address, news, rank.core)
                 case Wake() if message.generation == self._view.generation:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from moe_serve.base.messages import Events, TokenEvent, Unfinished
+from moe_serve.base.engine_messages import Events, HeldAnswer, HeldAsk, TokenEvent
+from moe_serve.base.messages import Unfinished
 from moe_serve.engine.dp import DPRank
 from moe_serve.engine.owners import Owners
 from moe_serve.engine.sockets import FrontendSockets
@@ -45,6 +46,14 @@ class Reporting:
         """A request that cannot be served."""
         refusal = TokenEvent(request_id=request_id, token_ids=[], finish_reason="error", error=why)
         self._sockets.send(address, Events(self._dp, [refusal], rank.report()))
+
+    def answer(self, address: str, ask: HeldAsk, rank: DPRank) -> None:
+        """Which of these requests of a front-end are not here any more. Their last events were sent before."""
+        knows = rank.core.scheduler.knows
+        unknown = [name for name in ask.request_ids if not (self._owners.has(name, address) and knows(name))]
+        report = rank.report()
+        computed = report.steps - report.dummy_steps
+        self._sockets.send(address, HeldAnswer(dp=self._dp, number=ask.number, unknown=unknown, computed=computed))
 
     def drain(self, rank: DPRank) -> None:
         """From now on the coordinator hears what is unfinished here, so that it can say what it had to end."""

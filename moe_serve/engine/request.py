@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from moe_serve.base.commands import NewRequest, Sampled, TokenLogprob
+from moe_serve.base.engine_messages import FinishReason, TokenEvent
 from moe_serve.base.errors import ContextTooLong, EngineError, RequestError
-from moe_serve.base.messages import FinishReason, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 
 

@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from moe_serve.base.engine_messages import LoadReport
 from moe_serve.base.errors import RequestError
-from moe_serve.base.messages import LoadReport
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from moe_serve.base.commands import NewRequest, Sampled, Scheduled, StepPlan, StepResult
+from moe_serve.base.engine_messages import FinishReason, TokenEvent
 from moe_serve.base.errors import EngineError
-from moe_serve.base.messages import FinishReason, TokenEvent
 from moe_serve.engine.block_pool import BlockPool, extend_chain
 from moe_serve.engine.request import Request, State
 from moe_serve.engine.turns import StepShares, WaitingLine

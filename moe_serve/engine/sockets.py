@@ -15,8 +15,9 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from moe_serve.base.messages import EngineHello, FromEngine, ToEngine
-from moe_serve.base.sockets import QUEUED_MESSAGES, UNREADABLE, prepare
+from moe_serve.base.engine_messages import EngineHello, FromEngine, ToEngine
+from moe_serve.base.messages import UNREADABLE
+from moe_serve.base.sockets import QUEUED_MESSAGES, prepare
 
 PATIENCE_SECONDS = 5.0
 log = logging.getLogger(__name__)

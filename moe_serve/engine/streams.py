@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Protocol, Self
 
+from moe_serve.base.engine_messages import LoadReport, TokenEvent
 from moe_serve.base.errors import EngineDead, RequestError, RequestFailed
-from moe_serve.base.messages import LoadReport, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.admission import EngineRoom
 

@@ -10,10 +10,11 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 
-import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from moe_serve.base.messages import UNREADABLE
+from moe_serve.base.site import with_port
 from moe_serve.base.sockets import prepare
 from moe_serve.executor.seats import Seat
 from moe_serve.worker import wire
@@ -35,12 +36,11 @@ class WorkerLines:
 
     def listen(self, host: str) -> tuple[str, int]:
         """Bind both sockets to this address of ours: where to come, and the port for replies."""
-        shown = f"[{host}]" if ":" in host else host
         self._orders.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._orders.setsockopt(zmq.RCVHWM, 8)  # who comes after all seats are taken is not listened to
         doors = []
         for each in (self._orders, self._replies):
-            each.bind(f"tcp://{shown}:0")
+            each.bind(f"tcp://{with_port(host, 0)}")
             doors.append(each.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
         return doors[0], int(doors[1].rpartition(":")[2])
 
@@ -52,7 +52,7 @@ class WorkerLines:
         identity, message = first.bytes, second.bytes
         try:
             join = wire.decode_join(message)
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             log.warning("ignored a message that is no hello of a worker")
             return
         if not 0 <= join.worker < len(seats) or seats[join.worker].identity:
@@ -127,7 +127,7 @@ class WorkerLines:
     def _decode(self, message: bytes, take: Callable[[wire.WorkerReply], None]) -> None:
         try:
             reply = wire.decode_reply(message)
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             log.warning("ignored a message that is no worker's reply")
             return
         take(reply)

@@ -16,9 +16,10 @@ from concurrent.futures import Future
 import msgspec
 
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import Generate, TokenEvent
 from moe_serve.base.errors import ConfigError, EngineDead, RequestFailed
-from moe_serve.base.interpreter import import_environment, module_command
-from moe_serve.base.messages import Generate, Hello, Ready, Stop, TokenEvent, ToMember, WorldReady, WorldView
+from moe_serve.base.interpreter import child_environment, module_command
+from moe_serve.base.messages import Hello, Ready, Stop, ToMember, WorldReady, WorldView
 from moe_serve.base.progress import Progress
 from moe_serve.base.site import local_address
 from moe_serve.engine.alone import OnEvent
@@ -99,7 +100,7 @@ class EngineWorld:
         """Start the process that holds the world, and hear where its coordinator listens."""
         process = self._process = subprocess.Popen(
             module_command("moe_serve.launch.world_process"),
-            env={**os.environ, **import_environment()},
+            env=child_environment(),
             start_new_session=True,  # Ctrl-C is for this process
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -21,7 +21,7 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.secret import check_token
-from moe_serve.base.site import local_address, resolve_host
+from moe_serve.base.site import local_address, resolve_host, with_port
 from moe_serve.eplb.build import make_rebalancer
 from moe_serve.eplb.first_placement import placement_digest
 from moe_serve.launch.children import Children
@@ -142,11 +142,11 @@ class Node:
     def _awaited(self) -> str:
         """For people: `ranks 1, 3 at HOST:PORT` whose launchers have not come; else who is not ready."""
         if self._coordinator is None:
-            return f"the other ranks of the world of rank 0 at {self.host}:{self.port}"
+            return f"the other ranks of the world of rank 0 at {with_port(self.host, self.port)}"
         fleet = self._coordinator.fleet
         here = {*self._dp_ranks, *(rank for each in fleet.members.values() for rank in each.hello.ranks)}
         away = [rank for rank in range(fleet.topology.dp) if rank not in here]
-        return f"{named_ranks(away)} at {self.host}:{self.port}" if away else ", ".join(fleet.missing())
+        return f"{named_ranks(away)} at {with_port(self.host, self.port)}" if away else ", ".join(fleet.missing())
 
     async def until_ended(self) -> Stop:
         """Until the world has ended."""
@@ -206,7 +206,7 @@ class Node:
             host=self.host,
             port=self.port,
             token=self.token,
-            config=self.config.to_json(),
+            config=self.config.to_json(keys=dp is None),
             dp=-1 if dp is None else dp,
             site=make_site(self.config.parallel, self._dp_ranks, address=self.address, dp=dp),
             essential=bool(self._dp_ranks),  # more front-ends may come and go

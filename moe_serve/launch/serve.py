@@ -131,10 +131,9 @@ def describe(config: Config, model: ModelConfig) -> str:
 
 
 def ready_line(config: Config, address: str) -> str:
-    """A curl line that works as it stands (given the key, where one is needed). `address` is host:port."""
+    """A curl line that works as it stands (given the key, where one is needed). `address` as with_port() writes it."""
     body = json.dumps({"model": config.model.served_model_name, "prompt": "In the beginning", "max_tokens": 32})
     host, _, port = address.rpartition(":")
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    host = f"[{host}]" if ":" in host else host
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     key = ' -H "Authorization: Bearer $MOE_SERVE_API_KEY"' if config.server.api_key else ""
     return f"curl http://{host}:{port}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.base.errors import EngineError, RankTimeout
+from moe_serve.base.messages import UNREADABLE
 from moe_serve.parallel.store import PrefixStore, Store, open_store, wait_for_ranks
 
 __all__ = [
@@ -189,7 +190,10 @@ class ObjectGroup:
         if readers == 1 or store.add(f"{key}/read", 1) == readers:
             for part in [*keys, f"{key}/read"]:
                 store.delete_key(part)
-        return decode(data, kind)
+        try:
+            return decode(data, kind)
+        except (*UNREADABLE, ValueError, TypeError) as error:  # an array may be none too
+            raise EngineError(f"what lies under {key!r} in group {self.name!r} is no object: {error}") from error
 
     def _wait(self, keys: Mapping[int, str], timeout: float, what: str) -> None:
         wait_for_ranks(self._open(), keys, timeout=timeout, what=what)

@@ -15,7 +15,7 @@ from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore  # 
 
 from moe_serve.base.errors import ConfigError, EngineError, RankTimeout
 from moe_serve.base.secret import world_name
-from moe_serve.base.site import local_address, resolve_host
+from moe_serve.base.site import local_address, resolve_host, with_port
 
 __all__ = ["PrefixStore", "Store", "first_line", "local_address", "open_store", "wait_for_ranks"]
 
@@ -45,14 +45,14 @@ def open_store(
         tcp = TCPStore(host, port, None, False, limit, wait_for_workers=False)
     except (DistNetworkError, RuntimeError) as error:
         raise RankTimeout(
-            f"cannot reach rank 0's store at {host}:{port} within {timeout_seconds:g} s: {first_line(error)}"
+            f"cannot reach rank 0's store at {with_port(host, port)} within {timeout_seconds:g} s: {first_line(error)}"
         ) from error
     world = PrefixStore(f"world {world_name(token)}", tcp)
     try:
         world.wait(["hello"], timedelta(seconds=min(HELLO_SECONDS, timeout_seconds)))
     except RuntimeError as error:
         raise ConfigError(
-            f"the store at {host}:{port} belongs to another world (its token differs); "
+            f"the store at {with_port(host, port)} belongs to another world (its token differs); "
             "choose another address with --data-parallel-address or --data-parallel-master-port"
         ) from error
     return world, port
@@ -73,7 +73,7 @@ def _listen(host: str, port: int) -> socket.socket:
         except OSError as error:
             listening.close()
             if error.errno != errno.EADDRINUSE or port == 0:
-                raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+                raise ConfigError(f"cannot listen on {with_port(host, port)}: {error.strerror}") from error
     raise ConfigError(
         f"port {port} on {host} is in use (tried {BIND_ATTEMPTS} times); give a free one "
         "(--data-parallel-master-port), or 0 for any"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_serve.base.commands import TokenLogprob
-from moe_serve.base.messages import FinishReason, TokenEvent
+from moe_serve.base.engine_messages import FinishReason, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer

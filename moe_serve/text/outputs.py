@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_serve.base.commands import TokenLogprob
-from moe_serve.base.messages import FinishReason, Generate, TokenEvent
+from moe_serve.base.engine_messages import FinishReason, Generate, TokenEvent
 from moe_serve.text.growing import GrowingText, Growth
 from moe_serve.text.tokenizer import Tokenizer
 

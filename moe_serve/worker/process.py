@@ -22,7 +22,7 @@ from moe_serve.base.commands import AllocateKV, Command, Failed, Reply
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineError, MoEServeError, RankTimeout
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import Hello, Stop, ToMember
+from moe_serve.base.messages import UNREADABLE, Hello, Stop, ToMember
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.sockets import prepare
 from moe_serve.base.topology import Topology
@@ -79,8 +79,14 @@ class EngineLine:
             pass
 
     def receive(self) -> wire.ToWorker:
-        """Wait for the engine's next word; that the engine lives is the monitor's concern."""
-        return wire.decode_to_worker.decode(self._orders.recv())
+        """Wait for the engine's next word; that the engine lives is the monitor's concern.
+
+        EngineError for what cannot be read: it may have been an order, and nobody would carry it out.
+        """
+        try:
+            return wire.decode_to_worker.decode(self._orders.recv())
+        except UNREADABLE as error:
+            raise EngineError(f"the engine at {self._invitation.address} sent what is no order: {error}") from error
 
     def answer(self, number: int, reply: Reply) -> None:
         told = wire.WorkerReply(worker=self._invitation.worker, number=number, reply=reply)
@@ -114,7 +120,12 @@ class WorkerProcess:
             self._link = self._join_world(joined)
         except MoEServeError as error:
             return self._decline(error)
-        return self._serve(Worker(config, joined.meeting, self._worker, self._progress))
+        worker = Worker(config, joined.meeting, self._worker, self._progress)
+        try:
+            return self._serve(worker)
+        except EngineError as error:
+            log.error("%s; this worker ends", error)
+            return 1
 
     def _decline(self, error: MoEServeError) -> int:
         """The engine hears with its first order why this worker is of no use."""

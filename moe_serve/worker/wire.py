@@ -7,13 +7,12 @@ Commands then come on the same socket, numbered; replies go to a second one. Bot
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import msgspec
 
 from moe_serve.base.commands import Command, Meeting, Reply
-from moe_serve.base.interpreter import import_environment
+from moe_serve.base.interpreter import child_environment
 from moe_serve.world.member import thread_environment
 
 ENVIRONMENT = "MOE_SERVE_WORKER"
@@ -36,8 +35,7 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
     def to_environment(self) -> dict[str, str]:
         """Environment of the worker: this one's, the invitation and the threads, which torch reads when imported."""
         return {
-            **os.environ,
-            **import_environment(),
+            **child_environment(),
             ENVIRONMENT: msgspec.json.encode(self).decode(),
             **thread_environment(self.threads),
         }

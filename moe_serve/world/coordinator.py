@@ -14,6 +14,7 @@ import msgspec
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import FromMember, Stop, ToMember
 from moe_serve.base.parcel import Parcel
+from moe_serve.base.site import with_port
 from moe_serve.eplb.questions import RequestQuestion, Solved
 from moe_serve.world.door import Door
 from moe_serve.world.fleet import Fleet
@@ -71,7 +72,7 @@ class Coordinator:
             except OSError as error:
                 if port == 0 or attempt == BIND_TRIES - 1:
                     raise ConfigError(
-                        f"the coordinator cannot listen on {host}:{port}: {error.strerror or error} "
+                        f"the coordinator cannot listen on {with_port(host, port)}: {error.strerror or error} "
                         "(options --data-parallel-address and --data-parallel-rpc-port)"
                     ) from error
                 await asyncio.sleep(0.5)

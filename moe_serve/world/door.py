@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from moe_serve.base.log import Sparingly
+from moe_serve.base.log import limit_lines
 from moe_serve.base.secret import new_nonce
 from moe_serve.world.handshake import ANSWER_BYTES, REFUSAL, judge_answer
 from moe_serve.world.link import PROOF_SECONDS
@@ -14,7 +14,6 @@ MAX_STRANGERS = 256
 """A world of thousands comes in waves of these; those dropped at the door try again."""
 QUIET_SECONDS = 10.0
 log = logging.getLogger(__name__)
-log.addFilter(Sparingly(burst=1, seconds=QUIET_SECONDS))
 
 
 class Door:
@@ -23,6 +22,7 @@ class Door:
     def __init__(self, token: str) -> None:
         self._token = token
         self._strangers = 0
+        limit_lines(__name__, burst=1, seconds=QUIET_SECONDS)
 
     async def admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Whether somebody who connected knows the token; of those who do not, no word is read."""

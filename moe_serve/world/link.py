@@ -19,9 +19,20 @@ from collections.abc import Callable
 import msgspec
 
 from moe_serve.base.errors import ConfigError, NotYet, RankTimeout
-from moe_serve.base.messages import Ack, FromMember, Heartbeat, Hello, Leaving, Refused, ToMember, Welcome
+from moe_serve.base.messages import (
+    UNREADABLE,
+    Ack,
+    FromMember,
+    Heartbeat,
+    Hello,
+    Leaving,
+    Refused,
+    ToMember,
+    Welcome,
+)
 from moe_serve.base.progress import Progress
 from moe_serve.base.secret import NONCE_BYTES, PROOF_BYTES
+from moe_serve.base.site import with_port
 from moe_serve.world.handshake import answer_challenge, is_coordinator
 
 MAX_FRAME = 1 << 26
@@ -62,7 +73,7 @@ class Link:
         progress: Progress,
         connect_seconds: float = 5.0,
     ) -> None:
-        self._where = f"the coordinator at {host}:{port}"
+        self._where = f"the coordinator at {with_port(host, port)}"
         self._on_message = on_message
         self._on_lost = on_lost
         self._progress = progress
@@ -102,7 +113,7 @@ class Link:
     def _first_answer(self) -> Welcome | Refused:
         try:
             answer = _to_member.decode(self._receive())
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, *UNREADABLE) as error:
             self._socket.close()
             raise RankTimeout(f"{self._where} did not welcome this process: {error or 'no answer'}") from error
         if not isinstance(answer, Welcome | Refused):
@@ -134,7 +145,7 @@ class Link:
                     self._on_message(message)
         except TimeoutError:
             self._lost(f"{self._where} was silent for {PATIENCE_SECONDS:g} s")
-        except (OSError, EOFError, msgspec.MsgspecError) as error:
+        except (OSError, EOFError, *UNREADABLE) as error:
             self._lost(f"{self._where} is gone ({error})")
 
     def _beat(self) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 
 from moe_serve.base.config import Config
-from moe_serve.base.interpreter import import_environment
+from moe_serve.base.interpreter import child_environment
+from moe_serve.base.messages import UNREADABLE
 from moe_serve.base.site import Site
 
 ENVIRONMENT = "MOE_SERVE_MEMBER"
@@ -23,6 +24,7 @@ ENVIRONMENT = "MOE_SERVE_MEMBER"
 
 class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
     """`host` and `port` of the coordinator; `connect_seconds` to keep trying it; `config` is Config.to_json().
+    Only an API server's has keys.
 
     `essential`, `generation` and, for a front-end, `serves` as in Hello.
     """
@@ -39,17 +41,20 @@ class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
     connect_seconds: float = 5.0
 
     def to_environment(self) -> dict[str, str]:
-        """Environment for the child: this one's, the spec and the share of the cores."""
+        """Environment for the child: this one's without keys, the spec and the share of the cores."""
         return {
-            **os.environ,
-            **import_environment(),
+            **child_environment(),
             ENVIRONMENT: msgspec.json.encode(self).decode(),
             **thread_environment(self.site.threads),
         }
 
     @classmethod
     def from_environment(cls) -> MemberSpec:
-        return msgspec.json.decode(os.environ[ENVIRONMENT], type=cls)
+        return cls.from_json(os.environ[ENVIRONMENT])
+
+    @classmethod
+    def from_json(cls, told: str | bytes) -> MemberSpec:
+        return msgspec.json.decode(told, type=cls)
 
     def load_config(self) -> Config:
         return Config.model_validate_json(self.config)
@@ -83,8 +88,8 @@ def _member_spec(folder: Path) -> MemberSpec | None:
     start = f"{ENVIRONMENT}=".encode()
     told = next((entry for entry in environment.split(b"\0") if entry.startswith(start)), None)
     try:
-        return None if told is None else msgspec.json.decode(told.removeprefix(start), type=MemberSpec)
-    except msgspec.MsgspecError:  # of another version of this package
+        return None if told is None else MemberSpec.from_json(told.removeprefix(start))
+    except UNREADABLE:  # of another version of this package, or somebody else's
         return None
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable
 
-from moe_serve.base.interpreter import import_environment, module_command
+from moe_serve.base.interpreter import child_environment, module_command
 from moe_serve.base.parcel import PIECE_BYTES, Parcel
 from moe_serve.eplb.questions import Question, Solved, Unsolved
 from moe_serve.world.member import thread_environment
@@ -94,7 +93,7 @@ class Solver:
                 *module_command("moe_serve.world.solver_process"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env={**os.environ, **thread_environment(1), **import_environment()},
+                env={**child_environment(), **thread_environment(1)},
                 start_new_session=True,
             )
         return self._process

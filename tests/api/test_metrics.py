@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_serve.api.metrics import Metrics, RequestClock
-from moe_serve.base.messages import LoadReport
+from moe_serve.base.engine_messages import LoadReport
 from moe_serve.base.metrics import ENGINE_METRICS, PREFIX, REQUEST_METRICS
 from tests.api.conftest import Served
 

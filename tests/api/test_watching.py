@@ -12,8 +12,8 @@ import pytest
 
 from moe_serve.api.metrics import Metrics, RequestClock
 from moe_serve.api.throughput import Throughput
+from moe_serve.base.engine_messages import LoadReport
 from moe_serve.base.log import Sparingly
-from moe_serve.base.messages import LoadReport
 from tests.api.conftest import Served
 from tests.support.http_server import make_state, serving
 

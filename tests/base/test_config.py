@@ -265,13 +265,16 @@ def test_differences_are_told_by_field_with_both_values() -> None:
 # --- travelling ----------------------------------------------------------------------------------------------------
 
 
-def test_a_config_arrives_in_another_process_as_it_left_with_its_secret() -> None:
+def test_a_config_arrives_in_another_process_as_it_left_its_keys_only_where_they_are_needed() -> None:
     config = Config.from_flat({"api_key": "sesame", "port": 81, "eplb_config": {"window_size": 3}, "model": "/m"})
-    arrived = Config.model_validate_json(config.to_json())
+    arrived = Config.model_validate_json(config.to_json(keys=True))
     assert arrived == config
     assert arrived.server.api_key is not None
     assert arrived.server.api_key.get_secret_value() == "sesame"
     assert arrived.server.model_fields_set == {"api_key", "port"}
+    elsewhere = Config.model_validate_json(config.to_json())
+    assert elsewhere.server.api_key is None
+    assert elsewhere == config.with_("server", api_key=None)
 
 
 def test_a_config_does_not_show_its_secret_unless_asked() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_serve.base.log import LEVELS, setup_logging
+from moe_serve.base.log import LEVELS, limit_lines, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +48,15 @@ def test_setting_up_twice_does_not_say_things_twice(capsys: pytest.CaptureFixtur
     setup_logging("worker dp=0 tp=1")
     logging.getLogger("moe_serve").error("once")
     assert capsys.readouterr().err.count("once") == 1
+
+
+def test_a_limit_of_lines_that_is_set_again_replaces_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    name = "moe_serve.a_door"
+    try:
+        for burst in (1, 3):
+            limit_lines(name, burst=burst, seconds=60)
+        for _ in range(5):
+            logging.getLogger(name).warning("knock")
+        assert caplog.messages == ["knock"] * 3
+    finally:
+        logging.getLogger(name).filters.clear()

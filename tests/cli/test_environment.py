@@ -49,10 +49,10 @@ def test_options_of_the_environment_hold_also_those_of_a_section(monkeypatch: py
 
 TRAPS = ["random.py", "types.py", "queue.py", "logging.py", "platform.py", "numpy", "moe_serve"]
 START_A_CHILD = """
-import os, subprocess
-from moe_serve.base.interpreter import import_environment, module_command
-environment = {**os.environ, **import_environment()}
-ended = subprocess.run(module_command("moe_serve.engine.process"), capture_output=True, text=True, env=environment)
+import subprocess
+from moe_serve.base.interpreter import child_environment, module_command
+command = module_command("moe_serve.engine.process")
+ended = subprocess.run(command, capture_output=True, text=True, env=child_environment())
 print(ended.stderr)
 """
 

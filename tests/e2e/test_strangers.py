@@ -21,7 +21,7 @@ from tests.support.tiny_model import tiny_model
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
-ATTACK_SECONDS = 6.0
+ATTACK_SECONDS = 20.0
 STREAMS = 4
 TOKENS = 24
 MAX_GROWTH_BYTES = 40 << 20

@@ -12,11 +12,24 @@ import zmq
 import zmq.asyncio
 
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import (
+    Abort,
+    EngineHello,
+    Events,
+    FromEngine,
+    Generate,
+    HeldAnswer,
+    HeldAsk,
+    LoadReport,
+    ToEngine,
+    TokenEvent,
+)
 from moe_serve.base.errors import EngineDead, RequestError, RequestFailed
-from moe_serve.base.messages import Abort, EngineHello, Events, Generate, LoadReport, ToEngine, TokenEvent, WorldView
+from moe_serve.base.messages import WorldView
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.sockets import prepare
 from moe_serve.engine.client import EngineClient
+from moe_serve.engine.overdue import QUIET_SECONDS
 
 TOKEN = "token of a test world"
 WAIT_SECONDS = 10.0
@@ -30,7 +43,7 @@ class SocketEngine:
         self.socket = prepare(context.socket(zmq.DEALER), TOKEN, listens=False)
         self.socket.connect(address)
 
-    async def say(self, message: EngineHello | Events) -> None:
+    async def say(self, message: FromEngine) -> None:
         await self.socket.send(msgspec.msgpack.encode(message))
 
     async def hello(self) -> None:
@@ -45,9 +58,12 @@ class SocketEngine:
 
 
 @asynccontextmanager
-async def world(serves: list[int] | None = None) -> AsyncIterator[tuple[EngineClient, list[SocketEngine]]]:
+async def world(
+    serves: list[int] | None = None, *, quiet: float = QUIET_SECONDS, step_timeout: float = 60
+) -> AsyncIterator[tuple[EngineClient, list[SocketEngine]]]:
     """A client in a world of two engines (whatever its options say); those it serves are connected."""
-    client = EngineClient(Config(), token=TOKEN, serves=serves)
+    config = Config.from_flat({"step_timeout_seconds": step_timeout})
+    client = EngineClient(config, token=TOKEN, serves=serves, quiet=quiet)
     client.meet(WorldView(engines=2))
     address = client.bind("127.0.0.1")
     context = zmq.asyncio.Context()
@@ -184,5 +200,54 @@ def test_a_strangers_bytes_end_nothing(frames: list[bytes]) -> None:
             await engines[0].answer(TokenEvent(request_id="a", token_ids=[5], finish_reason="length"))
             assert (await anext(stream)).token_ids == [5]
             await stream.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_an_engine_swallowed_ends_by_name_and_one_that_waits_goes_on_waiting() -> None:
+    async def scenario() -> None:
+        async with world(quiet=0.1) as (client, engines):
+            lost = await client.submit("lost", [1], SamplingParams(), dp_rank=1)
+            waits = await client.submit("waits", [1], SamplingParams(), dp_rank=1)
+            assert [type(await engines[1].heard()) for _ in range(2)] == [Generate, Generate]
+            for unknown in (["lost"], [], []):
+                ask = await engines[1].heard()
+                while isinstance(ask, Abort):
+                    assert ask.request_ids == ["lost"]
+                    ask = await engines[1].heard()
+                assert isinstance(ask, HeldAsk)
+                await engines[1].say(HeldAnswer(dp=1, number=ask.number, unknown=unknown, computed=0))
+                if unknown:
+                    with pytest.raises(EngineDead, match="DP rank 1 does not know this request any more"):
+                        await asyncio.wait_for(anext(lost), WAIT_SECONDS)
+            assert ask.request_ids == ["waits"]
+            await engines[1].answer(TokenEvent(request_id="waits", token_ids=[5], finish_reason="length"))
+            assert (await asyncio.wait_for(anext(waits), WAIT_SECONDS)).token_ids == [5]
+            await waits.aclose()
+            assert client.alive
+            assert client.num_unfinished == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_says_nothing_at_all_loses_its_requests_when_patience_ends() -> None:
+    async def scenario() -> None:
+        async with world(quiet=0.1, step_timeout=0.1) as (client, engines):
+            mute = await client.submit("mute", [1], SamplingParams(), dp_rank=0)
+            with pytest.raises(EngineDead, match=r"DP rank 0 has not said whether .* 0.3 s .*--step-timeout-seconds"):
+                await asyncio.wait_for(anext(mute), WAIT_SECONDS)
+            assert [type(await engines[0].heard()) for _ in range(3)] == [Generate, HeldAsk, Abort]
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_whose_end_was_not_taken_yet_is_not_asked_about() -> None:
+    async def scenario() -> None:
+        async with world(quiet=0.1) as (client, engines):
+            done = await client.submit("done", [1], SamplingParams(), dp_rank=0)
+            assert isinstance(await engines[0].heard(), Generate)
+            await engines[0].answer(TokenEvent(request_id="done", token_ids=[5], finish_reason="length"))
+            assert not await engines[0].socket.poll(500)
+            assert [event.token_ids async for event in done] == [[5]]
 
     asyncio.run(scenario())

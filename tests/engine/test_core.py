@@ -7,8 +7,8 @@ import pytest
 
 from moe_serve.base.commands import Done, Failed, StepPlan
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import TokenEvent
 from moe_serve.base.errors import ConfigError, ContextTooLong, EngineError, RankTimeout, RequestError, WorkerDied
-from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.core import EngineCore
 from tests.support.fakes import VOCAB_SIZE, FakeExecutor, expected_answer

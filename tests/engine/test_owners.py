@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_serve.base.messages import TokenEvent
+from moe_serve.base.engine_messages import TokenEvent
 from moe_serve.engine.owners import Owners
 
 

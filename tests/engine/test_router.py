@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_serve.base.engine_messages import LoadReport
 from moe_serve.base.errors import RequestError
-from moe_serve.base.messages import LoadReport
 from moe_serve.engine.router import FRESH_SECONDS, FRESH_STEPS, Balancer, Capacity, RankLoad, choose_rank
 
 CAPACITY = Capacity(max_num_seqs=128, max_num_batched_tokens=2048, block_size=16, num_blocks=1000)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from moe_serve.base.commands import Sampled, StepPlan, StepResult
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import TokenEvent
 from moe_serve.base.errors import EngineError
-from moe_serve.base.messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.block_pool import BlockPool
 from moe_serve.engine.request import make_request

@@ -14,17 +14,9 @@ import pytest
 import zmq
 
 from moe_serve.base.config import Config
+from moe_serve.base.engine_messages import Abort, EngineHello, Events, Generate, LoadReport, ToEngine, TokenEvent
 from moe_serve.base.errors import EngineDead
-from moe_serve.base.messages import (
-    Abort,
-    EngineHello,
-    Events,
-    Generate,
-    LoadReport,
-    ToEngine,
-    TokenEvent,
-    WorldView,
-)
+from moe_serve.base.messages import WorldView
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.sockets import prepare
 from moe_serve.engine.client import EngineClient

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Self
 
 from moe_serve.base.commands import TokenLogprob
+from moe_serve.base.engine_messages import FinishReason, LoadReport, TokenEvent
 from moe_serve.base.errors import EngineDead, RequestError
-from moe_serve.base.messages import FinishReason, LoadReport, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.admission import EngineRoom
 from tests.support.fakes import NOTHING, absorb, choose

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_serve.base.messages import TokenEvent
+from moe_serve.base.engine_messages import TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.growing import GrowingText

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_serve.base.commands import TokenLogprob
-from moe_serve.base.messages import FinishReason, TokenEvent
+from moe_serve.base.engine_messages import FinishReason, TokenEvent
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.text.growing import GrowingText
 from moe_serve.text.tokenizer import Tokenizer

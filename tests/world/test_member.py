@@ -14,6 +14,8 @@ from moe_serve.base.config import Config
 from moe_serve.base.site import Site
 from moe_serve.world.member import ENVIRONMENT, MemberSpec, end_all, started, threads_per_rank
 
+UNREADABLE = ["nothing that can be read", '{"host": "\udcff\udcfe"}', '{"x": ' + "[" * 100_000]
+"""No JSON; no UTF-8 (a byte that is no text is such a surrogate in Python's environment); nested too deep."""
 Start = Callable[[dict[str, str]], subprocess.Popen[bytes]]
 
 
@@ -56,7 +58,8 @@ def test_processes_of_a_world_are_found_by_its_whole_token_and_members_by_all_th
     members = [start(first.to_environment()), start(second.to_environment())]
     start(spec("token-of-another").to_environment())
     start(spec("token-of-one-more").to_environment())
-    start({**os.environ, "SOME_OTHER_VARIABLE": "token-of-one", ENVIRONMENT: "nothing that can be read"})
+    for unreadable in UNREADABLE:
+        start({**os.environ, "SOME_OTHER_VARIABLE": "token-of-one", ENVIRONMENT: unreadable})
     wait_until(lambda: len(of("token-of-one")) >= 2 and len(of("token-of-one-more")) == 1)
     assert sorted(of("token-of-one")) == sorted(member.pid for member in members)
     assert started(lambda told: told == second) == [members[1].pid]
