@@ -51,6 +51,7 @@ PURE = (
     "engine/flight.py",
     "engine/turns.py",
     "engine/admission.py",
+    "engine/pace.py",
 )
 IMPURE = {"socket", "threading", "time", "asyncio", "torch", "zmq", "subprocess"}
 LATE_IMPORTS = {"base/registry.py"}
