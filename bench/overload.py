@@ -108,10 +108,17 @@ async def measure(options: argparse.Namespace, server: Server) -> Report:
     try:
         capacity, full = await capacity_of(options, address, generator, places)
         marks["capacity"] = prints.times[-1]
-        console.print(f"capacity: {capacity:.1f} requests/s; now {options.times:g} times that")
+        console.print(
+            f"capacity: {capacity:.1f} requests/s; now {options.times:g} times that for {options.seconds:g} s"
+        )
         arrivals = poisson(capacity * options.times, options.seconds, generator)
         over = await offer(options, address, arrivals, generator)
         marks["answered"] = prints.times[-1]
+        p99 = percentiles([timing.end for timing in over.admitted])["p99"]
+        took = marks["answered"] - marks["capacity"]
+        console.print(
+            f"{len(over.admitted)} of {len(over.timings)} admitted, p99 {p99} s, all answered in {took:.0f} s"
+        )
         arrivals = poisson(capacity * options.times, min(options.seconds, 15.0), generator)
         await offer(options, address, arrivals, generator, hang_up=True)
         await asyncio.sleep(AFTER_SECONDS)
