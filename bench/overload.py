@@ -33,6 +33,8 @@ from tests.support.server import Server, serving
 
 WITHIN_SECONDS = 2 * MAX_WAIT_SECONDS
 """p99 of the admitted: twice what an admitted request may wait."""
+KV_CACHE = ("--kv-cache-memory-bytes", str(64 << 20))
+"""Of each rank; all of it is used before the overload. The pages of a larger one are taken one by one, like a leak."""
 AFTER_SECONDS = 2.0
 CALM_REQUESTS = 5
 NORMAL_TIMES = 3.0
@@ -73,7 +75,7 @@ def main() -> None:
         model = options.model or str(Path(folder, "model"))
         if not options.model:
             make_model(folder=Path(model), preset=options.preset, arch="qwen3_moe", seed=0)
-        with serving(model, *options.server_options) as server:
+        with serving(model, *KV_CACHE, *options.server_options) as server:
             report = asyncio.run(measure(options, server))
     checks: Any = report.numbers["checks"]
     show(report)
