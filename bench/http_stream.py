@@ -6,6 +6,7 @@ A full client costs milliseconds of the processor per request, which here would 
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -21,7 +22,12 @@ DONE = b"[DONE]"
 
 
 class StreamFailed(Exception):
-    """The server answered with an error, or broke off."""
+    """The server answered with an error, or broke off. `status` and `retry_after` (seconds) where it answered."""
+
+    def __init__(self, message: str, *, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +80,22 @@ async def _body(address: Address, method: str, path: str, body: bytes) -> AsyncI
         async with asyncio.timeout(SILENCE_SECONDS):
             answer = await reader.readuntil(b"\r\n\r\n")
         pieces = _chunks(reader) if b"transfer-encoding: chunked" in answer.lower() else _rest(reader)
-        status = answer.split(b" ", 2)[1]
-        if status not in (b"200", b"202"):
+        status = int(answer.split(b" ", 2)[1])
+        if status not in (200, 202):
             said = b"".join([piece async for piece in pieces])
-            raise StreamFailed(f"HTTP {status.decode()}: {said[:300].decode(errors='replace')}")
+            words = f"HTTP {status}: {said[:300].decode(errors='replace')}"
+            raise StreamFailed(words, status=status, retry_after=_retry_after(answer))
         async for piece in pieces:
             yield piece
     except (asyncio.IncompleteReadError, TimeoutError) as error:
         raise StreamFailed(f"the server broke off: {type(error).__name__}") from error
     finally:
         writer.close()
+
+
+def _retry_after(head: bytes) -> float | None:
+    found = re.search(rb"\r\nretry-after: *([0-9.]+)", head, re.IGNORECASE)
+    return float(found.group(1)) if found else None
 
 
 async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:

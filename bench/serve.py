@@ -31,7 +31,7 @@ console = Console(stderr=True)
 
 @dataclass(slots=True)
 class Timing:
-    """One request, in seconds from the moment it was due."""
+    """One request, in seconds from the moment it was due. `status` and `retry_after` of a refusal."""
 
     lateness: float
     first: float = 0.0
@@ -39,6 +39,8 @@ class Timing:
     end: float = 0.0
     num_tokens: int = 0
     error: str | None = None
+    status: int | None = None
+    retry_after: float | None = None
 
 
 def main() -> None:
@@ -124,7 +126,10 @@ async def one_request(
     timing = Timing(time.perf_counter() - due)
     try:
         await _follow(post_events(address, "/v1/completions", msgspec.json.encode(body)), timing, due)
-    except (OSError, StreamFailed) as error:
+    except StreamFailed as error:
+        timing.error, timing.status, timing.retry_after = str(error), error.status, error.retry_after
+        timing.end = time.perf_counter() - due
+    except OSError as error:
         timing.error = str(error)
     return timing
 

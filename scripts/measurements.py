@@ -174,12 +174,67 @@ def _fresh_table(fresh: Sequence[Mapping[str, object]]) -> str:
     return markdown_table(["load", "redundant", *policies], rows) if rows else ""
 
 
+def soak_part(report: Report) -> str:
+    """What a soak checked, and what each process took."""
+    config, numbers = report.config, _numbers(report)
+    counts = numbers["counts"]
+    done = ("answers", "rearrangements", "experts moved", "disconnects", "hostile bodies", "knocks")
+    rows = [
+        (name, *(f"{found[key]['first']:g} -> {found[key]['last']:g}" for key in ("uss_mib", "descriptors", "threads")))
+        for name, found in numbers["processes"].items()
+    ]
+    checks = [("passed" if check["passed"] else "FAILED", check["name"], check["found"]) for check in numbers["checks"]]
+    return "\n\n".join(
+        (
+            f"Soak of {config['minutes']:g} minutes, `{report.label}`, commit `{report.commit}`: "
+            + ", ".join(f"{counts[name]:,} {name}" for name in done)
+            + ".",
+            markdown_table(["", "check", "found"], checks),
+            "The first and the last third after the warm-up, medians:",
+            markdown_table(["process", "memory of its own (USS), MiB", "descriptors", "threads"], rows),
+            _picture(report, "Memory, descriptors, threads and answers over time"),
+        )
+    )
+
+
+def overload_part(report: Report) -> str:
+    """More than a server can answer: what it measured and what was checked."""
+    config, numbers = report.config, _numbers(report)
+    rows = [
+        (title, *(_seconds(numbers[name][percentile]) for percentile in ("p50", "p90", "p99")))
+        for name, title in (
+            ("ttft_ms", "first token of the admitted"),
+            ("after_first_token_ms", "from there to the end"),
+            ("e2e_ms", "whole answer of the admitted"),
+            ("refused_after_ms", "refusal of the others"),
+        )
+    ]
+    checks = [("passed" if check["passed"] else "FAILED", check["name"], check["found"]) for check in numbers["checks"]]
+    return "\n\n".join(
+        (
+            f"Overload, `{report.label}`: {config['input_len']} tokens in, {config['output_len']} out, "
+            f"dp={config['server']['parallel']['data_parallel_size']}, {config['times']:g} x "
+            f"{numbers['capacity_requests_per_second']:g} requests/s for {config['seconds']:g} s, commit "
+            f"`{report.commit}`: {numbers['offered']} requests, {numbers['admitted']} admitted; seconds.",
+            markdown_table(["", "p50", "p90", "p99"], rows),
+            markdown_table(["", "check", "found"], checks),
+            _picture(report, "Each request by when it was due, and memory"),
+        )
+    )
+
+
+def _seconds(milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds / 1000:.2f}"
+
+
 PARTS = {
     "startup": startup_part,
     "serve": serve_part,
     "eplb_stall": stall_part,
     "eplb_topics": topics_part,
     "eplb_balancedness": balancedness_part,
+    "overload": overload_part,
+    "soak": soak_part,
 }
 
 

@@ -17,6 +17,11 @@ from moe_serve.text.tokenizer import Tokenizer
 
 INLINE_CHARACTERS = 4096  # longer texts are encoded in a thread, so that they hold up nobody else's stream
 
+BEGINNING_CHARACTERS = 16
+"""Of a text that may be too long, so many characters for each token that fits are encoded first."""
+BEGINNINGS_RATIO = 4
+"""The next beginning is so many times as long; all of them together cost a third of the whole at most."""
+
 
 async def encode_all(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
     def encode() -> list[list[int]]:
@@ -31,7 +36,7 @@ async def completion_prompts(tokenizer: Tokenizer, body: CompletionBody, max_mod
     """The ids of each prompt; ContextTooLong, before anything is encoded, for a text that cannot fit."""
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     for text in texts:
-        check_fits(tokenizer, text, max_model_len, "prompt")
+        await check_fits(tokenizer, text, max_model_len, "prompt")
     encoded = iter(await encode_all(tokenizer, texts, add_special_tokens=body.add_special_tokens is not False))
     return [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
 
@@ -41,7 +46,7 @@ async def chat_ids(
 ) -> list[int]:
     """The ids of a conversation; the template writes the special tokens itself, unless more are asked for."""
     if max_model_len is not None:
-        check_fits(tokenizer, prompt.text, max_model_len, "messages")
+        await check_fits(tokenizer, prompt.text, max_model_len, "messages")
 
     def encode() -> list[int]:
         return tokenizer.encode_chat(prompt, add_special_tokens)
@@ -77,9 +82,18 @@ def echo_of(tokenizer: Tokenizer, prompt: str | list[int], token_ids: list[int],
     return Echo(prompt, token_ids, skip_special_tokens=not written)
 
 
-def check_fits(tokenizer: Tokenizer, text: str, max_model_len: int, param: str) -> None:
-    """Refuse a text that is too long whatever its tokens are; encoding megabytes would take seconds."""
+async def check_fits(tokenizer: Tokenizer, text: str, max_model_len: int, param: str) -> None:
+    """Refuse a text that is too long by its length, or else by its beginning.
+
+    Encoding megabytes takes seconds to minutes and a hundred bytes for each token. Not every tokenizer has a longest
+    token, so ever longer beginnings are encoded. Where a beginning is cut may cost it a few tokens, never half of them.
+    """
     least = tokenizer.least_tokens(text)
+    length = BEGINNING_CHARACTERS * max_model_len
+    while least < max_model_len and length < len(text) // BEGINNINGS_RATIO:
+        (ids,) = await encode_all(tokenizer, [text[:length]], add_special_tokens=False)
+        least = len(ids) // 2
+        length *= BEGINNINGS_RATIO
     if least >= max_model_len:
         raise ContextTooLong(
             f"the prompt has {len(text)} characters, which is at least {least} tokens: more than the {max_model_len} "

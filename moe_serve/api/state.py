@@ -45,6 +45,7 @@ class ApiState:
             QueueLimits(scheduler.max_num_queued_reqs, scheduler.max_num_queued_tokens),
             room=lambda: engines.room,
             piece=scheduler.max_num_batched_tokens,
+            clock=time.monotonic,
         )
 
     @property

@@ -57,10 +57,10 @@ class SchedulerSection(Section):
     """Most tokens in one step of an engine; longer prompts are cut into chunks."""
     max_num_queued_reqs: int | None = Field(None, ge=0)
     """Requests that may wait before a new one is refused with 503, for each API server; two rounds of max_num_seqs of
-    its engines if not given."""
+    its engines if not given, fewer while they would wait longer than 30 s."""
     max_num_queued_tokens: int | None = Field(None, ge=0)
     """Prompt tokens that may wait before a new request is refused with 503, for each API server; twice the KV cache of
-    its engines if not given."""
+    its engines if not given, fewer while they would wait longer than 30 s."""
     step_timeout_seconds: float = Field(60, gt=0, allow_inf_nan=False)
     """A step that takes longer ends the server with a message that says which rank it waited for."""
 

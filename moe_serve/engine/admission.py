@@ -2,6 +2,9 @@
 
 Requests take turns at the engines (engine/turns.py), so what is before a newcomer is of each other request at most as
 much as it brings itself: a batch of thousands does not keep a short request out, but another such batch.
+
+Where no option says how much may wait, it is at most two rounds of full engines, and less while rounds take so long
+that the last would wait longer than MAX_WAIT_SECONDS (engine/pace.py).
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from moe_serve.base.errors import Overloaded
+from moe_serve.base.errors import Overloaded, RefusalReason
+from moe_serve.engine.pace import MAX_WAIT_SECONDS, Pace
 
 ROUNDS = 2
-"""Rounds of full engines that may wait. An answer of a few hundred tokens takes about 15 s on a busy server."""
+"""Rounds of full engines that may wait at most."""
+BUSY_SECONDS = 1.0
+"""Who waits longer waits for others, and not for its own prompt to be computed."""
 LEAST_REQUESTS = 64
 RETRY_SECONDS = 5
 CHARACTERS_PER_TOKEN = 4
@@ -44,10 +50,14 @@ class QueueLimits:
 class Admission:
     """`admit` before any work is done for a request, with what it probably brings; its Place tells the rest."""
 
-    def __init__(self, limits: QueueLimits, *, room: Callable[[], EngineRoom], piece: int) -> None:
+    def __init__(
+        self, limits: QueueLimits, *, room: Callable[[], EngineRoom], piece: int, clock: Callable[[], float]
+    ) -> None:
         """`piece`: tokens that a request computes before it is somebody else's turn (max_num_batched_tokens)."""
-        self._limits, self._room, self._piece = limits, room, piece
-        self._places: set[Place] = set()
+        self._limits, self._room, self._piece, self._clock = limits, room, piece, clock
+        self._waiting: dict[Place, float] = {}  # since when; oldest first
+        self._num_begun = 0
+        self._requests, self._tokens = Pace(clock()), Pace(clock())
 
     def admit(self, num_seqs: int, num_tokens: int) -> Place:
         """A place for a request of so many sequences and prompt tokens. Raises Overloaded."""
@@ -58,37 +68,58 @@ class Admission:
     @property
     def num_waiting(self) -> int:
         """Sequences that have not begun."""
-        return sum(place.num_seqs for place in self._places)
+        return sum(place.num_seqs for place in self._waiting)
 
     def check(self, num_seqs: int, num_tokens: int, *, asking: Place | None = None) -> None:
         """Raise Overloaded unless so much more may wait. `asking` is not in its own way."""
-        others = [place for place in self._places if place is not asking]
+        busy = self._pass_time()
+        others = [place for place in self._waiting if place is not asking]
         room = self._room()
         max_requests, max_tokens = self._limits.of(room)
+        before = sum(min(place.num_seqs, max(num_seqs, 1)) for place in others)
         # Who finds a place in a step does not wait.
-        free = max(0, room.num_seqs - sum(place.num_begun for place in others))
-        ahead = sum(min(place.num_seqs, max(num_seqs, 1)) for place in others) - free
+        ahead = before - max(0, room.num_seqs - self._num_begun)
         if ahead >= max_requests:
-            raise Overloaded(
-                f"{ahead} requests wait before this one, of at most {max_requests} (server option "
-                "--max-num-queued-reqs)",
-                retry_after=RETRY_SECONDS,
-                reason="queued_reqs",
-            )
+            raise _overloaded("queued_reqs", f"{ahead} requests wait before this one, of at most {max_requests}")
         tokens = sum(min(place.num_tokens, max(num_tokens, self._piece)) for place in others)
         if tokens and tokens >= max_tokens:
-            raise Overloaded(
-                f"prompts of {tokens} tokens wait before this one, of at most {max_tokens} (server option "
-                "--max-num-queued-tokens)",
-                retry_after=RETRY_SECONDS,
-                reason="queued_tokens",
+            raise _overloaded(
+                "queued_tokens", f"prompts of {tokens} tokens wait before this one, of at most {max_tokens}"
             )
+        if busy and self._limits.requests is None:
+            _check_wait("queued_reqs", before, max(1, self._requests.fitting(max_requests)), "requests")
+        if busy and self._limits.tokens is None:
+            fitting = max(self._piece, self._tokens.fitting(max_tokens))
+            _check_wait("queued_tokens", tokens, fitting, "tokens of prompts")
 
     def enter(self, place: Place) -> None:
-        self._places.add(place)
+        self._waiting.setdefault(place, self._clock())
 
     def leave(self, place: Place) -> None:
-        self._places.discard(place)
+        self._pass_time()
+        self._waiting.pop(place, None)
+        self._num_begun -= place.num_begun
+
+    def began(self, place: Place, num_tokens: int) -> None:
+        """A sequence of a place, with so long a prompt, waits no more."""
+        if self._pass_time():
+            self._requests.began(1)
+            self._tokens.began(num_tokens)
+        self._num_begun += 1
+        if place.num_seqs <= 0:
+            self._waiting.pop(place, None)
+
+    def finished(self) -> None:
+        """A sequence that began is over."""
+        self._num_begun -= 1
+
+    def _pass_time(self) -> bool:
+        """Whether somebody waits for others; and so it has been since the last call."""
+        now = self._clock()
+        busy = now - next(iter(self._waiting.values()), now) > BUSY_SECONDS
+        for pace in (self._requests, self._tokens):
+            pace.pass_time(now, busy=busy)
+        return busy
 
 
 class Place:
@@ -111,14 +142,31 @@ class Place:
         self.num_seqs -= 1
         self.num_tokens -= num_tokens
         self.num_begun += 1
+        self._admission.began(self, num_tokens)
 
     def finished(self) -> None:
         """A sequence that began is over."""
         self.num_begun -= 1
+        self._admission.finished()
 
     def close(self) -> None:
         """The request is over."""
         self._admission.leave(self)
+        self.num_seqs = self.num_tokens = self.num_begun = 0
+
+
+def _check_wait(reason: RefusalReason, before: int, fitting: float, what: str) -> None:
+    if before > fitting:
+        raise _overloaded(
+            reason,
+            f"{before} {what} wait before this one, and about {fitting:.0f} begin in {MAX_WAIT_SECONDS:g} s; so "
+            "many may wait where no number is given",
+        )
+
+
+def _overloaded(reason: RefusalReason, what: str) -> Overloaded:
+    option = {"queued_reqs": "--max-num-queued-reqs", "queued_tokens": "--max-num-queued-tokens"}[reason]
+    return Overloaded(f"{what} (server option {option})", retry_after=RETRY_SECONDS, reason=reason)
 
 
 @contextmanager

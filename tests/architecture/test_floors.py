@@ -52,6 +52,7 @@ PURE = (
     "engine/turns.py",
     "engine/admission.py",
     "engine/overdue.py",
+    "engine/pace.py",
 )
 IMPURE = {"socket", "threading", "time", "asyncio", "torch", "zmq", "subprocess"}
 LATE_IMPORTS = {"base/registry.py"}

@@ -10,24 +10,15 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.bad_requests import LARGE, MAX_REFUSAL_CHARACTERS
 from tests.support.letters import ids_of, write_letters
 from tests.support.server import Server, serving
 from tests.support.tiny_model import tiny_model
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
-MIB = 1 << 20
-LIMIT = 16 * MIB - 4096
 STREAMS = 8
 LONGEST_GAP_SECONDS = 1.0
-HOSTILE = {
-    "a prompt of 16 MiB": b'{"prompt": "' + b"the quick brown fox " * (LIMIT // 20) + b'"}',
-    "a chat of 16 MiB": b'{"messages": [{"role": "user", "content": "' + b"x " * (LIMIT // 2 - 40) + b'"}]}',
-    "a list of millions of wrong items": b'{"prompt": "x", "stop_token_ids": [' + b'"",' * (LIMIT // 3 - 40) + b'""]}',
-    "a prompt of millions of wrong items": b'{"prompt": [' + b'"",' * (LIMIT // 3 - 40) + b"0.5]}",
-    "deep JSON": b'{"prompt": ' + b"[" * (LIMIT - 20) + b"}",
-    "deep and right JSON": b'{"prompt": ' + b"[" * (LIMIT // 2 - 20) + b"]" * (LIMIT // 2 - 20) + b"}",
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +42,17 @@ def longest_gap(server: Server, until: float) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", LARGE)
 def test_a_hostile_body_gets_a_4xx_and_nobody_else_notices(server: Server, name: str) -> None:
-    path = "/v1/chat/completions" if "chat" in name else "/v1/completions"
+    path, body = LARGE[name]
     with ThreadPoolExecutor(STREAMS) as clients:
         until = time.monotonic() + 3
         watching = [clients.submit(longest_gap, server, until) for _ in range(STREAMS)]
         time.sleep(0.5)
         headers = {"Content-Type": "application/json"}
-        refused = httpx.post(server.base_url + path, content=HOSTILE[name], headers=headers, timeout=60)
+        refused = httpx.post(server.base_url + path, content=body(), headers=headers, timeout=60)
         gaps = [each.result() for each in watching]
     assert 400 <= refused.status_code < 500, refused.text[:300]
-    assert len(refused.text) < 2000
+    assert len(refused.text) < MAX_REFUSAL_CHARACTERS
     assert max(gaps) < LONGEST_GAP_SECONDS, name
     assert server.get("/readyz").status_code == 200

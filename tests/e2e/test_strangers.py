@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.letters import ids_of, write_letters
 from tests.support.server import Server, serving
+from tests.support.strangers import knock, listening_ports
 from tests.support.tiny_model import tiny_model
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
@@ -42,51 +40,10 @@ def server(folder: Path) -> Iterator[Server]:
         yield running
 
 
-def ports(server: Server) -> list[int]:
-    """Every TCP port that a process of this world listens on, but for the one of the HTTP server."""
+def inner_ports(server: Server) -> list[int]:
+    """Every port of this world but the HTTP server's."""
     http = int(server.base_url.rpartition(":")[2])
-    found = {
-        each.laddr.port
-        for process in server.family()
-        for each in process.net_connections("tcp")
-        if each.status == psutil.CONN_LISTEN
-    }
-    return sorted(found - {http})
-
-
-def garbage(chance: random.Random) -> bytes:
-    """Random bytes, beginnings of what each kind of port expects, and lengths that promise too much."""
-    openings = [
-        b"",
-        b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01CURVE".ljust(64, b"\0"),
-        b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01NULL".ljust(64, b"\0"),
-        struct.pack(">I", 1 << 31),
-        struct.pack(">I", 7) + b"\x81\xa4type",
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"\x91" * 5000,
-    ]
-    return chance.choice(openings) + chance.randbytes(chance.choice([0, 1, 30, 64, 3000, 1 << 16]))
-
-
-def knock(port: int, until: float) -> int:
-    """Connect, send something, hang up or hold on for a while; how often somebody answered the connect."""
-    chance, came_in = random.Random(port), 0
-    held: list[socket.socket] = []
-    while time.monotonic() < until:
-        with contextlib.suppress(OSError):
-            made = socket.create_connection(("127.0.0.1", port), timeout=0.2)
-            came_in += 1
-            made.settimeout(0.2)
-            made.sendall(garbage(chance))
-            held.append(made)
-        if len(held) > 20:
-            for made in held:
-                made.close()
-            held.clear()
-        time.sleep(0.002)
-    for made in held:
-        made.close()
-    return came_in
+    return [port for port in listening_ports(server.family()) if port != http]
 
 
 def answer(server: Server, prompt: list[int]) -> list[int]:
@@ -110,11 +67,14 @@ def test_garbage_on_every_port_changes_no_answer_ends_no_stream_and_costs_nothin
     expected = [answer(server, prompt) for prompt in prompts]
     memory, descriptors = footprint(server)
     until = time.monotonic() + ATTACK_SECONDS
-    doors = ports(server)
+    doors, stop = inner_ports(server), threading.Event()
     with ThreadPoolExecutor(len(doors)) as strangers, ThreadPoolExecutor(STREAMS) as clients:
-        knocking = [strangers.submit(knock, port, until) for port in doors]
-        while time.monotonic() < until:
-            assert list(clients.map(lambda prompt: answer(server, prompt), prompts)) == expected
+        knocking = [strangers.submit(knock, port, stop) for port in doors]
+        try:
+            while time.monotonic() < until:
+                assert list(clients.map(lambda prompt: answer(server, prompt), prompts)) == expected
+        finally:
+            stop.set()
     # The coordinator's, the API server's and each engine's two for its workers; the store's and gloo's are deaf.
     assert sum(each.result() > 0 for each in knocking) == 1 + 1 + 2 * 2 < len(doors)
     time.sleep(1)  # what was held on to is let go
@@ -136,15 +96,6 @@ def starting(folder: Path) -> Iterator[Server]:
         server.end()
 
 
-def ports_of(server: Server) -> list[int]:
-    """As `ports`, of a server that may still be starting."""
-    found: set[int] = set()
-    for process in server.family():
-        with contextlib.suppress(psutil.Error):
-            found |= {each.laddr.port for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
-    return sorted(found)
-
-
 def test_a_crowd_that_says_nothing_keeps_no_member_out(folder: Path) -> None:
     """Silent connections to the coordinator, from its first moment on: the world gets ready all the same."""
     stop = threading.Event()
@@ -162,7 +113,7 @@ def test_a_crowd_that_says_nothing_keeps_no_member_out(folder: Path) -> None:
 def _crowd(server: Server, stop: threading.Event) -> None:
     held: list[socket.socket] = []
     while not stop.is_set():
-        for port in ports_of(server):
+        for port in listening_ports(server.family()):
             for _ in range(10):
                 with contextlib.suppress(OSError):
                     held.append(socket.create_connection(("127.0.0.1", port), timeout=0.1))

@@ -1,6 +1,11 @@
-"""Bodies that no server of ours may accept: path, body, status, and the field that the error must name."""
+"""Bodies that no server of ours may accept: path, body, status, and the field that the error must name.
+
+And large ones: as much as a body may hold, of what costs a server most before it knows that it is wrong.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 PROMPT = "In the beginning"
 MESSAGES = [{"role": "user", "content": "Tell me more."}]
@@ -54,3 +59,31 @@ BAD: list[tuple[str, dict[str, object], int, str | None]] = [
     ("/detokenize", {"tokens": [10**9]}, 400, "tokens"),
     ("/detokenize", {"tokens": "x"}, 400, "tokens"),
 ]
+
+MIB = 1 << 20
+_LARGE = 16 * MIB - 4096
+LARGE: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "a prompt of 16 MiB": (
+        "/v1/completions",
+        lambda: b'{"prompt": "' + b"the quick brown fox " * (_LARGE // 20) + b'"}',
+    ),
+    "a chat of 16 MiB": (
+        "/v1/chat/completions",
+        lambda: b'{"messages": [{"role": "user", "content": "' + b"x " * (_LARGE // 2 - 40) + b'"}]}',
+    ),
+    "a list of millions of wrong items": (
+        "/v1/completions",
+        lambda: b'{"prompt": "x", "stop_token_ids": [' + b'"",' * (_LARGE // 3 - 40) + b'""]}',
+    ),
+    "a prompt of millions of wrong items": (
+        "/v1/completions",
+        lambda: b'{"prompt": [' + b'"",' * (_LARGE // 3 - 40) + b"0.5]}",
+    ),
+    "deep JSON": ("/v1/completions", lambda: b'{"prompt": ' + b"[" * (_LARGE - 20) + b"}"),
+    "deep and right JSON": (
+        "/v1/completions",
+        lambda: b'{"prompt": ' + b"[" * (_LARGE // 2 - 20) + b"]" * (_LARGE // 2 - 20) + b"}",
+    ),
+}
+"""Made when asked for: together they are 96 MiB. Each must get a 4xx of less than MAX_REFUSAL_CHARACTERS."""
+MAX_REFUSAL_CHARACTERS = 2000
