@@ -10,8 +10,9 @@ import pytest
 import tokenizers
 
 from moe_serve.api import prepare
-from moe_serve.api.schemas import ChatBody, CompletionBody
+from moe_serve.api.schemas import CompletionBody
 from moe_serve.base.errors import ContextTooLong
+from moe_serve.text.chat_template import ChatPrompt
 from moe_serve.text.tokenizer import Tokenizer
 from tests.support.letters import write_letters
 
@@ -56,9 +57,8 @@ def test_of_a_text_that_cannot_fit_only_the_beginning_is_encoded(letters: Watche
     with pytest.raises(ContextTooLong, match=r"1000000 characters, .* --max-model-len"):
         completion(letters, "x" * 1_000_000)
     assert letters.num_characters < 10_000
-    body = ChatBody(messages=[{"role": "user", "content": "x" * 1_000_000}])
     with pytest.raises(ContextTooLong):
-        asyncio.run(prepare.chat_prompt(letters, body, MAX_MODEL_LEN))
+        asyncio.run(prepare.chat_ids(letters, ChatPrompt("x" * 1_000_000), MAX_MODEL_LEN))
     assert letters.num_characters < 20_000
 
 
