@@ -58,9 +58,7 @@ class Contestant:
         return statistics.median(answer["seconds"]), answer["digest"]
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # closes both pipes
 
 
 def main() -> None:

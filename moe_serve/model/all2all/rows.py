@@ -60,8 +60,9 @@ def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 def add_to_rows(outputs: Tensor, pairs: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """Outputs (R, D) of some pairs, weighted and added to their rows in float32: (T, D) of `dtype`."""
     total_TD = outputs.new_zeros((weights_TK.shape[0], outputs.shape[1]), dtype=torch.float32)
-    # One type on both sides: a product of mixed types has the same bits and takes several times as long on a CPU.
-    weighted = outputs.float() * weights_TK.reshape(-1, 1).index_select(0, pairs)
+    weights = weights_TK.reshape(-1, 1).index_select(0, pairs)
+    # A product of mixed types has the same bits and takes several times as long on a CPU.
+    weighted = outputs * weights if outputs.dtype == torch.float32 else outputs.float().mul_(weights)
     return total_TD.index_add_(0, pairs // weights_TK.shape[1], weighted).to(dtype)
 
 
