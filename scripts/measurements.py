@@ -20,6 +20,7 @@ def results(reports: Sequence[Report]) -> str:
         parts.append(f"### {about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB")
         parts.append(f"Python {about['python']}, {versions}.")
         parts.append(offline_table([report for report in own if report.benchmark == "offline"]))
+        parts.append(compared_table([report for report in own if report.benchmark in ("turns", "experts")]))
         for benchmark, part in PARTS.items():
             parts += [part(report) for report in own if report.benchmark == benchmark]
     return "\n\n".join(part for part in parts if part)
@@ -45,6 +46,24 @@ def offline_table(reports: Sequence[Report]) -> str:
         )
     header = ["model", "type", "requests x in / out", "dp x tp", "LLM, tokens/s", "transformers, tokens/s", "ratio"]
     return markdown_table([*header, "answers equal", "commit"], rows) if rows else ""
+
+
+def compared_table(reports: Sequence[Report]) -> str:
+    """Two checkouts by turns: a row per number. Only the ratio of neighbours compares."""
+    rows = [
+        (
+            report.config["benchmark"],
+            f"{report.config['num_requests']} requests" if report.benchmark == "turns" else name.split(",")[0],
+            *(f"{compared[side]:.4g}" for side in ("before", "after")),
+            f"{compared['ratio']:.2f}",
+            " to ".join(f"{quartile:.2f}" for quartile in compared["ratio_quartiles"]),
+            f"`{report.config['before']}` `{report.config['after']}`",
+        )
+        for report in reports
+        for name, compared in _numbers(report).items()
+    ]
+    header = ["tokens or passes per second", "of", "before", "after", "ratio", "quartiles", "commits"]
+    return "Two checkouts by turns.\n\n" + markdown_table(header, rows) if rows else ""
 
 
 def startup_part(report: Report) -> str:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from bench import experts
 from bench.http_stream import Address
 from bench.offline import Run, alternate, compare_tokens, numbers_of, random_prompts
 from bench.report import Report, describe_machine, markdown_table, percentiles, read_reports
 from bench.serve import Timing, draw, poisson, summary
+from scripts.measurements import compared_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,3 +135,15 @@ def test_serve_starts_a_server_and_answers_everything_that_arrives(tmp_path: Pat
         assert 0 < row["ttft_ms"]["p50"] <= row["e2e_ms"]["p50"]
     assert report["config"]["server"]["scheduler"]["max_num_seqs"] == 128
     assert (tmp_path / "serve-try.png").is_file()
+
+
+def test_a_checkout_beside_itself_computes_experts_with_equal_bits(tmp_path: Path) -> None:
+    options = experts.parse(
+        ["--before", str(ROOT), "--preset", "tiny", "--rows", "1", "5", "--turns", "2", "--threads", "1"]
+    )
+    report = experts.measure(options)
+    assert list(report.numbers) == ["1 rows, passes per second", "5 rows, passes per second"]
+    assert report.config["turns_with_equal_bits"] == {"1": 2, "5": 2}
+    report.write(tmp_path / "machine")
+    (line,) = (line for line in compared_table(read_reports(tmp_path)).splitlines() if "5 rows" in line)
+    assert line.startswith("| experts of tiny in bfloat16, 1 threads | 5 rows | ")

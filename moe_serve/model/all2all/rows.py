@@ -30,7 +30,7 @@ def sort_gathered(arrived: Sequence[Tensor], rows_by_rank: Sequence[int], layout
     x_AD, slots_AK, weights_AK = arrived
     pairs, counts_e = sort_by_expert(slots_AK, layout.first_slot(rank), layout.num_local(rank))
     ticket = GatheredTicket(pairs, weights_AK, tuple(rows_by_rank), x_AD.dtype)
-    return Sorted(x_AD[pairs // slots_AK.shape[1]], counts_e, ticket)
+    return Sorted(x_AD.index_select(0, pairs // slots_AK.shape[1]), counts_e, ticket)
 
 
 def sort_by_expert(slots_TK: Tensor, first_slot: int, num_local: int) -> tuple[Tensor, Tensor]:
@@ -60,8 +60,10 @@ def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 def add_to_rows(outputs: Tensor, pairs: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """Outputs (R, D) of some pairs, weighted and added to their rows in float32: (T, D) of `dtype`."""
     total_TD = outputs.new_zeros((weights_TK.shape[0], outputs.shape[1]), dtype=torch.float32)
-    weighted = outputs * weights_TK.reshape(-1, 1)[pairs]
-    return total_TD.index_add_(0, pairs // weights_TK.shape[1], weighted.float()).to(dtype)
+    weights = weights_TK.reshape(-1, 1).index_select(0, pairs)
+    # A product of mixed types has the same bits and takes several times as long on a CPU.
+    weighted = outputs * weights if outputs.dtype == torch.float32 else outputs.float().mul_(weights)
+    return total_TD.index_add_(0, pairs // weights_TK.shape[1], weighted).to(dtype)
 
 
 def add_in_order(terms_TKD: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:

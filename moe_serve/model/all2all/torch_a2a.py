@@ -70,7 +70,7 @@ class TorchAllToAll:
         num_sent = needed_NT.sum(dim=1)
         num_received = self._group.exchange_rows(num_sent.view(-1, 1)).flatten().tolist()
         slots = physical_ids_TK[rows].masked_fill(~wanted_NTK[ranks, rows], -1)
-        parts = (x_TD[rows], slots.to(torch.int32))
+        parts = (x_TD.index_select(0, rows), slots.to(torch.int32))
         arriving = self._group.start_all_to_all_ragged(pack(parts), num_sent.tolist(), num_received)
         return arriving.then(lambda packed: self._receive(unpack(packed, parts), num_received, home))
 
@@ -78,7 +78,9 @@ class TorchAllToAll:
         ticket = arrived.ticket
         assert isinstance(ticket, _Ticket)
         home = ticket.home
-        coming = self._group.start_all_to_all_ragged(outputs[ticket.wire_order], ticket.num_pairs, home.num_pairs)
+        coming = self._group.start_all_to_all_ragged(
+            outputs.index_select(0, ticket.wire_order), ticket.num_pairs, home.num_pairs
+        )
         return coming.then(lambda terms: self._add_up(terms, home))
 
     def close(self) -> None:
@@ -97,7 +99,9 @@ class TorchAllToAll:
         x_SD, slots_SK = arrived
         pairs, counts_e = sort_by_expert(slots_SK, self._first_slot, self._num_local)
         num_pairs = [int(part.sum()) for part in torch.split(slots_SK >= 0, num_received)]
-        return Sorted(x_SD[pairs // slots_SK.shape[1]], counts_e, _Ticket(home, pairs.argsort(), num_pairs))
+        return Sorted(
+            x_SD.index_select(0, pairs // slots_SK.shape[1]), counts_e, _Ticket(home, pairs.argsort(), num_pairs)
+        )
 
     def _add_up(self, terms: Tensor, home: _Home) -> Tensor:
         """The terms that came home, put in their places (those of no expert stay zero) and added."""

@@ -88,7 +88,7 @@ class TorchPadded:
         home, hidden = ticket.home, outputs.shape[-1]
         # One row of zeros behind the experts' places: the term of a pair that is not computed here.
         outputs = functional.pad(outputs.reshape(-1, hidden), (0, 0, 0, 1))
-        terms = outputs[ticket.place_SK.flatten()]
+        terms = outputs.index_select(0, ticket.place_SK.flatten())
         counts = [home.padded * ticket.place_SK.shape[1]] * self._group.size
         return self._group.start_all_to_all_ragged(terms, counts, counts).then(lambda came: self._add_up(came, home))
 

@@ -6,6 +6,7 @@ part of it).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +20,11 @@ from moe_serve.model.layers.linear import weight
 GROUPED_MM_ALIGNMENT = 16
 """Bytes; torch's grouped_mm takes no row strides between, and on CUDA it is documented for bfloat16 only."""
 MAX_PADDING, MAX_PADDED_ROWS = 8, 2048
-"""Where padding to one batched product beats a grouped one in bfloat16 on a CPU (in float32 it nowhere does)."""
+"""Where padding to one batched product can beat one product per expert, in bfloat16 on a CPU."""
+CALL_BYTES = 640 << 10
+"""What a product per expert costs beside reading its weights, as bytes that a batched product reads in that time."""
+FEW_ROWS = 16
+"""Up to so many an expert, bfloat16 products on a CPU are faster with the weights on the left: none is repacked."""
 
 
 class ExpertSlots(Protocol):
@@ -75,17 +80,19 @@ class Experts(nn.Module):
                 out = self._batched(rows)
             case RankMajor(rows, ids_RK, weights_RK):
                 pairs, counts_e = sort_by_expert(ids_RK, 0, self.gate_up.shape[0])
-                terms = self._sorted(rows[pairs // ids_RK.shape[1]], counts_e)
+                terms = self._sorted(rows.index_select(0, pairs // ids_RK.shape[1]), counts_e)
                 return add_to_rows(terms, pairs, weights_RK, rows.dtype)
-        return out if weights is None else (out * weights.unsqueeze(-1)).to(out.dtype)
+        return out if weights is None else (out.float() * weights.unsqueeze(-1)).to(out.dtype)
 
     def _sorted(self, rows: Tensor, counts_e: Tensor) -> Tensor:
         if not rows.shape[0]:
             return rows
         if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
-            capacity = int(counts_e.max())
-            if len(counts_e) * capacity <= min(MAX_PADDED_ROWS, MAX_PADDING * rows.shape[0]):
-                return self._padded(rows, counts_e, capacity)
+            counts = counts_e.tolist()
+            if padding_pays(counts, self.slot_bytes):
+                return self._padded(rows, counts_e, max(counts))
+            if rows.shape[0] <= FEW_ROWS * sum(count > 0 for count in counts):
+                return self._one_by_one(rows, counts)
         gate, up = grouped_linear(rows, self.gate_up, counts_e).chunk(2, dim=-1)
         return grouped_linear(functional.silu(gate) * up, self.down, counts_e)
 
@@ -101,18 +108,63 @@ class Experts(nn.Module):
         before_R = (counts_e.cumsum(0) - counts_e)[expert_R]
         place_R = torch.arange(num_rows) - before_R + expert_R * capacity
         padded = rows.new_zeros((num_local * capacity, rows.shape[1])).index_copy_(0, place_R, rows)
-        out = self._batched(padded.view(num_local, capacity, -1))
-        return out.view(num_local * capacity, -1)[place_R]
+        padded = padded.view(num_local, capacity, -1)
+        if capacity <= FEW_ROWS:
+            gate, up = torch.bmm(self.gate_up, padded.transpose(1, 2)).chunk(2, dim=1)
+            out = torch.bmm(self.down, functional.silu(gate) * up).transpose(1, 2)
+        else:
+            out = self._batched(padded)
+        return out.reshape(num_local * capacity, -1).index_select(0, place_R)
+
+    def _one_by_one(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The same, expert after expert; those without rows are not looked at."""
+        out, first = torch.empty_like(rows), 0
+        for expert, count in enumerate(counts):
+            if count:
+                part, first = slice(first, first + count), first + count
+                out[part] = _one_expert(rows[part], self.gate_up[expert], self.down[expert])
+        return out
+
+
+def _one_expert(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Some rows' outputs (n, D). One row is a vector, which is faster again than a matrix of one column."""
+    if rows.shape[0] > FEW_ROWS:
+        gate, up = (rows @ gate_up.t()).chunk(2, dim=1)
+        return (functional.silu(gate) * up) @ down.t()
+    columns = rows[0] if rows.shape[0] == 1 else rows.t()
+    gate, up = (gate_up @ columns).chunk(2)
+    return (down @ (functional.silu(gate) * up)).t()
+
+
+def padding_pays(counts: Sequence[int], expert_bytes: int) -> bool:
+    """Is one batched product, which reads all experts, faster than products of those alone that have rows?
+
+    In bfloat16, on a CPU, where reading weights is what a product of few rows takes its time for. `counts` (e,).
+    """
+    num_padded, busy = len(counts) * max(counts), sum(count > 0 for count in counts)
+    if num_padded > min(MAX_PADDED_ROWS, MAX_PADDING * sum(counts)):
+        return False
+    return len(counts) * expert_bytes <= busy * (expert_bytes + CALL_BYTES)
 
 
 def grouped_linear(rows: Tensor, weights: Tensor, counts_e: Tensor) -> Tensor:
     """The next counts_e[i] rows times weights[i].T: (R, in), (e, out, in) -> (R, out)."""
-    known = rows.device.type == "cpu" or rows.dtype == torch.bfloat16
-    if known and all(width * rows.dtype.itemsize % GROUPED_MM_ALIGNMENT == 0 for width in weights.shape[1:]):
+    if _known_to_torch(weights) and not _mostly_empty(counts_e):
         return functional.grouped_mm(rows, weights.transpose(1, 2), offs=counts_e.cumsum(0).to(torch.int32))
     out = rows.new_empty((rows.shape[0], weights.shape[1]))
     first = 0
-    for matrix, count in zip(weights, counts_e.tolist(), strict=True):
-        torch.mm(rows[first : first + count], matrix.t(), out=out[first : first + count])
-        first += count
+    for expert, count in enumerate(counts_e.tolist()):
+        if count:
+            part, first = slice(first, first + count), first + count
+            torch.mm(rows[part], weights[expert].t(), out=out[part])
     return out
+
+
+def _known_to_torch(weights: Tensor) -> bool:
+    known = weights.device.type == "cpu" or weights.dtype == torch.bfloat16
+    return known and all(width * weights.dtype.itemsize % GROUPED_MM_ALIGNMENT == 0 for width in weights.shape[1:])
+
+
+def _mostly_empty(counts_e: Tensor) -> bool:
+    """On a CPU grouped_mm makes the same products as a loop, with the same bits, and also those of no rows."""
+    return counts_e.device.type == "cpu" and 2 * int(counts_e.count_nonzero()) <= len(counts_e)
