@@ -144,5 +144,6 @@ HARMLESS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "per_layer_config": (None, {}),
         "routed_scaling_factor": (None, 1.0),
         "scoring_func": (None, "softmax"),
+        "n_group": (None, 1),
     }
 )
