@@ -172,5 +172,6 @@ HARMLESS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "routed_scaling_factor": (None, 1.0),
         "scoring_func": (None, "softmax"),
         "transformers_weights": (None,),
+        "n_group": (None, 1),
     }
 )

@@ -44,13 +44,15 @@ class RouterConfig:
     """How a row's experts are chosen and weighted.
 
     `score` of all experts, of which the `top_k` largest are taken; then scaled to add up to one (`norm_topk_prob`),
-    then all times `scale`.
+    then all times `scale`. `num_groups` of neighbouring experts, of which a row takes some only
+    (1: it may take any).
     """
 
     top_k: int
     score: Literal["softmax"] = "softmax"
     norm_topk_prob: bool = False
     scale: float = 1.0
+    num_groups: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,14 @@ from moe_serve.base.errors import ConfigError, MoEServeError
 from moe_serve.cli.chat_command import run_chat
 from moe_serve.cli.eplb import run_eplb
 from moe_serve.cli.make_model import run_make_model
+from moe_serve.cli.plan import run_plan
 from moe_serve.cli.serve import run_serve
 
 USAGE = """usage: moe-serve COMMAND [OPTIONS]
 
 commands:
   serve [MODEL]      serve a model over an OpenAI-compatible HTTP API
+  plan [MODEL]       print what serve would start, where, and whether it fits
   chat               talk to a running server, or with --spawn to one of its own
   make-model DIR     write a small random-weight checkpoint
   eplb COMMAND       plan, replay and weigh expert placements on recorded loads
@@ -31,6 +33,7 @@ def run_version(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": run_serve,
+    "plan": run_plan,
     "chat": run_chat,
     "make-model": run_make_model,
     "eplb": run_eplb,

@@ -25,5 +25,6 @@ def make_rebalancer(config: Config, *, unix_time: Callable[[], float]) -> Rebala
         parallel.eplb_config,
         parallel.topology,
         placement,
+        num_groups=model.router.num_groups,
         unix_time=unix_time,
     )

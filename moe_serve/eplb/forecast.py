@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_serve.base.errors import ConfigError
+from moe_serve.eplb.nodes import NodeSizes
 from moe_serve.eplb.placement import Placement, moves
 from moe_serve.eplb.policies.base import Floats
 from moe_serve.eplb.rearrangement import Proposal, chunks_of
@@ -21,9 +22,13 @@ from moe_serve.eplb.search.weights import Split, solve_split, split_loads
 class Forecast:
     """`expert_bytes` of one expert's weights in one layer; copies on the token's rank or node first, or not."""
 
-    num_nodes: int
+    node_sizes: NodeSizes
     prefer_local: bool
     expert_bytes: int
+
+    @property
+    def num_nodes(self) -> int:
+        return max(1, len(self.node_sizes))
 
     def plan(self, load_LE: Floats, served: Placement, wanted: Placement, *, epoch: int = 0) -> Proposal:
         """From the placement served since `epoch` to another; ConfigError if that is of another model or world."""
@@ -43,7 +48,7 @@ class Forecast:
 
     def split(self, load_LE: Floats, placement: Placement) -> Split:
         """The shares of copies that even the ranks out."""
-        return solve_split(placement, load_LE, num_nodes=self.num_nodes, prefer_local=self.prefer_local)
+        return solve_split(placement, load_LE, node_sizes=self.node_sizes, prefer_local=self.prefer_local)
 
     def rank_loads(self, load_LE: Floats, placement: Placement) -> Floats:
         """float64 (L, R): rows each rank computes, split so."""

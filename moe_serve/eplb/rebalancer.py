@@ -23,6 +23,7 @@ from moe_serve.eplb.answers import UNDER_WAY
 from moe_serve.eplb.books import MAX_HISTORY, Books, Totals
 from moe_serve.eplb.forecast import Forecast
 from moe_serve.eplb.inquiry import Asked, Inquiry
+from moe_serve.eplb.nodes import NodeSizes
 from moe_serve.eplb.placement import Placement
 from moe_serve.eplb.policies.base import Floats
 from moe_serve.eplb.questions import Ordered, Planned, PlanQuestion, SharesQuestion, Situation, Solved, Unsolved
@@ -38,7 +39,7 @@ SHARE_REFRESH_STEPS = 50
 
 
 class Rebalancer:
-    """Experts on the ranks and nodes of `topology`; `expert_bytes` of one in one layer, which the workers tell later.
+    """Experts on the ranks of `topology`; `expert_bytes` of one in one layer, which the workers tell later.
 
     Times are seconds of any clock, but `unix_time` is what the metrics tell. What it returns are orders for engines;
     it does nothing itself. `policy` as in solving.propose; the configured one if None.
@@ -52,14 +53,12 @@ class Rebalancer:
         *,
         policy: str | None = None,
         expert_bytes: int = 0,
-        num_nodes: int = 1,
         num_groups: int = 1,
         unix_time: Callable[[], float],
     ) -> None:
         self.eplb_config = eplb_config
         self.topology = topology
         self.placement = placement
-        self.num_nodes = num_nodes
         self.epoch = 0
         self.books = Books(unix_time)
         self.recording = Recording()
@@ -67,7 +66,7 @@ class Rebalancer:
         self.last_prediction: float | None = None
         self._log: list[str] = []
         self.policy = policy or eplb_config.policy
-        self._forecast = Forecast(num_nodes, eplb_config.prefer_local, expert_bytes)
+        self._forecast = Forecast((), eplb_config.prefer_local, expert_bytes)
         self._num_groups = num_groups
         self._until_next = max(1, eplb_config.step_interval // FIRST_INTERVAL_SHARE)
         self._since_refresh = 0
@@ -83,6 +82,10 @@ class Rebalancer:
     def set_expert_bytes(self, expert_bytes: int) -> None:
         """What the workers found one expert to take in one layer; said before the first load."""
         self._forecast = replace(self._forecast, expert_bytes=expert_bytes)
+
+    def set_nodes(self, node_sizes: NodeSizes) -> None:
+        """Who shares a node, known once everybody has come; said before the first load."""
+        self._forecast = replace(self._forecast, node_sizes=node_sizes)
 
     def hear_load(self, load: StepLoad, now: float) -> list[ForEngine]:
         """A bucket of load; perhaps it is time to ask for a rearrangement, or for another split over the copies."""

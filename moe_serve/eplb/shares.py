@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_serve.base.commands import SetShares, StageExperts
+from moe_serve.eplb.nodes import node_of_rank
 from moe_serve.eplb.placement import Placement
-from moe_serve.eplb.policies.base import nodes_of_ranks
 from moe_serve.eplb.search.weights import Split, cumulated
 
 Table = npt.NDArray[np.float32]
@@ -31,7 +31,7 @@ def table_of_rank(
 
     `placed` any placement of this world: ranks own the same slots in all of them.
     """
-    node = int(nodes_of_ranks(placed.num_ranks, order.num_nodes)[rank])
+    node = node_of_rank(order.node_sizes, rank)
     table_LEC = np.frombuffer(order.shares[node], dtype=np.float32).reshape(len(rows_LP), placed.num_logical, -1).copy()
     if order.local_first and len(rows_LP):
         placement = Placement(np.array(rows_LP, dtype=np.int64), placed.offsets, placed.num_logical)

@@ -13,8 +13,9 @@ from moe_serve.base.registry import import_target
 from moe_serve.base.tables import EPLB_POLICIES
 from moe_serve.eplb.answers import answer_request
 from moe_serve.eplb.forecast import check_alike
+from moe_serve.eplb.nodes import nodes_of_ranks
 from moe_serve.eplb.placement import Placement
-from moe_serve.eplb.policies.base import Policy, Problem, nodes_of_ranks
+from moe_serve.eplb.policies.base import Policy, Problem
 from moe_serve.eplb.questions import (
     Ordered,
     Planned,
@@ -56,7 +57,7 @@ def propose(situation: Situation, policy: str) -> Proposal:
     problem = Problem(
         situation.load_LE,
         situation.served.offsets,
-        situation.forecast.num_nodes,
+        situation.forecast.node_sizes,
         situation.num_groups,
         situation.served,
         seed=situation.seed,
@@ -96,7 +97,7 @@ def _checked(answer: object, served: Placement) -> Placement:
 def _orders(question: SharesQuestion) -> Answer:
     """One order for all engines whose ranks are on the same nodes."""
     split = question.forecast.split(question.load_LE, question.placement)
-    nodes = nodes_of_ranks(question.placement.num_ranks, question.forecast.num_nodes)
+    nodes = nodes_of_ranks(question.forecast.node_sizes or (question.placement.num_ranks,))
     engines: dict[tuple[int, ...], list[int]] = {}
     for dp, ranks in enumerate(nodes.reshape(-1, question.ranks_per_engine)):
         engines.setdefault(tuple(np.unique(ranks).tolist()), []).append(dp)
@@ -112,14 +113,14 @@ def _order(question: SharesQuestion, shares: dict[int, bytes]) -> StageExperts |
     forecast = question.forecast
     if not question.stage:
         return SetShares(
-            epoch=question.epoch, shares=shares, num_nodes=forecast.num_nodes, local_first=forecast.prefer_local
+            epoch=question.epoch, shares=shares, node_sizes=forecast.node_sizes, local_first=forecast.prefer_local
         )
     table_LP = question.placement.physical_to_logical_LP
     return StageExperts(
         epoch=question.epoch,
         rows={layer: table_LP[layer].tolist() for layer in question.layers},
         shares=shares,
-        num_nodes=forecast.num_nodes,
+        node_sizes=forecast.node_sizes,
         local_first=forecast.prefer_local,
         generation=question.generation,
     )

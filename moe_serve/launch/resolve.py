@@ -6,6 +6,7 @@ The exception is `device`, which only a process that has torch can settle; the e
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -21,19 +22,21 @@ from moe_serve.model.partition import make_partition
 DEFAULT_MODEL = "moe-serve-default"
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "default-model"
 HUB_SECONDS = 10.0
+DESCRIPTIONS = ["*.json"]
+HUB_FILES = [*DESCRIPTIONS, "*.safetensors", "*.jinja"]
 log = logging.getLogger(__name__)
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
-def resolve(config: Config) -> tuple[Config, ModelConfig]:
+def resolve(config: Config, *, weights: bool = True) -> tuple[Config, ModelConfig]:
     """A config in which the model is a folder and sizes are settled, and what that folder says.
 
-    Raises ConfigError for everything that can be known before a process is started.
+    Without `weights` a model on the hub is not fetched whole, only what describes it. Raises ConfigError for
+    everything that can be known before a process is started.
     """
     config.parallel.check_built()
-    folder = model_folder(config.model.model, config.model.revision)
+    folder = model_folder(config.model.model, config.model.revision, HUB_FILES if weights else DESCRIPTIONS)
     model = load_model_config(folder)
-    if config.model.load_format == "auto":
+    if weights and config.model.load_format == "auto":
         check_size(folder, model)
     for note in model.notes:
         log.warning("%s", note)
@@ -62,8 +65,8 @@ def resolve(config: Config) -> tuple[Config, ModelConfig]:
     )
 
 
-def model_folder(model: str | None, revision: str | None) -> Path:
-    """The folder of a model: the default one, a folder as given, or a download from the Hugging Face hub."""
+def model_folder(model: str | None, revision: str | None, files: Sequence[str] = HUB_FILES) -> Path:
+    """The folder of a model: the default one, a folder as given, or a download of `files` from the Hugging Face hub."""
     if model is None:
         return default_model()
     folder = Path(model).expanduser()
@@ -73,10 +76,10 @@ def model_folder(model: str | None, revision: str | None) -> Path:
         raise CheckpointError(f"{model} is a file; the model must be a folder in the Hugging Face layout")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"no such model folder: {model} (nor is it an owner/name on the Hugging Face hub)")
-    return _download(model, revision)
+    return _download(model, revision, files)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, files: Sequence[str]) -> Path:
     """A model's folder in the hub's cache, fetched if needed; where the hub cannot be reached, what is there already.
 
     The hub is asked first, since a download would wait for its answer without a bound. Its HTTP library, and with it
@@ -91,7 +94,7 @@ def _download(model: str, revision: str | None) -> Path:
         unreachable = error
     try:
         offline = unreachable is not None
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files), local_files_only=offline))
     except Exception as error:
         raise _not_had(model, unreachable or error) from error
 

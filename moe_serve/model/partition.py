@@ -38,6 +38,11 @@ class Partition:
     placement: Placement | None
     ep_rank: int
 
+    @property
+    def num_slots(self) -> int:
+        """Experts, copies counted, whose weights this rank holds in each MoE layer."""
+        return self.config.num_experts if self.placement is None else len(self.placement.slots_of(self.ep_rank))
+
     def experts_of(self, moe_layer: int) -> list[int]:
         """Logical experts whose weights this rank holds in a layer (counted among MoE layers), in slot order."""
         if self.placement is None:
@@ -77,20 +82,34 @@ class Partition:
 
 def make_partition(config: ModelConfig, parallel: ParallelConfig, rank: int) -> Partition:
     """The part of global rank `rank`; ConfigError where the model cannot be cut so."""
+    return _part(config, parallel, rank, _place(config, parallel))
+
+
+def make_partitions(config: ModelConfig, parallel: ParallelConfig) -> list[Partition]:
+    """The parts of all ranks of the world, in order, as make_partition would give them."""
+    placement = _place(config, parallel)
+    return [_part(config, parallel, rank, placement) for rank in range(parallel.topology.world_size)]
+
+
+def _place(config: ModelConfig, parallel: ParallelConfig) -> Placement | None:
+    if not parallel.enable_expert_parallel:
+        return None
+    return first_placement(parallel, num_layers=len(config.moe_layers), num_experts=config.num_experts)
+
+
+def _part(config: ModelConfig, parallel: ParallelConfig, rank: int, placement: Placement | None) -> Partition:
     topology = parallel.topology
     _, _, tp_rank = topology.coordinates(rank)
     tp, ep, ep_rank = topology.tp, topology.ep, topology.ep_rank(rank)
     _check_heads(config, tp)
     kv_replicas = max(1, tp // config.num_kv_heads)
-    placement, width = None, range(config.expert_size)
-    if parallel.enable_expert_parallel:
-        placement = first_placement(parallel, num_layers=len(config.moe_layers), num_experts=config.num_experts)
-    elif config.expert_size < ep:
+    width = range(config.expert_size)
+    if placement is None and config.expert_size < ep:
         raise ConfigError(
             f"experts of width {config.expert_size} cannot be cut over {ep} ranks (--data-parallel-size x "
             "--tensor-parallel-size); use fewer ranks, or --enable-expert-parallel to spread whole experts"
         )
-    else:
+    if placement is None:
         width = _cut_width(config.expert_size, ep, ep_rank)
     if config.dense_size is not None and config.dense_size < tp:
         raise ConfigError(

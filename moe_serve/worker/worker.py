@@ -33,7 +33,8 @@ from moe_serve.model.decoder import Decoder
 from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.device import choose_device, choose_dtype
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
-from moe_serve.worker.kv_cache import KVShape, blocks_for, cpu_room, cuda_room, fitting_blocks
+from moe_serve.worker.kv_cache import KVShape, cuda_room
+from moe_serve.worker.kv_room import blocks_for, cpu_room, fitting_blocks
 from moe_serve.worker.loading.loader import load_weights
 from moe_serve.worker.loading.tied_head import settle_head
 from moe_serve.worker.runner import Runner, rehearse

@@ -47,7 +47,7 @@ from moe_serve.world.members import (
     slow_step,
     why_not,
 )
-from moe_serve.world.orders import dated, to_engines
+from moe_serve.world.orders import dated, tell_nodes, to_engines
 from moe_serve.world.parcels import Send, answer_parcel
 
 LAST_SECONDS = 30.0
@@ -312,8 +312,8 @@ class Fleet:
         if self.missing():
             return []
         self.ready, self._ready_since = True, now
-        doors = {member: self.front_door(known.hello.node) for member, known in self.members.items()}
-        return [Send(member, WorldReady(front_door=door)) for member, door in doors.items()]
+        tell_nodes(self.rebalancer, self.members.values(), self.topology.tp)
+        return [Send(at, WorldReady(front_door=self.front_door(each.hello.node))) for at, each in self.members.items()]
 
     def _failure(self, known: Member, failure: Failure, now: float) -> list[Send]:
         known.leaving = True

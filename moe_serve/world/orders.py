@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from moe_serve.eplb.nodes import nodes_of_engines
 from moe_serve.eplb.questions import Question, SharesQuestion
 from moe_serve.eplb.rearrangement import ForEngine
+from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.world.members import Member
 from moe_serve.world.parcels import Send
 
@@ -16,6 +18,13 @@ def to_engines(members: Mapping[int, Member], orders: Sequence[ForEngine]) -> li
     """Each order to its engine; engines that are gone get none."""
     engines = {known.hello.dp: member for member, known in members.items() if known.hello.role == "engine"}
     return [Send(engines[each.dp], each.order) for each in orders if each.dp in engines]
+
+
+def tell_nodes(rebalancer: Rebalancer | None, members: Iterable[Member], ranks_per_engine: int) -> None:
+    """Which engines share a node: those that one launcher started. Once all engines are there."""
+    if rebalancer is not None:
+        engines = sorted((known.hello.dp, known.hello.node) for known in members if known.hello.role == "engine")
+        rebalancer.set_nodes(nodes_of_engines([node for _, node in engines], ranks_per_engine))
 
 
 def dated(question: Question, generation: int) -> Question:

@@ -19,7 +19,10 @@ FREE = [
     "moe_serve.executor.base",
     "moe_serve.api",
     "moe_serve.launch",
-    *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb")),
+    "moe_serve.model.footprint",
+    "moe_serve.model.archs",
+    "moe_serve.worker.kv_room",
+    *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb", "plan")),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import shutil
 import subprocess
@@ -25,11 +26,13 @@ from moe_serve.launch.part import NodePart
 from moe_serve.launch.resolve import resolve
 from moe_serve.world.member import ENVIRONMENT, MemberSpec, started
 from tests.support import second_launcher
+from tests.support import watched as watched_executor
 
 pytestmark = [pytest.mark.ranks]
 
 READY_SECONDS = 60.0
 END_SECONDS = 15.0
+LAYERS, NUM_REDUNDANT = 4, 4
 BODY = {"prompt": "together", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 
@@ -58,7 +61,10 @@ class FirstLauncher:
 
 
 def config_for(folder: Path, joins: Node | None = None) -> Config:
-    options = {"model": str(folder), "data_parallel_size": 2, "enable_expert_parallel": True, "max_model_len": 256}
+    options = {"model": str(folder), "data_parallel_size": 3, "enable_expert_parallel": True, "max_model_len": 256}
+    still = {"num_redundant_experts": NUM_REDUNDANT, "policy": "static", "step_interval": 10**9}
+    options |= {"enable_eplb": True, "eplb_config": still, "dtype": "float32"}
+    options |= {"distributed_executor_backend": "tests.support.watched:WatchedExecutor"}
     small = {"kv_cache_memory_bytes": 2**24, "port": 0, "served_model_name": "tiny"}
     meeting = {} if joins is None else {"data_parallel_address": joins.host, "data_parallel_rpc_port": joins.port}
     return resolve(Config.from_flat({**options, **small, **meeting}))[0]
@@ -116,10 +122,19 @@ def says_ready(address: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def world(folders: list[Path]) -> Iterator[tuple[FirstLauncher, str]]:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the ranks write down which copies of experts they use."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("watched")
+        patch.setenv(watched_executor.ENVIRONMENT, str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def world(folders: list[Path], watched: Path) -> Iterator[tuple[FirstLauncher, str]]:
     """Of two launchers, each with its own copy of the model; and where the first one's API server listens."""
     first = FirstLauncher(config_for(folders[0]))
-    part = NodePart(serve_http=False, dp_ranks=(1,), joins=True)
+    part = NodePart(serve_http=False, dp_ranks=(1, 2), joins=True)
     second = second_launcher.start(config_for(folders[1], first.node), first.token, part)
     try:
         first.call(first.node.until_ready())
@@ -149,6 +164,37 @@ def test_two_launchers_form_one_world_that_answers_on_every_rank(world: tuple[Fi
     answers = [complete(address, rank) for rank in (0, 1)]
     assert [answer.status_code for answer in answers] == [200, 200], [answer.text for answer in answers]
     assert answers[0].json()["choices"][0]["text"] == answers[1].json()["choices"][0]["text"]
+
+
+def test_two_launchers_are_two_nodes_and_rows_stay_on_theirs_with_the_same_answers(
+    world: tuple[FirstLauncher, str], watched: Path
+) -> None:
+    _, address = world
+    before = [complete(address, rank).json()["choices"] for rank in range(3)]
+    assert httpx.get(f"http://{address}/eplb", timeout=30).json()["placement"]["num_nodes"] == 2
+    row = [*range(12), 0, 1, *range(12, 22), 2, 3, *range(22, 32)]
+    ranks = [rank for rank in range(3) for _ in range(12)]
+    wanted = {"num_ranks": 3, "num_nodes": 2, "physical_to_logical": [row] * LAYERS, "rank_of_slot": ranks}
+    applied = httpx.post(f"http://{address}/eplb/apply", json={"placement": wanted}, timeout=30)
+    assert applied.status_code == 202, applied.text
+    chosen = [wait_for_slots(watched / f"dp-{rank}.json") for rank in range(3)]
+    # Experts 0 and 1 are also on rank 1, 2 and 3 also on rank 2: these two share a node.
+    others = [[slot] for slot in (*range(4, 12), *range(14, 24), *range(26, 36))]
+    assert chosen[0] == [[[0], [1], [2], [3], *others]] * LAYERS
+    assert chosen[1] == [[[12], [13], [24], [25], *others]] * LAYERS
+    assert chosen[2] == [[[12], [13], [24], [25], *others]] * LAYERS
+    assert [complete(address, rank).json()["choices"] for rank in range(3)] == before
+
+
+def wait_for_slots(file: Path) -> list[list[list[int]]]:
+    """What a rank has written down, once it has."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if file.exists():
+            slots: list[list[list[int]]] = json.loads(file.read_text())
+            return slots
+        time.sleep(0.05)
+    raise AssertionError(f"{file.name} was not written")
 
 
 def test_a_front_end_of_one_rank_serves_it_and_may_be_killed(

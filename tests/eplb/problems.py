@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from moe_serve.eplb.search.scores import mean_of_ratios, rank_loads
 
 @st.composite
 def problems(draw: st.DrawFn, *, most_experts: int = 12, most_ranks: int = 5) -> Problem:
-    """Any experts, ranks, nodes, redundancy that fits, and loads with zeros and ties."""
+    """Any experts, ranks, nodes of any sizes, redundancy that fits, and loads with zeros and ties."""
     layers, experts = draw(st.integers(1, 3)), draw(st.integers(1, most_experts))
     ranks = draw(st.integers(1, most_ranks))
     holders = min(ranks, experts)  # with fewer experts than ranks, some ranks may be empty
@@ -24,14 +24,10 @@ def problems(draw: st.DrawFn, *, most_experts: int = 12, most_ranks: int = 5) ->
     load_LE = np.array(draw(st.lists(loads, min_size=layers, max_size=layers)), dtype=np.float64)
     load_LE[0, 0] += 1  # not zero everywhere
     groups = draw(st.sampled_from([count for count in range(1, experts + 1) if experts % count == 0]))
-    return problem_of(
-        load_LE,
-        num_ranks=ranks,
-        num_redundant=redundant,
-        num_nodes=draw(st.integers(1, ranks)),
-        num_groups=groups,
-        seed=draw(st.integers(0, 3)),
-    )
+    cuts = sorted(draw(st.sets(st.integers(1, ranks - 1)))) if ranks > 1 else []
+    sizes = tuple(stop - start for start, stop in pairwise([0, *cuts, ranks]))
+    even = problem_of(load_LE, num_ranks=ranks, num_redundant=redundant)
+    return Problem(even.load_LE, even.offsets, sizes, groups, seed=draw(st.integers(0, 3)))
 
 
 def balancedness(problem: Problem, placement: Placement) -> float:

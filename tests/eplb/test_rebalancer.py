@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_serve.base.balance_messages import Record, StageReport, StepLoad
 from moe_serve.base.errors import ConfigError, Conflict
 from moe_serve.eplb.books import MAX_HISTORY
+from moe_serve.eplb.nodes import nodes_of_ranks
 from moe_serve.eplb.placement import Placement, initial_placement, moves
 from moe_serve.eplb.policies.base import Problem
 from moe_serve.eplb.policies.shuffle import shuffle
@@ -17,6 +20,7 @@ from moe_serve.eplb.questions import PlanQuestion, Question, SharesQuestion, Sol
 from moe_serve.eplb.rearrangement import MAX_CHUNK_BYTES, chunks_of
 from moe_serve.eplb.rebalancer import ROLLBACK, SHARE_REFRESH_STEPS, STAGE_SECONDS
 from moe_serve.eplb.shares import layers_of, table_of_rank
+from tests.support import policies
 from tests.support.balancing import (
     EXPERTS,
     LAYERS,
@@ -478,6 +482,37 @@ def test_shares_are_refreshed_for_the_epoch_that_is_served() -> None:
     assert len(found) == 2 * 2, "two refreshes, two engines"
     assert {order.epoch for order in found} == {1}
     assert [set(order.shares) for order in found] == [{0}] * 4, "one node"
+
+
+@given(st.integers(0, 50), st.sampled_from([(1, 3), (2, 2), (3, 1), (1, 1, 2)]))
+def test_rows_of_a_rank_take_its_own_copy_then_one_of_its_node(seed: int, node_sizes: tuple[int, ...]) -> None:
+    balanced = Balanced(dp=2, tp=2, num_redundant=8)
+    balanced.rebalancer.set_nodes(node_sizes)
+    balanced.load(skewed(seed))
+    balanced.finish(balanced.begin())
+    counts = np.broadcast_to(skewed(seed), (LAYERS, 2, EXPERTS))
+    orders = shares(balanced.load(counts, steps=SHARE_REFRESH_STEPS))
+    assert len(orders) == 2
+    placed, node_R = balanced.rebalancer.placement, nodes_of_ranks(node_sizes)
+    rank_P, copies_LEC = placed.rank_of_slot(), placed.logical_to_physical()
+    for rank in range(4):
+        table_LEC = table_of_rank(orders[rank // 2], placed.physical_to_logical_LP.tolist(), placed, rank)
+        for layer, expert in np.ndindex(LAYERS, EXPERTS):
+            slots = copies_LEC[layer, expert]
+            slots = slots[slots >= 0]
+            own, near = rank_P[slots] == rank, node_R[rank_P[slots]] == node_R[rank]
+            allowed = own if own.any() else near if near.any() else np.ones(len(slots), dtype=bool)
+            share = np.diff(table_LEC[layer, expert, : len(slots)], prepend=0.0)
+            assert np.isclose(share[allowed].sum(), 1, atol=1e-6)
+
+
+def test_a_policy_is_told_the_nodes_and_groups_of_the_world() -> None:
+    balanced = Balanced(dp=2, tp=2, policy=policies.telling_the_world, num_groups=4)
+    balanced.load(steps=100)
+    balanced.rebalancer.set_nodes((1, 3))
+    balanced.load(steps=100)
+    told = [entry["text"] for entry in balanced.rebalancer.history]
+    assert told == ["nodes (4,), groups 4", "nodes (1, 3), groups 4"]
 
 
 def test_shares_rest_during_a_rearrangement_and_without_redundancy() -> None:

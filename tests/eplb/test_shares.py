@@ -23,7 +23,7 @@ def cases(draw: st.DrawFn) -> tuple[Split, Floats, Problem]:
     problem = draw(problems(most_experts=6, most_ranks=6))
     placement = draw(st.sampled_from([shuffle, sticky]))(problem)
     load_LE = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 99, problem.load_LE.shape).astype(float)
-    split = solve_split(placement, load_LE, num_nodes=problem.num_nodes, prefer_local=draw(st.booleans()))
+    split = solve_split(placement, load_LE, node_sizes=problem.node_sizes, prefer_local=draw(st.booleans()))
     return split, load_LE, problem
 
 
@@ -34,7 +34,7 @@ def test_what_a_rank_makes_of_its_nodes_table_is_what_was_worked_out_for_it_alon
     split, _, problem = case
     layers = list(range(problem.num_layers))[::-2][::-1]
     tables = {node: table_of_node(split, node, layers).tobytes() for node in range(problem.num_nodes)}
-    order = SetShares(epoch=0, shares=tables, num_nodes=problem.num_nodes, local_first=split.prefer_local)
+    order = SetShares(epoch=0, shares=tables, node_sizes=problem.node_sizes, local_first=split.prefer_local)
     rows = [split.placement.physical_to_logical_LP[layer].tolist() for layer in layers]
     for rank in range(problem.num_ranks):
         expected = cumulative(split, rank)[1][layers].astype(np.float32)
@@ -45,7 +45,7 @@ def test_what_a_rank_makes_of_its_nodes_table_is_what_was_worked_out_for_it_alon
 def test_sources_that_are_not_known_count_as_if_every_rank_sent_the_same(case: tuple[Split, Floats, Problem]) -> None:
     split, load_LE, problem = case
     load_RLE = np.broadcast_to(load_LE / problem.num_ranks, (problem.num_ranks, *load_LE.shape))
-    by_source = solve_split(split.placement, load_RLE, num_nodes=problem.num_nodes, prefer_local=split.prefer_local)
+    by_source = solve_split(split.placement, load_RLE, node_sizes=problem.node_sizes, prefer_local=split.prefer_local)
     assert np.allclose(split_loads(split, load_LE), split_loads(split, load_RLE))
     peaks = [
         sum_by_rank(split_loads(each, load_LE), split.placement.offsets).max(axis=1) for each in (split, by_source)

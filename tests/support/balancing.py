@@ -40,6 +40,7 @@ class Balanced:
         policy: Policy = shuffle,
         expert_bytes: int = EXPERT_BYTES,
         num_redundant: int = 2,
+        num_groups: int = 1,
         **config: object,
     ) -> None:
         values = {"step_interval": 100, "window_size": 100, "min_gain": 0, "num_redundant_experts": num_redundant}
@@ -53,6 +54,7 @@ class Balanced:
             ),
             policy=name_of(policy),
             expert_bytes=expert_bytes,
+            num_groups=num_groups,
             unix_time=lambda: UNIX_TIME,
         )
 

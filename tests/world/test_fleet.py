@@ -566,6 +566,20 @@ def test_an_engine_that_is_ready_says_how_large_an_expert_is_to_whoever_balances
     assert plan.num_bytes == 77 * plan.num_moves
 
 
+def test_whoever_balances_learns_which_engines_share_a_node_once_all_have_come() -> None:
+    fleet = make_fleet(dp=4, tp=2)
+    balanced = Balanced(dp=4, tp=2, num_redundant=0)
+    fleet.rebalancer = balanced.rebalancer
+    fleet.has_workers = False
+    for dp in (2, 0, 3, 1):
+        fleet.hear(dp, engine(dp, node="one" if dp == 0 else "other"), 0.0)
+    fleet.hear(9, API, 0.0)
+    for member in (0, 1, 2, 3, 9):
+        fleet.hear(member, Ready(), 0.0)
+    assert fleet.ready
+    assert balanced.rebalancer.situation().forecast.node_sizes == (2, 6)
+
+
 # --- members that may go, and generations ----------------------------------------------------------------------------
 
 GUEST = Hello(

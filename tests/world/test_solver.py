@@ -46,7 +46,7 @@ asyncio.run(main())
 def question(policy: Policy, number: int = 1) -> PlanQuestion:
     placement = initial_placement("linear", num_layers=2, num_experts=8, num_ranks=2, num_redundant=2)
     load_LE = np.arange(16, dtype=np.float64).reshape(2, 8)
-    situation = Situation(3, load_LE, placement, Forecast(1, True, 1000), num_groups=1, seed=5)
+    situation = Situation(3, load_LE, placement, Forecast((1, 1), True, 1000), num_groups=1, seed=5)
     return PlanQuestion(number=number, situation=situation, policy=name_of(policy))
 
 

@@ -9,8 +9,9 @@ from typing import cast
 import numpy as np
 
 from moe_serve.base.tables import EPLB_POLICIES
+from moe_serve.eplb.nodes import NodeSizes, nodes_of_ranks
 from moe_serve.eplb.placement import Ints, Moves, Placement, keep_slots, moves
-from moe_serve.eplb.policies.base import Floats, Policy, Problem, nodes_of_ranks
+from moe_serve.eplb.policies.base import Floats, Policy, Problem
 from moe_serve.eplb.search.scores import layer_balancedness, peaks, rank_loads
 
 
@@ -22,7 +23,7 @@ class Plan:
     before: Placement
     after: Placement
     load_LE: Floats
-    num_nodes: int
+    node_sizes: NodeSizes
     solve_seconds: float
 
     @property
@@ -43,7 +44,7 @@ class Plan:
             "balancedness_min_layer": float(after_L.min()),
             "moved_experts": len(made),
             "moved_share": len(made) / self.after.physical_to_logical_LP.size,
-            "cross_node_moves": cross_node_moves(self.before, self.after, self.num_nodes),
+            "cross_node_moves": cross_node_moves(self.before, self.after, self.node_sizes),
             "duplicate_slots": self.after.num_duplicates(),
         }
 
@@ -56,16 +57,16 @@ def make_plan(problem: Problem, policy: str) -> Plan:
     seconds = time.perf_counter() - started
     before = problem.start()
     after.check()
-    return Plan(policy, before, keep_slots(before, after), problem.load_LE, problem.num_nodes, seconds)
+    return Plan(policy, before, keep_slots(before, after), problem.load_LE, problem.node_sizes, seconds)
 
 
-def cross_node_moves(before: Placement, after: Placement, num_nodes: int) -> int:
+def cross_node_moves(before: Placement, after: Placement, node_sizes: NodeSizes) -> int:
     """Moved slots whose expert no rank of their node held before: these must come over the network between nodes."""
     made = moves(before, after)
-    node_R = nodes_of_ranks(after.num_ranks, num_nodes)
+    node_R = nodes_of_ranks(node_sizes)
 
     def cells(layer: Ints, rank: Ints, expert: Ints) -> Ints:
-        return (layer * num_nodes + node_R[rank]) * after.num_logical + expert
+        return (layer * len(node_sizes) + node_R[rank]) * after.num_logical + expert
 
     layers = np.arange(before.num_layers)[:, None]
     held = cells(layers, before.rank_of_slot(), before.physical_to_logical_LP)

@@ -140,7 +140,7 @@ def _replay_one(
         outcome.moved_experts.append(made)
         outcome.moved_share.append(made / plan.after.physical_to_logical_LP.size)
         outcome.moved_bytes.append(made * world.expert_bytes)
-        outcome.cross_node_moves.append(cross_node_moves(plan.before, plan.after, world.num_nodes))
+        outcome.cross_node_moves.append(cross_node_moves(plan.before, plan.after, problem.node_sizes))
         outcome.duplicate_slots.append(plan.after.num_duplicates())
         current = plan.after
         balanced, seconds = score_steps(scored, current, world)

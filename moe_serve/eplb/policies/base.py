@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.topology import split_range
+from moe_serve.eplb.nodes import NodeSizes, even_nodes, nodes_of_ranks
 from moe_serve.eplb.placement import Ints, Placement, even_offsets, initial_placement
 
 Floats = npt.NDArray[np.float64]
@@ -24,12 +24,12 @@ class Problem:
     """Loads to balance. `load_LE` is float64 (L, E): tokens that chose each expert, any unit, finite, not negative.
 
     `offsets` are the slot offsets of the ranks (as in Placement); `num_groups` the groups of neighbouring experts
-    that the router picks from (1: none); `seed` is for policies that draw lots. Ranks are on nodes in order.
+    that the router picks from (1: none); `seed` is for policies that draw lots. `node_sizes` are never () once made.
     """
 
     load_LE: Floats
     offsets: tuple[int, ...]
-    num_nodes: int = 1
+    node_sizes: NodeSizes = ()
     num_groups: int = 1
     current: Placement | None = None
     seed: int = 0
@@ -37,8 +37,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "load_LE", check_load(self.load_LE))
+        object.__setattr__(self, "node_sizes", self.node_sizes or (self.num_ranks,))
         self._check_sizes()
-        object.__setattr__(self, "node_of_rank", nodes_of_ranks(self.num_ranks, self.num_nodes))
+        object.__setattr__(self, "node_of_rank", nodes_of_ranks(self.node_sizes))
 
     @property
     def num_layers(self) -> int:
@@ -51,6 +52,10 @@ class Problem:
     @property
     def num_ranks(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.node_sizes)
 
     @property
     def num_physical(self) -> int:
@@ -81,8 +86,8 @@ class Problem:
                 f"{redundant} redundant experts cannot fit: {experts} experts on {ranks} ranks have room for at most "
                 f"{experts * (holders - 1)}, when every rank holds every expert"
             )
-        if not 1 <= self.num_nodes <= ranks:
-            raise ConfigError(f"the number of nodes must lie in [1, {ranks}] for {ranks} ranks, not {self.num_nodes}")
+        if sum(self.node_sizes) != ranks or min(self.node_sizes) < 1:
+            raise ConfigError(f"nodes of {list(self.node_sizes)} ranks do not add up to the {ranks} ranks of the world")
         if self.num_groups < 1 or experts % self.num_groups:
             raise ConfigError(f"the number of groups must divide the {experts} experts, not {self.num_groups}")
         if self.current is not None:
@@ -121,7 +126,7 @@ def problem_of(
     offsets = current.offsets if current is not None else even_offsets(load.shape[1] + num_redundant, num_ranks)
     if offsets[-1] != load.shape[1] + num_redundant or len(offsets) != num_ranks + 1:
         offsets = even_offsets(load.shape[1] + num_redundant, num_ranks)  # refused with the sizes of both
-    return Problem(load, offsets, num_nodes, num_groups, current, seed)
+    return Problem(load, offsets, even_nodes(num_ranks, num_nodes), num_groups, current, seed)
 
 
 def check_load(load: npt.NDArray[np.generic]) -> Floats:
@@ -140,9 +145,3 @@ def check_load(load: npt.NDArray[np.generic]) -> Floats:
     if not values.any():
         raise ConfigError("the load is zero everywhere: nothing was recorded, so there is nothing to balance")
     return values
-
-
-def nodes_of_ranks(num_ranks: int, num_nodes: int) -> Ints:
-    """int64 (R,): the node of each rank; neighbours share a node, larger nodes first."""
-    counts = [len(split_range(num_ranks, num_nodes, node)) for node in range(num_nodes)]
-    return np.repeat(np.arange(num_nodes, dtype=np.int64), counts)

@@ -33,8 +33,9 @@ def deepseek_global(problem: Problem) -> Placement:
 
 def _check_even(problem: Problem) -> None:
     slots, ranks, nodes = problem.num_physical, problem.num_ranks, problem.num_nodes
-    if ranks % nodes:
-        raise ConfigError(f"policy deepseek needs equally many ranks on every node, not {ranks} ranks on {nodes} nodes")
+    if len(set(problem.node_sizes)) > 1:
+        sizes = ", ".join(map(str, problem.node_sizes))
+        raise ConfigError(f"policy deepseek needs equally many ranks on every node, not {sizes}")
     if slots % ranks or len(set(problem.slots_of_ranks.tolist())) > 1:
         fitting = -problem.num_experts % ranks
         raise ConfigError(

@@ -75,7 +75,7 @@ def _part(problem: Problem, layer_X: Ints, current: Placement | None = None) -> 
     load_XE = problem.load_LE[layer_X]
     if not load_XE.any():  # a problem needs some load somewhere
         load_XE = np.ones_like(load_XE)
-    return Problem(load_XE, problem.offsets, problem.num_nodes, problem.num_groups, current)
+    return Problem(load_XE, problem.offsets, problem.node_sizes, problem.num_groups, current)
 
 
 def _improve(problem: Problem, load_LE: Floats, stickiness: Stickiness) -> Placement:
@@ -159,7 +159,7 @@ def _ungroup_poor(problem: Problem, load_LE: Floats, placement: Placement, least
     poor_L = np.flatnonzero(peak_L > least_L + LEAST_PRICE_OF_GROUPS)
     if not len(poor_L):
         return placement
-    part = Problem(load_LE[poor_L], problem.offsets, problem.num_nodes)
+    part = Problem(load_LE[poor_L], problem.offsets, problem.node_sizes)
     anew = _deal_anew(part, load_LE[poor_L])
     better = peaks(rank_loads(part.load_LE, anew)) < peak_L[poor_L] - LEAST_PRICE_OF_GROUPS
     table_LP = placement.physical_to_logical_LP.copy()
@@ -209,7 +209,7 @@ def _redeal_hopeless(problem: Problem, mended: Placement, load_LE: Floats, stick
     poor_L = np.flatnonzero(peak_L > least_L * (1 + stickiness.hopeless))
     if not len(poor_L):
         return mended
-    part = Problem(load_LE[poor_L], problem.offsets, problem.num_nodes, problem.num_groups)
+    part = Problem(load_LE[poor_L], problem.offsets, problem.node_sizes, problem.num_groups)
     anew = _deal_anew(part, load_LE[poor_L])
     better = peaks(rank_loads(part.load_LE, anew)) * (1 + stickiness.hopeless) < peak_L[poor_L]
     if not better.any():
@@ -245,7 +245,8 @@ def _duplicates(placement: Placement) -> Ints:
 def _homes(problem: Problem, load_LE: Floats, current: Placement | None) -> Ints | None:
     """int64 (L, E + 1): the node each expert's group should be on, -1 for nobody; None if groups do not matter."""
     nodes, groups = problem.num_nodes, problem.num_groups
-    if nodes == 1 or groups == 1 or groups % nodes:
+    uneven = max(problem.node_sizes) - min(problem.node_sizes) > 1  # each node would get as many groups
+    if nodes == 1 or groups == 1 or groups % nodes or uneven:
         return None
     size = problem.num_experts // groups
     weight_LG = load_LE.reshape(len(load_LE), groups, size).sum(axis=2)

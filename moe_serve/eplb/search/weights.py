@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_serve.base.errors import ConfigError
+from moe_serve.eplb.nodes import NodeSizes, nodes_of_ranks
 from moe_serve.eplb.placement import Ints, Placement
-from moe_serve.eplb.policies.base import Floats, nodes_of_ranks
+from moe_serve.eplb.policies.base import Floats
 from moe_serve.eplb.search.scores import sum_by_rank
 
 SWEEPS = 10
@@ -30,7 +31,7 @@ class Split:
     """
 
     placement: Placement
-    num_nodes: int
+    node_sizes: NodeSizes
     prefer_local: bool
     anywhere_LP: Floats
     on_node_LP: Floats
@@ -49,7 +50,7 @@ class Split:
     def _shares_on_node(self, node: int) -> Floats:
         if not self.prefer_local:
             return self.anywhere_LP
-        where = _Where(self.placement, self.num_nodes)
+        where = _Where(self.placement, self.node_sizes)
         on_node_LE = where.on_node_LNE[:, node]
         near_LP = np.where(where.node_P == node, self.on_node_LP, 0.0)
         copies_near_LP = np.take_along_axis(on_node_LE, self.placement.physical_to_logical_LP, axis=1)
@@ -65,22 +66,22 @@ def cumulated(share_XC: Floats) -> Floats:
     return total_XC
 
 
-def even_split(placement: Placement, *, num_nodes: int = 1, prefer_local: bool = False) -> Split:
+def even_split(placement: Placement, *, node_sizes: NodeSizes = (), prefer_local: bool = False) -> Split:
     """Equal shares: where to begin, and what holds until load was seen."""
-    where = _Where(placement, num_nodes)
+    where = _Where(placement, node_sizes)
     anywhere_LP, on_node_LP = np.ones((2, *placement.physical_to_logical_LP.shape))
-    return Split(placement, num_nodes, prefer_local, where.per_expert(anywhere_LP), where.per_node(on_node_LP))
+    return Split(placement, where.node_sizes, prefer_local, where.per_expert(anywhere_LP), where.per_node(on_node_LP))
 
 
 def solve_split(
-    placement: Placement, load: Floats, *, num_nodes: int = 1, prefer_local: bool = False, sweeps: int = SWEEPS
+    placement: Placement, load: Floats, *, node_sizes: NodeSizes = (), prefer_local: bool = False, sweeps: int = SWEEPS
 ) -> Split:
     """Shares under which rank loads even out, by multiplicative sweeps from an even start; of these the best.
 
     `load` is float64 (L, E), then every rank sends the same part, or (R, L, E) by source rank.
     """
-    split = even_split(placement, num_nodes=num_nodes, prefer_local=prefer_local)
-    where = _Where(placement, num_nodes)
+    split = even_split(placement, node_sizes=node_sizes, prefer_local=prefer_local)
+    where = _Where(placement, node_sizes)
     fixed_LP, near_LP, far_LP = _pools(where, load, prefer_local)
     anywhere_LP, on_node_LP = split.anywhere_LP, split.on_node_LP
     by_source_XLE = load.reshape(-1, placement.num_layers, placement.num_logical)
@@ -99,12 +100,12 @@ def solve_split(
         anywhere_LP = where.per_expert(anywhere_LP * relief_LP)
         if prefer_local:
             on_node_LP = where.per_node(on_node_LP * relief_LP)
-    return Split(placement, num_nodes, prefer_local, *best)
+    return Split(placement, where.node_sizes, prefer_local, *best)
 
 
 def split_loads(split: Split, load: Floats) -> Floats:
     """float64 (L, P): tokens of each slot when `load`, (L, E) or (R, L, E) by source rank, is split so."""
-    where = _Where(split.placement, split.num_nodes)
+    where = _Where(split.placement, split.node_sizes)
     fixed_LP, near_LP, far_LP = _pools(where, load, split.prefer_local)
     return fixed_LP + split.on_node_LP * near_LP + split.anywhere_LP * far_LP
 
@@ -123,10 +124,11 @@ def _is_by_source(placement: Placement, load: Floats) -> bool:
 class _Where:
     """Where the copies are: counts by rank and node, and sums over the copies of an expert."""
 
-    def __init__(self, placement: Placement, num_nodes: int) -> None:
+    def __init__(self, placement: Placement, node_sizes: NodeSizes) -> None:
         self.placement = placement
-        self.num_nodes = num_nodes
-        self.node_R = nodes_of_ranks(placement.num_ranks, num_nodes)
+        self.node_sizes = node_sizes or (placement.num_ranks,)
+        self.num_nodes = num_nodes = len(self.node_sizes)
+        self.node_R = nodes_of_ranks(self.node_sizes)
         self.rank_P = placement.rank_of_slot()
         self.node_P = self.node_R[self.rank_P]
         layers, experts = placement.num_layers, placement.num_logical

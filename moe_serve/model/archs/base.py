@@ -41,6 +41,7 @@ class WeightRule:
 
     Names may hold {layer} and {expert}. `names` are alternatives that different generations of writers use;
     `stacked` further ones that hold all experts in one tensor. `layers`: the kind of feed-forward that has it.
+    `float32`: kept so whatever the model's type.
     """
 
     parameter: str
@@ -48,6 +49,7 @@ class WeightRule:
     axes: tuple[Axis, ...]
     stacked: tuple[Stacked, ...] = ()
     layers: LayerKind = "all"
+    float32: bool = False
 
     def places(self, config: ModelConfig) -> Iterator[tuple[int | None, int | None]]:
         """The (layer, expert) pairs this rule stands for; None where its names do not ask for one."""
@@ -122,6 +124,7 @@ def expert_weights(gate: str, up: str, down: str, *, blocks: tuple[str, ...] = (
             tuple(f"{layer}.gate.weight" for layer in layers),
             ("experts", "hidden"),
             layers="moe",
+            float32=True,
         ),
         expert("gate", gate, ("width", "hidden"), "gate_up_proj", 0, 2),
         expert("up", up, ("width", "hidden"), "gate_up_proj", 1, 2),

@@ -28,6 +28,7 @@ class Router(nn.Module):
         """Logical expert ids (T, K) int64, heaviest first, and their weights (T, K) float32."""
         settings = self.settings
         assert settings.score == "softmax"
+        assert settings.num_groups == 1
         scores_TE = functional.linear(x_TD.float(), self.weight).softmax(dim=-1)
         weights_TK, ids_TK = scores_TE.topk(settings.top_k, dim=-1)
         if settings.norm_topk_prob:

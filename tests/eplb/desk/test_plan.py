@@ -44,9 +44,9 @@ def test_a_move_crosses_nodes_if_no_rank_of_the_node_held_the_expert() -> None:
     old = Placement(np.array([[0, 1, 2, 3]]), (0, 1, 2, 3, 4), 4)
     new = Placement(np.array([[1, 0, 0, 3]]), (0, 1, 2, 3, 4), 4)
     assert len(moves(old, new)) == 3
-    assert cross_node_moves(old, new, 2) == 1
-    assert cross_node_moves(old, new, 1) == 0
-    assert cross_node_moves(old, new, 4) == 3
+    assert cross_node_moves(old, new, (2, 2)) == 1
+    assert cross_node_moves(old, new, (4,)) == 0
+    assert cross_node_moves(old, new, (1, 1, 1, 1)) == 3
 
 
 def test_layers_come_in_the_order_of_gain_per_move_in_chunks_of_bounded_size() -> None:

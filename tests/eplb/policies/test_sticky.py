@@ -34,7 +34,7 @@ GENERATED = {
 
 def with_current(problem: Problem, current: Placement, load_LE: Floats | None = None) -> Problem:
     load_LE = problem.load_LE if load_LE is None else load_LE
-    return Problem(load_LE, problem.offsets, problem.num_nodes, problem.num_groups, current)
+    return Problem(load_LE, problem.offsets, problem.node_sizes, problem.num_groups, current)
 
 
 @given(problems(most_experts=16, most_ranks=6))
@@ -124,7 +124,7 @@ def follow(policy: object, popularity_WLE: Floats, num_redundant: int) -> Drift:
         placement = policy(problem)  # type: ignore[operator]
         if current is not None:
             moved.append(len(moves(current, placement)) / placement.physical_to_logical_LP.size)
-            crossing.append(cross_node_moves(current, placement, NODES))
+            crossing.append(cross_node_moves(current, placement, problem.node_sizes))
         current = placement
         steps = sample(generator, np.repeat(next_LE[None], 6, axis=0), tokens=16384).astype(float)
         first = sample(generator, next_LE, tokens=16384 * 24).astype(float)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from moe_serve.eplb.nodes import nodes_of_ranks
 from moe_serve.eplb.placement import Ints
-from moe_serve.eplb.policies.base import Floats, nodes_of_ranks
+from moe_serve.eplb.policies.base import Floats
 from moe_serve.eplb.search.weights import Split
 
 
@@ -14,7 +15,7 @@ def shares_from(split: Split, rank: int) -> Floats:
     if not split.prefer_local:
         return split.anywhere_LP
     placement = split.placement
-    rank_P, node_R = placement.rank_of_slot(), nodes_of_ranks(placement.num_ranks, split.num_nodes)
+    rank_P, node_R = placement.rank_of_slot(), nodes_of_ranks(split.node_sizes)
     mine_P, near_P = rank_P == rank, node_R[rank_P] == node_R[rank]
     copies_here_LP, copies_near_LP = _copies(split, mine_P), _copies(split, near_P)
     local_LP = np.where(mine_P, 1.0 / np.maximum(copies_here_LP, 1), 0.0)

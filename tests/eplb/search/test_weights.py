@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from bench.traces import lognormal, sample
 from moe_serve.base.errors import ConfigError
+from moe_serve.eplb.nodes import even_nodes
 from moe_serve.eplb.placement import Placement
-from moe_serve.eplb.policies.base import Floats, Problem, nodes_of_ranks, problem_of
+from moe_serve.eplb.policies.base import Floats, Problem, problem_of
 from moe_serve.eplb.policies.shuffle import shuffle
 from moe_serve.eplb.policies.sticky import sticky
 from moe_serve.eplb.search.scores import mean_of_ratios, peaks, rank_loads, sum_by_rank
@@ -27,7 +28,7 @@ def splits(draw: st.DrawFn) -> tuple[Split, Floats, Problem]:
     generator = np.random.default_rng(draw(st.integers(0, 9)))
     shape = (problem.num_ranks, *problem.load_LE.shape)
     load_RLE = generator.integers(0, 9, shape).astype(float)
-    split = solve_split(placement, load_RLE, num_nodes=problem.num_nodes, prefer_local=draw(st.booleans()))
+    split = solve_split(placement, load_RLE, node_sizes=problem.node_sizes, prefer_local=draw(st.booleans()))
     return split, load_RLE, problem
 
 
@@ -58,7 +59,7 @@ def test_a_copy_on_the_rank_is_taken_first_then_one_on_the_node(case: tuple[Spli
     if not split.prefer_local:
         return
     rank_P = split.placement.rank_of_slot()
-    node_R = nodes_of_ranks(problem.num_ranks, problem.num_nodes)
+    node_R = problem.node_of_rank
     for rank in range(problem.num_ranks):
         shares_LP = shares_from(split, rank)
         for layer, row in enumerate(split.placement.physical_to_logical_LP):
@@ -100,7 +101,7 @@ def test_hashes_spread_over_the_copies_as_the_shares_say() -> None:
 @given(splits())
 def test_no_layer_is_worse_off_than_with_even_shares(case: tuple[Split, Floats, Problem]) -> None:
     split, load_RLE, problem = case
-    even = even_split(split.placement, num_nodes=problem.num_nodes, prefer_local=split.prefer_local)
+    even = even_split(split.placement, node_sizes=problem.node_sizes, prefer_local=split.prefer_local)
     solved_L, even_L = (
         peaks(sum_by_rank(split_loads(which, load_RLE), split.placement.offsets)) for which in (split, even)
     )
@@ -128,8 +129,8 @@ def test_local_preference_is_solved_with_what_stays_local_taken_as_given(by_sour
     scores = [
         mean_of_ratios(sum_by_rank(split_loads(split, load), placement.offsets))
         for split in (
-            even_split(placement, num_nodes=4, prefer_local=True),
-            solve_split(placement, load, num_nodes=4, prefer_local=True),
+            even_split(placement, node_sizes=even_nodes(32, 4), prefer_local=True),
+            solve_split(placement, load, node_sizes=even_nodes(32, 4), prefer_local=True),
         )
     ]
     assert scores[1] > scores[0] + 0.02

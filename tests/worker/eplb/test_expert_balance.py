@@ -168,7 +168,7 @@ def stage_of(scene: Scene, epoch: int) -> StageExperts:
     layers = [0] if epoch % 2 else list(range(LAYERS))
     placement = scene.placement(epoch)
     rows = {layer: placement.physical_to_logical_LP[layer].tolist() for layer in layers}
-    return StageExperts(epoch=epoch, rows=rows, shares=scene.shares(epoch, placement, layers), num_nodes=RANKS)
+    return StageExperts(epoch=epoch, rows=rows, shares=scene.shares(epoch, placement, layers), node_sizes=(1,) * RANKS)
 
 
 Counts = list[list[list[int]]]
@@ -186,7 +186,7 @@ def through_rearrangements(seat: Seat, scene: Scene) -> tuple[Counts, list[bytes
             done.append(part.step(commit=epoch))
             served = current(scene, epoch)
             part.balance.set_shares(
-                SetShares(epoch=epoch, shares=scene.shares(50, served, range(LAYERS)), num_nodes=RANKS)
+                SetShares(epoch=epoch, shares=scene.shares(50, served, range(LAYERS)), node_sizes=(1,) * RANKS)
             )
             done.append(part.step(collect=True))
     return [counts for counts, _ in done], [load for _, load in done]
@@ -302,7 +302,7 @@ def late_shares(seat: Seat, scene: Scene) -> tuple[bool, bool, bool]:
         for epoch in (0, 3, 2):
             before = [layer.expert_map.shares_EC.clone() for layer in part.layers]  # type: ignore[union-attr]
             part.balance.set_shares(
-                SetShares(epoch=epoch, shares=scene.shares(60, served, range(LAYERS)), num_nodes=RANKS)
+                SetShares(epoch=epoch, shares=scene.shares(60, served, range(LAYERS)), node_sizes=(1,) * RANKS)
             )
             pairs = zip(part.layers, before, strict=True)
             changed.append(any(not torch.equal(layer.expert_map.shares_EC, old) for layer, old in pairs))  # type: ignore[arg-type]

@@ -1,0 +1,259 @@
+"""The world that a configuration asks for, before anything is started: who is where, holds what, listens at which port.
+
+Pure numbers from the rules that the ranks themselves go by; neither torch nor weights are needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_serve.base.config import Config
+from moe_serve.base.errors import ConfigError
+from moe_serve.base.model_config import ModelConfig
+from moe_serve.base.parallel_config import ParallelConfig
+from moe_serve.base.topology import get_pp_indices
+from moe_serve.launch.serve import describe
+from moe_serve.model.footprint import Footprint, footprints
+from moe_serve.model.partition import Partition, make_partitions
+from moe_serve.worker.kv_room import Room, fitting_blocks
+
+ANY_FREE = 0
+EVERY_ADDRESS = ("0.0.0.0", "::", "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """One rank. `layers` and `expert_width` are [first, one past the last]; bytes are bytes.
+
+    `experts[m]`: logical experts in slot order of the m-th layer that has experts. `kv_blocks` None where the room
+    is not known.
+    """
+
+    rank: int
+    dp: int
+    pp: int
+    tp: int
+    ep: int
+    node: int
+    local_rank: int
+    device: str
+    layers: tuple[int, int]
+    experts: list[list[int]]
+    expert_width: tuple[int, int]
+    whole_experts: bool
+    weight_bytes: int
+    expert_weight_bytes: int
+    kv_block_bytes: int
+    kv_blocks: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessPlan:
+    """A process and the global ranks that compute in it."""
+
+    name: str
+    ranks: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortPlan:
+    """Where something listens: `port` 0 is any free one. `option` chooses it."""
+
+    what: str
+    host: str
+    port: int
+    option: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodePlan:
+    """What one launcher starts; `here` if it is that with the very options that were given."""
+
+    node: int
+    here: bool
+    dp_ranks: list[int]
+    processes: list[ProcessPlan]
+    ports: list[PortPlan]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldPlan:
+    """`kv_tokens` of an engine, by the rank with the least room; None where the room is not known."""
+
+    summary: str
+    dtype: str
+    max_model_len: int
+    block_size: int
+    kv_tokens: int | None
+    ranks: list[RankPlan]
+    nodes: list[NodePlan]
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockShape:
+    block_size: int
+    block_bytes: int
+
+
+def plan_world(resolved: Config, model: ModelConfig, *, memory_bytes: int | None = None) -> WorldPlan:
+    """`memory_bytes` that each rank is taken to have. ConfigError, with what would do, for what cannot be."""
+    nodes = dp_ranks_of_nodes(resolved.parallel)
+    partitions = make_partitions(model, resolved.parallel)
+    sizes = footprints(partitions, resolved.model.dtype)
+    shapes = [_BlockShape(resolved.cache.block_size, each.token_kv * resolved.cache.block_size) for each in sizes]
+    blocks = [
+        _blocks(resolved, shape, size, rank, memory_bytes)
+        for rank, (shape, size) in enumerate(zip(shapes, sizes, strict=True))
+    ]
+    known = [each for each in blocks if each is not None]
+    plan = WorldPlan(
+        summary=describe(resolved, model),
+        dtype=resolved.model.dtype,
+        max_model_len=resolved.model.max_model_len or model.max_position_embeddings,
+        block_size=resolved.cache.block_size,
+        kv_tokens=min(known) * resolved.cache.block_size if known else None,
+        ranks=[
+            _rank(resolved, model, nodes, rank, *each)
+            for rank, each in enumerate(zip(partitions, sizes, shapes, blocks, strict=True))
+        ],
+        nodes=[
+            NodePlan(
+                node=node,
+                here=dp_ranks[0] == resolved.parallel.dp_ranks_here[0],
+                dp_ranks=list(dp_ranks),
+                processes=processes_of_node(resolved.parallel, dp_ranks),
+                ports=ports_of_node(resolved, dp_ranks),
+            )
+            for node, dp_ranks in enumerate(nodes)
+        ],
+    )
+    for each in plan.nodes:
+        check_ports(each.ports)
+    return plan
+
+
+def dp_ranks_of_nodes(parallel: ParallelConfig) -> list[range]:
+    """This node's, as its options say; the others, which have their own options, are taken to have as many each."""
+    here, dp = parallel.dp_ranks_here, parallel.data_parallel_size
+    first, size = here[0], len(here)
+    before = [range(start, min(start + size, first)) for start in range(0, first, size)]
+    after = [range(start, min(start + size, dp)) for start in range(first + size, dp, size)]
+    return [*before, range(first, first + size), *after]
+
+
+def processes_of_node(parallel: ParallelConfig, dp_ranks: Sequence[int]) -> list[ProcessPlan]:
+    """In the order in which they are started."""
+    holds = 0 in dp_ranks
+    found = [ProcessPlan(name="launcher, with the coordinator" if holds else "launcher", ranks=[])]
+    if holds and parallel.enable_eplb:
+        found += [ProcessPlan(name=f"solver of {what}", ranks=[]) for what in ("decisions", "requests")]
+    for dp in dp_ranks:
+        found += _engine(parallel, dp)
+    if holds or parallel.load_balancing != "internal":
+        found.append(ProcessPlan(name="API server", ranks=[]))
+    return found
+
+
+def ports_of_node(config: Config, dp_ranks: Sequence[int]) -> list[PortPlan]:
+    """What listens at a port that somebody outside must know, or that options choose."""
+    parallel, server = config.parallel, config.server
+    host, found = parallel.data_parallel_address, []
+    if 0 in dp_ranks:
+        coordinator, store = parallel.coordinator_port, parallel.data_parallel_master_port
+        found += [
+            PortPlan(what="coordinator", host=host, port=coordinator, option="--data-parallel-rpc-port"),
+            PortPlan(what="store of rank 0", host=host, port=store, option="--data-parallel-master-port"),
+        ]
+    if 0 in dp_ranks or parallel.load_balancing != "internal":
+        found.append(PortPlan(what="HTTP", host=server.host, port=server.port, option="--port"))
+    return found
+
+
+def check_ports(ports: Sequence[PortPlan]) -> None:
+    """ConfigError if two would listen at one port of one address."""
+    for index, one in enumerate(ports):
+        for other in ports[:index]:
+            meet = one.host == other.host or {one.host, other.host} & set(EVERY_ADDRESS)
+            if one.port == other.port != ANY_FREE and meet:
+                raise ConfigError(
+                    f"{other.what} ({other.option}) and {one.what} ({one.option}) would both listen at port "
+                    f"{one.port} of {one.host}; give one of them another"
+                )
+
+
+def _engine(parallel: ParallelConfig, dp: int) -> list[ProcessPlan]:
+    topology = parallel.topology
+    ranks = [topology.worker_rank(dp, worker) for worker in range(topology.num_workers)]
+    if parallel.distributed_executor_backend == "mp":
+        workers = [
+            ProcessPlan(name=topology.describe_worker(dp, worker), ranks=[rank]) for worker, rank in enumerate(ranks)
+        ]
+        return [ProcessPlan(name=f"engine dp {dp}", ranks=[]), *workers]
+    inside = parallel.distributed_executor_backend == "uni"
+    elsewhere = "" if inside else f", workers as {parallel.distributed_executor_backend} has it"
+    return [ProcessPlan(name=f"engine dp {dp}{elsewhere}", ranks=ranks)]
+
+
+def _rank(
+    config: Config,
+    model: ModelConfig,
+    nodes: Sequence[range],
+    rank: int,
+    part: Partition,
+    size: Footprint,
+    shape: _BlockShape,
+    blocks: int | None,
+) -> RankPlan:
+    topology = config.parallel.topology
+    dp, pp, tp = topology.coordinates(rank)
+    node = next(number for number, dp_ranks in enumerate(nodes) if dp in dp_ranks)
+    place, told = nodes[node].index(dp), config.parallel.data_parallel_rank_local
+    if told is not None and dp in config.parallel.dp_ranks_here:
+        place = told
+    local_rank = place * topology.num_workers + topology.worker_index(rank)
+    device = f"cuda:{local_rank}" if config.model.device == "cuda" else config.model.device
+    return RankPlan(
+        rank=rank,
+        dp=dp,
+        pp=pp,
+        tp=tp,
+        ep=topology.ep_rank(rank),
+        node=node,
+        local_rank=local_rank,
+        device=device,
+        layers=get_pp_indices(model.num_layers, pp, topology.pp),
+        experts=[part.experts_of(layer) for layer in range(len(model.moe_layers))],
+        expert_width=(part.width.start, part.width.stop),
+        whole_experts=len(part.width) == model.expert_size,
+        weight_bytes=size.weights,
+        expert_weight_bytes=size.experts,
+        kv_block_bytes=shape.block_bytes,
+        kv_blocks=blocks,
+    )
+
+
+def _blocks(config: Config, shape: _BlockShape, size: Footprint, rank: int, memory_bytes: int | None) -> int | None:
+    """KV blocks of a rank; None where neither its memory nor the bytes of its cache were given."""
+    asked, max_model_len = config.cache.kv_cache_memory_bytes, config.model.max_model_len or 1
+    if memory_bytes is None:
+        room = None if asked is None else Room(sys.maxsize, "not known")
+    else:
+        room = _room(config, size, rank, memory_bytes)
+    return None if room is None else fitting_blocks(shape, config, max_model_len=max_model_len, room=room)
+
+
+def _room(config: Config, size: Footprint, rank: int, memory_bytes: int) -> Room:
+    """What the weights leave of a rank's memory; what a step's activations take is measured only when it is there."""
+    share = 1.0 if config.cache.kv_cache_memory_bytes is not None else config.cache.gpu_memory_utilization
+    usable = int(memory_bytes * share)
+    if size.weights > usable:
+        raise ConfigError(
+            f"the weights of {config.parallel.topology.describe(rank)} take {size.weights:,} bytes, but it may have "
+            f"{usable:,} (gpu_memory_utilization {share:g} of --memory-bytes {memory_bytes:,}); spread the model over "
+            "more ranks (--tensor-parallel-size, or --data-parallel-size with --enable-expert-parallel), lower "
+            "eplb_config.num_redundant_experts, or choose a narrower --dtype"
+        )
+    source = f"gpu_memory_utilization {share:g} of --memory-bytes {memory_bytes:,}, less {size.weights:,} of weights"
+    return Room(usable - size.weights, source)
