@@ -95,9 +95,11 @@ def test_a_stream_that_ended_an_answer_that_changed_and_an_attack_that_was_none_
 
 
 def test_processes_are_named_by_what_they_are_and_one_that_ends_is_told() -> None:
-    command = [sys.executable, "-c", "input()", "-m", "moe_serve.engine.process"]
+    command = [sys.executable, "-c", "print(flush=True); input()", "-m", "moe_serve.engine.process"]
     environment = {**os.environ, "MOE_SERVE_MEMBER": '{"dp": 1}'}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n", "an interpreter by now, no longer a copy of this one"
         prints = Footprints(named([psutil.Process(process.pid), psutil.Process()]))
         assert "engine 1" in prints.processes
         prints.take(0.0)
@@ -108,6 +110,7 @@ def test_processes_are_named_by_what_they_are_and_one_that_ends_is_told() -> Non
     assert prints.series("engine 1", "pss_mib")[1][0] > 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_a_short_soak_does_all_it_says_and_its_result_can_be_drawn_and_read(tmp_path: Path) -> None:

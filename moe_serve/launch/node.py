@@ -103,8 +103,9 @@ class Node:
             self._start_child("API server", "moe_serve.api.server")
 
     async def _until_resolved(self) -> None:
-        """In a cluster the name of rank 0 may be there later than we are."""
+        """In a cluster the name of rank 0 may be there later than we are; one machine has its names from the start."""
         begun = time.monotonic()
+        limit = self.config.parallel.start_timeout_seconds if self.config.parallel.is_apart else 0.0
         remind = begun + REMIND_SECONDS
         while self._ended is None:
             try:
@@ -112,8 +113,9 @@ class Node:
                 return
             except ConfigError as error:
                 waited = time.monotonic() - begun
-                if waited > self.config.parallel.start_timeout_seconds:
-                    raise ConfigError(f"{error}, for {waited:.0f} s (option --data-parallel-address)") from error
+                if waited >= limit:
+                    tried = f", for {waited:.0f} s" if limit else ""
+                    raise ConfigError(f"{error}{tried} (option --data-parallel-address)") from error
                 if time.monotonic() > remind:
                     log.info("waiting for the name of rank 0, %.0f s: %s", waited, error)
                     remind += REMIND_SECONDS

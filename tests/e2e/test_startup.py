@@ -160,8 +160,8 @@ def hub_at(address: str, cache: Path) -> dict[str, str]:
         (["--all2all-backend", "pplx"], "'pplx' is known but not built yet; built are: naive"),
         (["--all2all-backend", "pigeon"], "unknown all2all backend 'pigeon'; known are: naive"),
         (["-pp", "2"], "pipeline_parallel_size=2 is known but not built yet"),
-        (["-dp", "2", "-dpe"], "data_parallel_external_lb=True is known but not built yet"),
-        (["-dp", "2", "-dph"], "data_parallel_hybrid_lb=True is known but not built yet"),
+        (["-dp", "2", "-dpe"], "data_parallel_external_lb needs data_parallel_rank"),
+        (["-dp", "2", "-dph"], "data_parallel_hybrid_lb needs data_parallel_size_local"),
         (["--data-parallel-backend", "ray"], "data_parallel_backend='ray' is known but not built yet"),
         (["--distributed-executor-backend", "ray"], "executor 'ray' is known but not built yet"),
         (["--enable-dbo"], "enable_dbo=True is known but not built yet"),
@@ -295,7 +295,8 @@ HOSTILE = {
         r"the HTTP server cannot listen on 192\.0\.2\.1:0: .*--host", ("--host", "192.0.2.1")
     ),
     "a host without address": Case(
-        r"the coordinator cannot listen on no\.such\.host\.invalid:29550: ", ("-dpa", "no.such.host.invalid")
+        r"host 'no\.such\.host\.invalid' cannot be resolved: .*--data-parallel-address",
+        ("-dpa", "no.such.host.invalid"),
     ),
     SILENT_HUB: Case(r"owner/name .* could not be had from the Hugging Face hub: .*timed out"),
 }

@@ -63,8 +63,9 @@ def test_nonsense_takes_no_seat_and_ends_no_thread_and_a_worker_and_its_replies_
             assert taken.get(timeout=WAIT_SECONDS).number == 7
         assert thread.is_alive()
         assert len([line for line in caplog.messages if line.startswith("ignored a message")]) == 2 * len(NONSENSE)
-    finally:
         lines.wake()
+        thread.join(WAIT_SECONDS)
+    finally:
         lines.close()
 
 

@@ -52,7 +52,8 @@ def test_prompt_and_answer_together_are_decoded_as_one(
     prompt, ids, skip = data.draw(some_ids), data.draw(some_ids), data.draw(st.booleans())
     before = tokenizer.decode(prompt, skip_special_tokens=skip)
     whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=skip)
-    if whole.startswith(before):  # else the answer would change what its prompt reads
+    # Else the answer would change what its prompt reads, or goes on with a broken character of it.
+    if whole.startswith(before) and not before.endswith("\ufffd"):
         assert answer(tokenizer, prompt, ids, skip=skip)[0] == whole[len(before) :]
 
 
