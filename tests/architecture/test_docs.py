@@ -11,19 +11,20 @@ import pytest
 from moe_serve.base.config import SECTIONS
 from moe_serve.cli import chat_command, eplb, make_model
 from moe_serve.cli.flags import Options, spellings
+from moe_serve.cli.k8s import render_options
 from moe_serve.cli.main import COMMANDS
 from moe_serve.cli.serve import serve_options
 from scripts.generate_docs import generated, kind_of, replaced
 from tests.architecture.test_floors import FLOORS
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"^(?:\.{0,2}/)?[\w.-]+(?:/[\w.-]+)+/?$|^[\w-]+\.(?:py|md|toml)$")
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9_-]*(?:\.[a-z0-9_-]+)?)")
 LINK = re.compile(r"\]\(([^)#\s]+)")
 GENERATED = re.compile(r"<!-- generated: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
-OTHERS = {"help", "check", "strict", "attention-backend"}
+OTHERS = {"help", "check", "strict", "attention-backend", "from-literal", "for", "timeout", "context", "tag", "file"}
 """Flags of other programs, and one that waits for a second backend."""
 NOT_FILES = re.compile(r"^owner/|^path/|/x\.py$|MACHINE")
 
@@ -69,7 +70,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_option_that_a_page_names_exists(page: Path) -> None:
     kinds = [*vars(chat_command).values(), *vars(make_model).values()]
     commands = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Options)]
-    known = {name for kind in (serve_options(), *commands) for name in spellings(kind)} | bench_flags() | OTHERS
+    known = {name for kind in (serve_options(), render_options(), *commands) for name in spellings(kind)} | bench_flags() | OTHERS
     for name in FLAG.findall(GENERATED.sub("", page.read_text())):
         assert name.partition(".")[0].replace("_", "-") in known, f"{page.name} names --{name}"
 

@@ -20,6 +20,7 @@ FLOORS = {
     "engine": 6,
     "api": 7,
     "launch": 8,
+    "deploy": 8,
     "llm": 9,
     "cli": 10,
     "__main__": 11,
@@ -51,6 +52,7 @@ PURE = (
     "engine/flight.py",
     "engine/turns.py",
     "engine/admission.py",
+    "deploy",
 )
 IMPURE = {"socket", "threading", "time", "asyncio", "torch", "zmq", "subprocess"}
 LATE_IMPORTS = {"base/registry.py"}

@@ -19,7 +19,8 @@ FREE = [
     "moe_serve.executor.base",
     "moe_serve.api",
     "moe_serve.launch",
-    *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb")),
+    "moe_serve.deploy",
+    *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb", "k8s")),
 ]
 
 
