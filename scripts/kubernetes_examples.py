@@ -1,6 +1,6 @@
 """Manifests that are kept: examples for readers in docs/kubernetes, and what tests compare with in tests/data/k8s.
 
-Each is what `moe-serve k8s render` writes for the arguments beside it; `python -m scripts.generate_docs` writes all anew.
+Each is what `moe-serve k8s render` writes for the arguments beside it; `python -m scripts.generate_docs` writes them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from moe_serve.cli.flags import ENVIRONMENT_PREFIX
@@ -45,6 +46,7 @@ CASES: dict[Path, str] = {
 }
 
 
+@cache
 def kept_manifests() -> dict[Path, str]:
     """Every manifest, and the dashboard, as they are written now."""
     with _without_options():

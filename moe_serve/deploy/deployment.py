@@ -115,7 +115,9 @@ def make_deployment(
     _check_given(config)
     _check_model(config, options)
     if options.service == f"{options.name}-ranks":
-        raise ConfigError(f"--service {options.service} is the name under which the ranks find each other; take another")
+        raise ConfigError(
+            f"--service {options.service} is the name under which the ranks find each other; take another"
+        )
     if token is not None:
         check_token(token)
     if placement is not None:

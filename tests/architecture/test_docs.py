@@ -70,7 +70,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_option_that_a_page_names_exists(page: Path) -> None:
     kinds = [*vars(chat_command).values(), *vars(make_model).values()]
     commands = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Options)]
-    known = {name for kind in (serve_options(), render_options(), *commands) for name in spellings(kind)} | bench_flags() | OTHERS
+    every = (serve_options(), render_options(), *commands)
+    known = {name for kind in every for name in spellings(kind)} | bench_flags() | OTHERS
     for name in FLAG.findall(GENERATED.sub("", page.read_text())):
         assert name.partition(".")[0].replace("_", "-") in known, f"{page.name} names --{name}"
 

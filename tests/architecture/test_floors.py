@@ -26,7 +26,7 @@ FLOORS = {
     "__main__": 11,
     "__init__": 11,
 }
-APART = {frozenset({"world", "model"}), frozenset({"text", "parallel"})}
+APART = {frozenset({"world", "model"}), frozenset({"text", "parallel"}), frozenset({"launch", "deploy"})}
 PLUGGABLE = ("model/all2all", "model/attention", "model/archs", "executor", "eplb/policies")
 BASES = {
     "base",

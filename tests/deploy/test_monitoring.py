@@ -74,6 +74,15 @@ def test_alerts_are_those_that_the_options_make_possible() -> None:
     assert set(rules("--name w --image i -dp 2 -ep --enable-eplb")) == every | several | balanced
 
 
+@pytest.mark.parametrize(("alert", "least"), [("MoEServeRankSkew", "min"), ("MoEServeLoadSkew", "avg")])
+def test_ranks_are_compared_by_what_each_says_of_itself(alert: str, least: str) -> None:
+    """A rank's server exposes zeros for each of the others, which must not count as ranks without load."""
+    expression = rules("--name w --image i -dp 2")[alert]["expr"]
+    assert f"{least} by (namespace) (sum by (namespace, rank) (" in expression
+    for comparing in ("max", "min", "avg"):
+        assert not re.search(rf"\b{comparing} by \(namespace\) \((?!sum by)", expression)
+
+
 def test_a_rearrangement_is_stuck_after_two_of_the_operators_own_intervals() -> None:
     command = "--name w --image i -dp 2 -ep --enable-eplb --eplb-config.step-interval 700"
     assert rules(command)["MoEServeRebalanceStuck"]["expr"].endswith("> 1400")

@@ -102,9 +102,7 @@ def test_any_options_come_out_as_they_went_in(
     flags: list[str], size: int, model: str, target: str, namespace: str
 ) -> None:
     quoted = f"'{model}'" if model else ""
-    objects = objects_of(
-        f"{quoted} --name w --image i -dp {size} --target {target} {namespace} {' '.join(flags)}"
-    )
+    objects = objects_of(f"{quoted} --name w --image i -dp {size} --target {target} {namespace} {' '.join(flags)}")
     for rank in {0, size - 1}:
         assert shown(told(objects, rank)) == shown(rank_config(objects.deployment, rank))
 

@@ -1,4 +1,4 @@
-"""Objects that are not Kubernetes' own, checked against our schemas and, where a folder has them, the published ones."""
+"""Objects that are not Kubernetes' own, checked against our schemas and, where they are at hand, published ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def own_schemas() -> dict[str, Schema]:
 
 @cache
 def published_schemas() -> dict[str, Schema]:
-    """The same, of the definitions in the folder that KUBERNETES_CRDS names; closed, as an API server is when strict."""
+    """The same, of the definitions in the folder that KUBERNETES_CRDS names; closed, as a strict API server is."""
     found = {}
     for definition in _definitions():
         spec = definition["spec"]
