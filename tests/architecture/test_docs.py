@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,12 @@ def prose(page: Path) -> str:
     return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
+written_now = cache(generated)
+
+
+@pytest.mark.parametrize("path", written_now(), ids=lambda path: path.name)
 def test_generated_docs_are_up_to_date(path: Path) -> None:
-    assert path.read_text() == generated()[path], "run python -m scripts.generate_docs"
+    assert path.read_text() == written_now()[path], "run python -m scripts.generate_docs"
 
 
 def test_every_option_is_in_the_configuration_page_once() -> None:

@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from moe_serve.deploy.pod import USER
 from tests.support.manifests import ROOT, Objects, as_kubelet, objects_of
 from tests.support.server import Server
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 DOCKERFILE = ROOT / "Dockerfile"
+
+
+def several_processes(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.long(pytest.mark.ranks(pytest.mark.slow(test)))  # type: ignore[no-any-return]
 
 
 def free_port() -> int:
@@ -44,6 +48,7 @@ def pod(objects: Objects, rank: int, *, token: str, folder: Path) -> Server:
     return Server(*arguments, environment=environment, token=token)
 
 
+@several_processes
 def test_ranks_start_from_the_command_lines_of_the_rendered_stateful_set(tmp_path: Path) -> None:
     options = f"--device cpu --dtype float32 --port {free_port()} --data-parallel-rpc-port {free_port()}"
     objects = objects_of(f"--name demo --image moe-serve:test -dp 2 -ep {options} --kv-cache-memory-bytes 16777216")
@@ -103,7 +108,7 @@ def test_what_the_image_copies_is_there_and_passes_the_ignore_file() -> None:
             assert name in allowed
 
 
-@pytest.mark.long
+@several_processes
 def test_the_images_start_line_serves_with_this_interpreter() -> None:
     server = Server(*start_line()[2:])
     try:
