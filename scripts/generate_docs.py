@@ -1,6 +1,7 @@
 """Writes the parts of docs/ that follow from the code: `python -m scripts.generate_docs`; `--check` only compares.
 
-The tree of modules in architecture.md, all of configuration.md, and the tables in benchmarks.md.
+The tree of modules in architecture.md, all of configuration.md, the tables in benchmarks.md, the manifests and the
+dashboard in docs/kubernetes, and the manifests that tests compare with.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from bench.report import RESULTS, markdown_table, read_reports
 from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.section import Section, dashed
 from moe_serve.base.tables import ALL2ALL, EXECUTORS
+from scripts.kubernetes_examples import kept_manifests
 from scripts.measurements import results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +60,7 @@ def generated() -> dict[Path, str]:
         architecture: replaced(architecture.read_text(), "modules", module_tree(PACKAGE)),
         benchmarks: replaced(benchmarks.read_text(), "results", results(read_reports(RESULTS))),
         DOCS / "configuration.md": configuration(),
+        **kept_manifests(),
     }
 
 

@@ -124,6 +124,7 @@ def test_offline_measures_both_and_finds_the_same_tokens(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.ranks
+@pytest.mark.long
 def test_serve_starts_a_server_and_answers_everything_that_arrives(tmp_path: Path) -> None:
     sizes = ("--rates", "3", "9", "--seconds", "1", "--input-len", "12", "--output-len", "6", "--warm-up", "1")
     server = ("--", "--kv-cache-memory-bytes", str(2**24), "--max-model-len", "512")

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from moe_serve.base.errors import ConfigError, MoEServeError
 from moe_serve.cli.chat_command import run_chat
 from moe_serve.cli.eplb import run_eplb
+from moe_serve.cli.k8s import run_k8s
 from moe_serve.cli.make_model import run_make_model
 from moe_serve.cli.plan import run_plan
 from moe_serve.cli.serve import run_serve
@@ -21,6 +22,7 @@ commands:
   chat               talk to a running server, or with --spawn to one of its own
   make-model DIR     write a small random-weight checkpoint
   eplb COMMAND       plan, replay and weigh expert placements on recorded loads
+  k8s COMMAND        write manifests for Kubernetes, and a dashboard for Grafana
   version            print the version
 
 `moe-serve COMMAND --help` lists a command's options."""
@@ -37,6 +39,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "chat": run_chat,
     "make-model": run_make_model,
     "eplb": run_eplb,
+    "k8s": run_k8s,
     "version": run_version,
 }
 

@@ -45,6 +45,11 @@ def run_serve(arguments: Sequence[str]) -> int:
 
 def serve_options() -> type[Options]:
     """One flat option class from the fields of all sections."""
+    return create_model("ServeOptions", __base__=Options, **serve_fields())
+
+
+def serve_fields() -> dict[str, Any]:
+    """Fields of all sections, the model in its place and the file of options, as `create_model` takes them."""
     fields: dict[str, Any] = {}
     for section in SECTIONS.values():
         for name, info in section.model_fields.items():
@@ -56,17 +61,21 @@ def serve_options() -> type[Options]:
         str | None,
         Field(None, description="YAML file with options under their flags' names."),
     )
-    return create_model("ServeOptions", __base__=Options, **fields)
+    return fields
 
 
 def parse_serve(arguments: Sequence[str]) -> Config:
     """Command line (after `serve`), environment and YAML file to a Config. Raises ConfigError; exits for --help."""
-    known = serve_options()
+    return Config.from_flat(read_options(serve_options(), arguments, "serve"))
+
+
+def read_options(known: type[Options], arguments: Sequence[str], command: str) -> dict[str, Any]:
+    """What was set on the command line, in the environment or in the file of options. Raises ConfigError."""
     check_environment(os.environ, ENVIRONMENT_PREFIX, variables(known))
-    file = _config_path(normalise(known, arguments, "serve"))
-    values = parse(known, arguments, "serve", _read_yaml(file, known))
+    file = _config_path(normalise(known, arguments, command))
+    values = parse(known, arguments, command, _read_yaml(file, known))
     values.pop("config", None)
-    return Config.from_flat(values)
+    return values
 
 
 def _config_path(arguments: Sequence[str]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,20 @@ import pytest
 from moe_serve.base.config import SECTIONS
 from moe_serve.cli import chat_command, eplb, make_model, plan
 from moe_serve.cli.flags import Options, spellings
+from moe_serve.cli.k8s import render_options
 from moe_serve.cli.main import COMMANDS
 from moe_serve.cli.serve import serve_options
 from scripts.generate_docs import generated, kind_of, replaced
 from tests.architecture.test_floors import FLOORS
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"^(?:\.{0,2}/)?[\w.-]+(?:/[\w.-]+)+/?$|^[\w-]+\.(?:py|md|toml)$")
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9_-]*(?:\.[a-z0-9_-]+)?)")
 LINK = re.compile(r"\]\(([^)#\s]+)")
 GENERATED = re.compile(r"<!-- generated: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
-OTHERS = {"help", "check", "strict", "attention-backend"}
+OTHERS = {"help", "check", "strict", "attention-backend", "from-literal", "for", "timeout", "context", "tag", "file"}
 """Flags of other programs, and one that waits for a second backend."""
 NOT_FILES = re.compile(r"^owner/|^path/|/x\.py$|MACHINE")
 
@@ -37,9 +39,12 @@ def prose(page: Path) -> str:
     return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
+written_now = cache(generated)
+
+
+@pytest.mark.parametrize("path", written_now(), ids=lambda path: path.name)
 def test_generated_docs_are_up_to_date(path: Path) -> None:
-    assert path.read_text() == generated()[path], "run python -m scripts.generate_docs"
+    assert path.read_text() == written_now()[path], "run python -m scripts.generate_docs"
 
 
 def test_every_option_is_in_the_configuration_page_once() -> None:
@@ -69,7 +74,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_option_that_a_page_names_exists(page: Path) -> None:
     kinds = [*vars(chat_command).values(), *vars(make_model).values()]
     commands = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Options)]
-    known = {name for kind in (serve_options(), *commands) for name in spellings(kind)} | bench_flags() | OTHERS
+    every = (serve_options(), render_options(), *commands)
+    known = {name for kind in every for name in spellings(kind)} | bench_flags() | OTHERS
     for name in FLAG.findall(GENERATED.sub("", page.read_text())):
         assert name.partition(".")[0].replace("_", "-") in known, f"{page.name} names --{name}"
 

@@ -20,12 +20,13 @@ FLOORS = {
     "engine": 6,
     "api": 7,
     "launch": 8,
+    "deploy": 8,
     "llm": 9,
     "cli": 10,
     "__main__": 11,
     "__init__": 11,
 }
-APART = {frozenset({"world", "model"}), frozenset({"text", "parallel"})}
+APART = {frozenset({"world", "model"}), frozenset({"text", "parallel"}), frozenset({"launch", "deploy"})}
 PLUGGABLE = ("model/all2all", "model/attention", "model/archs", "executor", "eplb/policies")
 BASES = {
     "base",
@@ -53,6 +54,7 @@ PURE = (
     "engine/admission.py",
     "engine/overdue.py",
     "engine/pace.py",
+    "deploy",
 )
 IMPURE = {"socket", "threading", "time", "asyncio", "torch", "zmq", "subprocess"}
 LATE_IMPORTS = {"base/registry.py"}

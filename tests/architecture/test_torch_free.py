@@ -22,7 +22,8 @@ FREE = [
     "moe_serve.model.footprint",
     "moe_serve.model.archs",
     "moe_serve.worker.kv_room",
-    *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb", "plan")),
+    *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb", "plan", "k8s")),
+    "moe_serve.deploy",
 ]
 
 

@@ -59,7 +59,10 @@ def is_in_use(file: Path) -> bool:
     [
         (("-dp", "2"), "engine.process", {"dp": 1}, "engine dp 1"),
         (("-tp", "2"), "worker.process", {"dp": 0, "worker": 0}, "worker dp 0 tp 0"),
-        (("-dp", "2", "-tp", "2"), "worker.process", {"dp": 1, "worker": 1}, "worker dp 1 tp 1"),
+        pytest.param(
+            *(("-dp", "2", "-tp", "2"), "worker.process", {"dp": 1, "worker": 1}, "worker dp 1 tp 1"),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["engine-dp2", "worker-tp2", "worker-dp2-tp2"],
 )
@@ -254,6 +257,7 @@ def test_answers_that_outlast_the_shutdown_timeout_end_with_an_error_event(model
         assert re.search(left, server.log(), re.MULTILINE), server.log()
 
 
+@pytest.mark.long
 def test_a_drain_that_the_api_server_does_not_hear_of_ends_at_its_deadline(model: str) -> None:
     with serving(model, *SMALL, "--shutdown-timeout", "2") as server:
         load = Load(server, count=2).start()

@@ -71,6 +71,7 @@ def share_of_a_core(server: Server) -> float:
     return used / (time.perf_counter() - started)
 
 
+@pytest.mark.long
 def test_waking_costs_under_a_tenth_of_a_second(server: Server) -> None:
     asleep, awake = [], []
     for _ in range(9):

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 WORLDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 BACKENDS = list(ALL2ALL)
 PLACEMENTS = ["linear", "round_robin"]
+DAILY = {(1, 2): ("qwen3_moe", "qwen2_moe"), (2, 2): ("qwen3_moe",)}
 VOCAB = 131
 NUM_TOKENS = 48
 LENGTHS = [1, 2, 7, 16, 33, 80, 129, 150]
@@ -45,8 +46,8 @@ class Way:
         return ["-dp", str(self.dp), "-tp", str(self.tp), "--all2all-backend", self.backend, *spread]
 
     def marked(self) -> ParameterSet:
-        """Worlds of four take ten seconds each on two cores: one of each kind is left in the daily run."""
-        daily = self.dp * self.tp < 4 or self.arch == "qwen3_moe"
+        """Larger worlds take ten seconds each on two cores: some of each kind are left in the daily run."""
+        daily = (self.tp == 1 and self.dp < 4) or self.arch in DAILY.get((self.dp, self.tp), ())
         return pytest.param(self, id=str(self), marks=() if daily else pytest.mark.long)
 
     def __str__(self) -> str:
@@ -136,7 +137,11 @@ def test_tokens_over_http_equal_those_of_transformers(checkpoints: dict[str, Che
 
 
 @pytest.mark.parametrize(
-    ("name", "world"), [("qwen2_moe", (2, 1)), ("olmoe", (1, 2))], ids=["qwen2_moe-dp2", "olmoe-tp2"]
+    ("name", "world"),
+    [
+        pytest.param("qwen2_moe", (2, 1), id="qwen2_moe-dp2"),
+        pytest.param("olmoe", (1, 2), id="olmoe-tp2", marks=pytest.mark.long),
+    ],
 )
 def test_a_prompt_cut_into_chunks_gives_the_same_tokens(
     checkpoints: dict[str, Checkpoint], name: str, world: tuple[int, int]
@@ -147,7 +152,7 @@ def test_a_prompt_cut_into_chunks_gives_the_same_tokens(
         assert plain_answers(server, checkpoint.prompts) == checkpoint.answers
 
 
-@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("dp", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_request_that_was_preempted_gives_the_same_tokens(checkpoints: dict[str, Checkpoint], dp: int) -> None:
     checkpoint = checkpoints["qwen3_moe"]
     block_bytes = 2 * 2 * 16 * 2 * 24 * 4  # layers, k and v, tokens, KV heads, head dimension, float32
