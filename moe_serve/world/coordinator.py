@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -26,6 +27,7 @@ from moe_serve.world.solver import SOLVE_SECONDS, Solver
 TICK_SECONDS = 0.5
 BIND_TRIES = 5
 HELLO_SECONDS = 10.0
+CLOSE_SECONDS = 1.0
 log = logging.getLogger(__name__)
 _from_member: msgspec.msgpack.Decoder[FromMember] = msgspec.msgpack.Decoder(FromMember)
 
@@ -115,7 +117,7 @@ class Coordinator:
         except asyncio.CancelledError:
             return
         if not known:
-            writer.close()
+            await _close(writer)
             return
         member = next(self._ids)
         outbox = Outbox(writer, self._turns, limit=self._outbox_bytes)
@@ -137,7 +139,7 @@ class Coordinator:
             del self._writers[member], self._outboxes[member]
             self._act(lambda: self.fleet.lost(member, time.monotonic()))
             writing.cancel()
-            writer.close()
+            await _close(writer)
 
     def _hear_solved(self, solved: Solved) -> None:
         self._act(lambda: self.fleet.hear_solved(solved, time.monotonic()))
@@ -195,6 +197,14 @@ class Coordinator:
             outbox.put(frames[key], urgent=isinstance(send.message, Stop), close=send.close)
             if outbox.is_full:
                 self._send(self.fleet.choked(send.member, outbox.waiting_bytes))
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    """Hears how the connection ended too: asyncio would print what nobody has heard when it collects garbage."""
+    writer.close()
+    with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await writer.wait_closed()
 
 
 async def _write(outbox: Outbox) -> None:
