@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace, model: Path) -> Report:
     speeds = [[tokens / each for each in side] for side in seconds]
     sizes = {name: getattr(options, name) for name in ("turns", "num_requests", "input_len", "output_len", "seed")}
     config = {
-        "benchmark": f"LLM({options.llm}) on {options.model or f'{options.preset} {options.arch}'}",
+        "benchmark": f"LLM({options.llm}) on {Path(options.model).name if options.model else f'{options.preset} {options.arch}'}",
         "before": commit_of(options.before),
         "after": commit_of(options.after),
         **sizes,
