@@ -101,8 +101,9 @@ def measure(options: argparse.Namespace, model: Path) -> Report:
     tokens = options.num_requests * options.output_len
     speeds = [[tokens / each for each in side] for side in seconds]
     sizes = {name: getattr(options, name) for name in ("turns", "num_requests", "input_len", "output_len", "seed")}
+    name = Path(options.model).name if options.model else f"{options.preset} {options.arch}"
     config = {
-        "benchmark": f"LLM({options.llm}) on {options.model or f'{options.preset} {options.arch}'}",
+        "benchmark": f"LLM({options.llm}) on {name}",
         "before": commit_of(options.before),
         "after": commit_of(options.after),
         **sizes,
