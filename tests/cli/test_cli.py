@@ -219,7 +219,7 @@ def test_a_wrong_value_is_told_with_what_is_allowed(
 
 
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown command 'sevre'; known are: serve, chat, make-model, eplb, version" in refused(capsys, "sevre")
+    assert "unknown command 'sevre'; known are: serve, chat, make-model, eplb, k8s, version" in refused(capsys, "sevre")
 
 
 def test_mistakes_of_the_other_commands_too(capsys: pytest.CaptureFixture[str]) -> None:
