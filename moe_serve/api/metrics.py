@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -21,11 +21,16 @@ UNKNOWN_RANK = "unknown"
 
 
 class Metrics:
-    """Request metrics are observed here; engine metrics are read from `reports()` when somebody scrapes."""
+    """Request metrics are observed here; engine metrics are read from `reports()` when somebody scrapes.
 
-    def __init__(self, model_name: str, num_engines: int, reports: Callable[[], Mapping[int, LoadReport]]) -> None:
+    `engines` are the DP ranks that this server serves: of others it knows nothing, and says so by silence.
+    """
+
+    def __init__(
+        self, model_name: str, engines: Collection[int], reports: Callable[[], Mapping[int, LoadReport]]
+    ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(EngineCollector(model_name, num_engines, reports))
+        self._registry.register(EngineCollector(model_name, engines, reports))
         self._model_name = model_name
         self.totals: defaultdict[Metric, float] = defaultdict(float)
         """Of the counters, over all ranks."""
@@ -42,7 +47,7 @@ class Metrics:
         ).labels(model_name)
         for reason in get_args(RefusalReason):
             self._refused.labels(model_name, reason)
-        for rank in range(num_engines):
+        for rank in engines:
             self._show_zeros(rank)
 
     def render(self) -> bytes:
@@ -118,13 +123,15 @@ class RequestClock:
 class EngineCollector(Collector):
     """The engines' latest reports as metrics; an engine that has not reported yet counts as idle."""
 
-    def __init__(self, model_name: str, num_engines: int, reports: Callable[[], Mapping[int, LoadReport]]) -> None:
+    def __init__(
+        self, model_name: str, engines: Collection[int], reports: Callable[[], Mapping[int, LoadReport]]
+    ) -> None:
         self._model_name = model_name
-        self._num_engines = num_engines
+        self._engines = engines
         self._reports = reports
 
     def collect(self) -> Iterator[Family]:
-        reports = dict.fromkeys(range(self._num_engines), LoadReport()) | dict(self._reports())
+        reports = dict.fromkeys(self._engines, LoadReport()) | dict(self._reports())
         for metric in table.ENGINE_METRICS:
             labels = (*COMMON_LABELS, *metric.labels)
             family = _FAMILIES[metric.kind](metric.full_name, metric.help, labels=labels)

@@ -38,7 +38,7 @@ class ApiState:
 
     def __post_init__(self) -> None:
         scheduler, engines = self.config.scheduler, self.engines
-        self.metrics = Metrics(self.model_name, engines.data_parallel_size, lambda: engines.reports)
+        self.metrics = Metrics(self.model_name, engines.served, lambda: engines.reports)
         self.conversations = Conversations(self.tokenizer.chat_templates, self.config.server.chat_template_timeout)
         self.unknown_fields = UnknownFields(strict=self.config.server.strict_fields)
         self.admission = Admission(

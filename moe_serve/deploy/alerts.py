@@ -111,7 +111,7 @@ def _is_unbalanced(deployment: Deployment) -> str:
 
 
 def _of_each_rank(expression: str) -> str:
-    """A rank's server has a series, of zeros, for each of the other ranks too."""
+    """One figure for each rank, however many servers speak for it."""
     return f"sum by (namespace, {RANK}) ({expression})"
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -84,7 +84,7 @@ class EngineClient:
         if self._view is None:
             self._balancer = self._make_balancer(view.engines)
         self._view = view
-        served = self._served()
+        served = set(self.served)
         sharing = [each for each in view.frontends if each.serves is None or served & set(each.serves)]
         self._balancer.shared = len(sharing) > 1  # one of them is this
         self._count_engines()
@@ -104,6 +104,11 @@ class EngineClient:
     @property
     def data_parallel_size(self) -> int:
         return 0 if self._view is None else self._view.engines
+
+    @property
+    def served(self) -> Collection[int]:
+        """See AsyncEngines.served."""
+        return range(self.data_parallel_size) if self._serves is None else self._serves
 
     @property
     def max_model_len(self) -> int:
@@ -238,11 +243,8 @@ class EngineClient:
             self._queues[request_id].put_nowait(EngineDead(reason))
 
     def _count_engines(self) -> None:
-        if self._view is not None and self._hellos.keys() >= self._served():
+        if self._view is not None and self._hellos.keys() >= set(self.served):
             self._all_here.set()
-
-    def _served(self) -> set[int]:
-        return set(range(self.data_parallel_size) if self._serves is None else self._serves)
 
     def _make_balancer(self, num_ranks: int) -> Balancer:
         return Balancer(

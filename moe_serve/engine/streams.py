@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from typing import Protocol, Self
 
 from moe_serve.base.engine_messages import LoadReport, TokenEvent
@@ -45,6 +45,11 @@ class AsyncEngines(Protocol):
 
     @property
     def data_parallel_size(self) -> int: ...
+
+    @property
+    def served(self) -> Collection[int]:
+        """DP ranks that this front-end sends requests to."""
+        ...
 
     @property
     def max_model_len(self) -> int: ...

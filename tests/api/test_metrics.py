@@ -60,7 +60,7 @@ REPORTS = {
 
 
 def test_reports_of_engines_are_shown_as_they_are() -> None:
-    shown = samples(Metrics("m", 3, lambda: REPORTS).render().decode())
+    shown = samples(Metrics("m", range(3), lambda: REPORTS).render().decode())
     expected = {
         "num_requests_running": 2,
         "num_requests_waiting": 3,
@@ -85,8 +85,17 @@ def test_reports_of_engines_are_shown_as_they_are() -> None:
     assert shown["num_requests_running", "2", ""] == 0, "an engine that has not reported is idle"
 
 
+def test_of_an_engine_that_is_not_served_nothing_is_said() -> None:
+    shown = samples(Metrics("m", [1], lambda: {1: REPORTS[1]}).render().decode())
+    assert {engine for _, engine, _ in shown if engine} == {"1"}
+
+
 def test_every_name_that_dashboards_ask_for_is_there_with_zeros_from_the_start() -> None:
-    text = Metrics("m", 2, lambda: {rank: LoadReport(load_seconds={"build": 1.0}) for rank in (0, 1)}).render().decode()
+    text = (
+        Metrics("m", range(2), lambda: {rank: LoadReport(load_seconds={"build": 1.0}) for rank in (0, 1)})
+        .render()
+        .decode()
+    )
     shown = samples(text)
     for name in NAMES:
         assert f"# HELP {PREFIX}{name.removesuffix('_total')}" in text
@@ -130,7 +139,7 @@ def test_answers_count_at_the_engine_that_gave_them(served: Served) -> None:
 
 @pytest.mark.parametrize("reason", ["stop", "length", "abort", "error"])
 def test_an_answer_counts_once_however_it_ends(reason: str) -> None:
-    metrics = Metrics("m", 1, dict)
+    metrics = Metrics("m", range(1), dict)
     clock = RequestClock(metrics, 5, arrival=0.0)
     clock.tokens(0, None)
     clock.tokens(3, 0)
@@ -144,6 +153,6 @@ def test_an_answer_counts_once_however_it_ends(reason: str) -> None:
 
 
 def test_a_model_name_with_quotes_is_escaped() -> None:
-    text = Metrics('a "b"\n\\c', 1, dict).render().decode()
+    text = Metrics('a "b"\n\\c', range(1), dict).render().decode()
     families = list(text_string_to_metric_families(text))
     assert families[0].samples[0].labels["model_name"] == 'a "b"\n\\c'

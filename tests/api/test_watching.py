@@ -104,7 +104,7 @@ def test_lines_that_a_stranger_can_cause_are_few_and_say_how_many_more_there_wer
 
 def test_throughput_is_told_while_there_is_traffic_and_not_when_there_is_none() -> None:
     reports = {0: LoadReport(num_running=3, num_blocks=10, free_blocks=5, prefix_cache_queries=10, prefix_cache_hits=4)}
-    metrics, waiting = Metrics("m", 1, dict), 2
+    metrics, waiting = Metrics("m", range(1), dict), 2
     throughput = Throughput(metrics, lambda: reports, lambda: waiting)
     clock = RequestClock(metrics, 100, 0.0)
     clock.tokens(20, 0)

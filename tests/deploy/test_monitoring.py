@@ -36,7 +36,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def exposed() -> set[str]:
     """Names of series that a server with a balancer has."""
-    metrics = Metrics("m", 1, lambda: {0: LoadReport(load_seconds={"weights": 1.0})})
+    metrics = Metrics("m", range(1), lambda: {0: LoadReport(load_seconds={"weights": 1.0})})
     texts = metrics.render().decode() + render_balance(FIGURES, "m").decode()
     return {match[0] for line in texts.splitlines() if (match := SERIES.match(line))}
 
@@ -76,7 +76,7 @@ def test_alerts_are_those_that_the_options_make_possible() -> None:
 
 @pytest.mark.parametrize(("alert", "least"), [("MoEServeRankSkew", "min"), ("MoEServeLoadSkew", "avg")])
 def test_ranks_are_compared_by_what_each_says_of_itself(alert: str, least: str) -> None:
-    """A rank's server exposes zeros for each of the others, which must not count as ranks without load."""
+    """One figure for each rank, however many servers tell it."""
     expression = rules("--name w --image i -dp 2")[alert]["expr"]
     assert f"{least} by (namespace) (sum by (namespace, rank) (" in expression
     for comparing in ("max", "min", "avg"):

@@ -89,6 +89,7 @@ class FakeEngines:
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
         self.data_parallel_size = data_parallel_size
+        self.served = range(data_parallel_size)
         self.max_model_len = max_model_len
         self.script = script
         self.num_places = 128
