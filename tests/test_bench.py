@@ -138,6 +138,7 @@ def test_serve_starts_a_server_and_answers_everything_that_arrives(tmp_path: Pat
     assert (tmp_path / "serve-try.png").is_file()
 
 
+@pytest.mark.long
 def test_a_checkout_beside_itself_computes_experts_with_equal_bits(tmp_path: Path) -> None:
     options = experts.parse(
         ["--before", str(ROOT), "--preset", "tiny", "--rows", "1", "5", "--turns", "2", "--threads", "1"]

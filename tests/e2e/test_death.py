@@ -242,6 +242,7 @@ def until_draining(server: Server) -> httpx.Response:
     return httpx.post(server.base_url + "/v1/completions", json={"prompt": "late", "max_tokens": 1})
 
 
+@pytest.mark.long
 def test_answers_that_outlast_the_shutdown_timeout_end_with_an_error_event(model: str) -> None:
     with serving(model, *SMALL, "--shutdown-timeout", "1") as server:
         load = Load(server, count=2).start()

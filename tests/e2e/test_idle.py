@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["dp2", "dp4"])
+@pytest.fixture(scope="module", params=[pytest.param(2, id="dp2"), pytest.param(4, id="dp4", marks=pytest.mark.long)])
 def server(request: pytest.FixtureRequest, folder: Path) -> Iterator[Server]:
     with serving(str(folder), "--dtype", "float32", "-dp", str(request.param), "-ep") as running:
         yield running

@@ -21,7 +21,7 @@ OPTIONS = (
 )
 
 
-pytestmark = [pytest.mark.ranks, pytest.mark.skipif(bool(why_no_ipv6()), reason=why_no_ipv6())]
+pytestmark = [pytest.mark.ranks, pytest.mark.long, pytest.mark.skipif(bool(why_no_ipv6()), reason=why_no_ipv6())]
 
 
 @pytest.fixture(scope="module")

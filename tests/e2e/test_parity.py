@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 WORLDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 BACKENDS = list(ALL2ALL)
 PLACEMENTS = ["linear", "round_robin"]
-DAILY = {(1, 2): ("qwen3_moe", "qwen2_moe"), (2, 2): ("qwen3_moe",)}
+DAILY = {(1, 1): ARCHS, (2, 1): ("qwen3_moe", "qwen2_moe"), (1, 2): ("qwen3_moe",), (2, 2): ("qwen3_moe",)}
 VOCAB = 131
 NUM_TOKENS = 48
 LENGTHS = [1, 2, 7, 16, 33, 80, 129, 150]
@@ -47,7 +47,7 @@ class Way:
 
     def marked(self) -> ParameterSet:
         """Larger worlds take ten seconds each on two cores: some of each kind are left in the daily run."""
-        daily = (self.tp == 1 and self.dp < 4) or self.arch in DAILY.get((self.dp, self.tp), ())
+        daily = self.arch in DAILY.get((self.dp, self.tp), ())
         return pytest.param(self, id=str(self), marks=() if daily else pytest.mark.long)
 
     def __str__(self) -> str:
@@ -139,7 +139,7 @@ def test_tokens_over_http_equal_those_of_transformers(checkpoints: dict[str, Che
 @pytest.mark.parametrize(
     ("name", "world"),
     [
-        pytest.param("qwen2_moe", (2, 1), id="qwen2_moe-dp2"),
+        pytest.param("qwen2_moe", (2, 1), id="qwen2_moe-dp2", marks=pytest.mark.long),
         pytest.param("olmoe", (1, 2), id="olmoe-tp2", marks=pytest.mark.long),
     ],
 )

@@ -26,7 +26,7 @@ VOCAB, LAYERS, EXPERTS = 131, 2, 10
 INTERVAL = 32
 LENGTHS = [1, 5, 17, 60, 33, 90, 8, 120]
 WAYS = [
-    (2, "shuffle", 0, "torch_a2a"),
+    pytest.param(2, "shuffle", 0, "torch_a2a", marks=pytest.mark.long),
     pytest.param(4, "shuffle", 4, "torch_padded", marks=pytest.mark.long),
     (2, "sticky", 4, "torch_padded"),
     pytest.param(4, "shuffle", 8, "allgather_reducescatter", marks=pytest.mark.long),
@@ -248,6 +248,7 @@ def test_balancing_that_is_off_says_so(folder: Path) -> None:
         assert server.get("/metrics").status_code == 200
 
 
+@pytest.mark.long
 def test_answers_of_a_model_with_a_dense_layer_stay_the_same_through_a_rearrangement(
     tmp_path: Path, requests: list[list[int]]
 ) -> None:
