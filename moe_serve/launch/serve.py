@@ -57,6 +57,8 @@ async def _serve_worlds(config: Config, model: ModelConfig) -> int:
         pause = PAUSE_SECONDS if time.monotonic() - begun > LONG_SECONDS else min(2 * pause, LONG_SECONDS / 2)
         log.info("starting this node's part of the next world in %g s (--restart-world)", pause)
         await asyncio.sleep(pause)
+        if node.asked_to_stop:  # while nothing ran
+            return 0
 
 
 async def _serve(node: Node) -> int:
