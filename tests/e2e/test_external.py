@@ -132,6 +132,17 @@ def test_a_world_comes_back_when_the_rank_that_died_is_started_again(model: str)
             assert answers(other) == answers(world.ranks[dead]) == before
 
 
+@pytest.mark.long
+def test_a_launcher_that_is_asked_to_stop_between_two_worlds_stops(model: str) -> None:
+    with world_of(model, 0, 1, options=("--restart-world",)) as world:
+        world.ranks[1].process.kill()
+        deadline = time.monotonic() + 30
+        while "starting this node's part of the next world" not in world.ranks[0].log():
+            assert time.monotonic() < deadline, world.ranks[0].log()
+            time.sleep(0.02)
+        assert world.ranks[0].terminate() == 0
+
+
 def until_ready_again(server: Server, number: int) -> None:
     """Its launcher goes on, with a new API server on another port: the last curl line counts."""
     deadline = time.monotonic() + 60
