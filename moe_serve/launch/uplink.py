@@ -13,6 +13,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, NotYet, RankTimeout
 from moe_serve.base.messages import Hello, Retire, Stop, ToMember, WorldReady
 from moe_serve.base.progress import Phase, Progress
+from moe_serve.base.site import with_port
 from moe_serve.launch.site import name_of_this_node
 from moe_serve.world.link import Link
 from moe_serve.world.members import named_ranks
@@ -41,7 +42,7 @@ class Uplink:
     async def join(self) -> None:
         """Until the coordinator takes this launcher in. ConfigError if it refuses, or nobody is there in time."""
         parallel = self._config.parallel
-        where = f"{parallel.data_parallel_address}:{parallel.data_parallel_rpc_port}"
+        where = with_port(parallel.data_parallel_address, parallel.data_parallel_rpc_port)
         begun = time.monotonic()
         limit, remind = begun + parallel.start_timeout_seconds, begun + REMIND_SECONDS
         problem: Exception | None = None
