@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.report import Report
+from bench.report import ROOT, Report
 
 PICTURES = (".png", ".svg")
 console = Console(stderr=True)
@@ -26,6 +26,12 @@ def parser_for(
     parser.add_argument("--label", default=label, help=f"name of the result; {otherwise} if not given")
     parser.add_argument("--out", type=Path, help="folder of the result; bench/results/MACHINE if not given")
     return parser
+
+
+def add_checkouts(parser: argparse.ArgumentParser) -> None:
+    """The two that a benchmark compares."""
+    parser.add_argument("--before", type=Path, required=True, help="root of the checkout to compare with")
+    parser.add_argument("--after", type=Path, default=ROOT, help="root of the other one; this one if not given")
 
 
 def keep(report: Report, folder: Path | None, draw: Callable[[Report, Path], None] | None = None) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.command import keep, parser_for
+from bench.command import add_checkouts, keep, parser_for
 from bench.pairs import commit_of, compare_one, show
-from bench.report import ROOT, Report
+from bench.report import Report
 from moe_serve.cli.random_model import PRESETS
 from moe_serve.world.member import spin_environment
 
@@ -70,8 +70,7 @@ def main() -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_for(__doc__)
-    parser.add_argument("--before", type=Path, required=True, help="root of the checkout to compare with")
-    parser.add_argument("--after", type=Path, default=ROOT, help="root of the other one; this one if not given")
+    add_checkouts(parser)
     parser.add_argument("--preset", default="small", choices=list(PRESETS))
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.command import keep, parser_for
-from bench.report import ROOT, Report
+from bench.command import add_checkouts, keep, parser_for
+from bench.report import Report
 
 console = Console(stderr=True)
 
@@ -42,8 +42,7 @@ def main() -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_for(__doc__, label="before-after")
-    parser.add_argument("--before", type=Path, required=True, help="root of the checkout to compare with")
-    parser.add_argument("--after", type=Path, default=ROOT, help="root of the other one; this one if not given")
+    add_checkouts(parser)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--only", type=re.compile, default=".", help="keep numbers whose name matches this")
     parser.add_argument("command", nargs="+", metavar="BENCHMARK", help="a module of bench/ and its options, after --")

@@ -19,10 +19,10 @@ from typing import IO
 from rich.console import Console
 from rich.progress import track
 
-from bench.command import keep, parser_for
+from bench.command import add_checkouts, keep, parser_for
 from bench.offline import make_checkpoint, random_prompts
 from bench.pairs import commit_of, compare_one, show
-from bench.report import ROOT, Report
+from bench.report import Report
 
 console = Console(stderr=True)
 
@@ -69,8 +69,7 @@ def main() -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_for(__doc__, label="before-after")
-    parser.add_argument("--before", type=Path, required=True, help="root of the checkout to compare with")
-    parser.add_argument("--after", type=Path, default=ROOT, help="root of the other one; this one if not given")
+    add_checkouts(parser)
     parser.add_argument("--turns", type=int, default=30, help="of each, after two that do not count")
     parser.add_argument("--model", help="checkpoint folder; a random one of --preset and --arch if not given")
     parser.add_argument("--preset", default="tiny", choices=["tiny", "small"])

@@ -144,16 +144,14 @@ def test_a_launcher_that_is_asked_to_stop_between_two_worlds_stops(model: str) -
 
 
 def until_ready_again(server: Server, number: int) -> None:
-    """Its launcher goes on, with a new API server on another port: the last curl line counts."""
+    """Its launcher goes on, with a new API server on another port: the curl line of that world counts."""
     deadline = time.monotonic() + 60
-    while f"world {number} is ready" not in server.log():
+    told = re.compile(rf"world {number} is ready$.*?^curl (http://[^/\s]+)/", re.MULTILINE | re.DOTALL)
+    while (found := told.search(server.log())) is None:
         assert time.monotonic() < deadline, server.log()
         assert server.process.poll() is None, server.log()
         time.sleep(0.05)
-    lines = [line for line in server.log().splitlines() if line.startswith("curl ")]
-    while len(lines) < 1:
-        time.sleep(0.05)
-    server.base_url = lines[-1].split("/v1/")[0].removeprefix("curl ")
+    server.base_url = found.group(1)
 
 
 @pytest.mark.long
