@@ -200,7 +200,8 @@ def slow_step(members: Iterable[Member], now: float, since: float, limit: float)
     behind = [known for known in ranks if known.step < last and known.hello.role == "engine"]
     busy = [known for known in slow if not known.phase.waits_for_others]
     quiet = [known for known in ranks if known.is_quiet(now)]
-    culprits = quiet or behind or busy or slow
+    # All that stand in the same exchange look alike, however much later some of them came to it.
+    culprits = quiet or behind or busy or awake
     named = "; ".join(
         f"{known.name} is in step {known.step}, phase {known.place!r}, since {known.in_phase(now, since):.0f} s"
         for known in culprits

@@ -431,6 +431,18 @@ def test_who_beats_a_moment_later_is_blamed_before_one_that_waits_and_beat_first
         assert ("engine dp 0" in fleet.ended.reason) == waits
 
 
+def test_who_comes_seconds_later_into_an_exchange_that_hangs_is_named_with_those_that_wait_in_it() -> None:
+    fleet = formed(make_fleet(step_timeout=4))
+    for now in range(1, 9):
+        beat(fleet, 0, float(now), step=9, phase=Phase.COMBINE, seconds=max(0.0, now - 3.5))
+        beat(fleet, 1, float(now), step=9, phase=Phase.COMBINE, seconds=float(now))
+        beat(fleet, 9, float(now))
+        fleet.tick(float(now))
+    assert fleet.ended is not None
+    assert "engine dp 0" in fleet.ended.reason
+    assert "engine dp 1" in fleet.ended.reason
+
+
 def test_a_slow_step_is_blamed_on_who_fell_silent_in_it() -> None:
     fleet = formed(make_fleet(step_timeout=4))
     for now in range(1, 8):
