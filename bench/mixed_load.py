@@ -189,7 +189,7 @@ class MixedLoad:
             await post_json(self.address, *numbers.choice(ORDERS))
             self.counts["orders"] += 1
         except StreamFailed as refusal:
-            if "HTTP 409" not in str(refusal):  # another one is under way
+            if not any(each in str(refusal) for each in NO_ORDER):
                 raise
         await get_json(self.address, "/eplb")
         await get_json(self.address, "/config")
@@ -244,6 +244,8 @@ class MixedLoad:
 
 
 FIGURES = {"rearrangements": "eplb_rebalances_total", "experts moved": "eplb_moved_experts_total"}
+NO_ORDER = ("HTTP 409", "nothing to do")
+"""Another one is under way, or sticky finds nothing better: neither is wrong."""
 ORDERS: list[tuple[str, dict[str, object]]] = [
     ("/eplb/apply", {"policy": "shuffle"}),
     ("/eplb/apply", {"policy": "shuffle"}),

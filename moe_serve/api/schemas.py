@@ -269,7 +269,12 @@ def parse(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _first_problem(error) from error
+        problem = _first_problem(error)
+    # The error above may hold this one, and so does this frame: circles that would keep the body until they are found.
+    try:
+        raise problem
+    finally:
+        del problem
 
 
 def _first_problem(error: ValidationError) -> RequestError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 from collections.abc import Iterator
@@ -9,8 +10,17 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from moe_serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from moe_serve.base.errors import RequestError
 from tests.api.conftest import Served
+from tests.support.bad_requests import BAD
 
+KINDS: dict[str, type[CompletionBody | ChatBody | TokenizeBody | DetokenizeBody]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 DEEP = 90_000
 MESSAGES = [{"role": "user", "content": "x"}]
@@ -218,3 +228,23 @@ def connect(served: Served) -> socket.socket:
 
 def assert_serves(served: Served) -> None:
     assert send(served, "/v1/completions", b'{"prompt": "x", "max_tokens": 1}').status_code == 200
+
+
+def test_nothing_keeps_a_refused_body() -> None:
+    """An error among its own frames or causes is a circle: it holds all that was parsed until a collection looks."""
+    refuse_all()
+    gc.collect()
+    gc.disable()
+    try:
+        refuse_all()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def refuse_all() -> None:
+    for path, body, _, _ in BAD:
+        try:
+            parse(KINDS[path], json.dumps(body).encode())
+        except RequestError:
+            continue
