@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from moe_serve.api import prepare
 from moe_serve.api.balance_metrics import render_balance
-from moe_serve.api.errors import PROBLEM, problem_of
+from moe_serve.api.errors import answer_error
 from moe_serve.api.generation import GrowingAnswer, GrowingSequence
 from moe_serve.api.logprobs import Echo
 from moe_serve.api.metrics import Metrics, RequestClock
@@ -79,7 +79,7 @@ def create_app(state: ApiState) -> FastAPI:
         app.add_middleware(CORSMiddleware, allow_origins=server.allowed_origins, allow_methods="*", allow_headers="*")
     app.add_middleware(WatchRequests, metrics=state.metrics, lines=server.access_log)
     for kind in (MoEServeError, HTTPException, Exception):
-        app.add_exception_handler(kind, _answer_error)
+        app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     return app
 
@@ -304,14 +304,6 @@ def _rank_header(answer: GrowingAnswer) -> dict[str, str]:
 
 def _json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-async def _answer_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException) and error.status_code in (404, 405):
-        what = "no such path" if error.status_code == 404 else "method not allowed"
-        error = HTTPException(error.status_code, f"{what}: {request.method} {request.url.path[:200]}", error.headers)
-    request.scope[PROBLEM] = problem = problem_of(error)
-    return problem.response()
 
 
 async def _answer_nobody(_request: Request, _error: Exception) -> Response:

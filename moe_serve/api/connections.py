@@ -27,6 +27,7 @@ from moe_serve.api.middleware import PACE
 from moe_serve.api.orders import OPEN_PATHS
 from moe_serve.base.config import ServerSection
 from moe_serve.base.errors import ConfigError, Overloaded, RefusalReason
+from moe_serve.base.site import with_port
 
 ACCEPTED_AT_A_TIME = 64
 """asyncio accepts so many connections before any is counted, so there must be descriptors for them."""
@@ -243,3 +244,19 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         for each in sockets or ():
             each.listen(BACKLOG)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; ConfigError names the port that is taken or the address that is not ours."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(2048)
+    except OSError as error:
+        raise ConfigError(
+            f"the HTTP server cannot listen on {with_port(host, port)}: {error.strerror or error} "
+            "(options --host and --port)"
+        ) from error
+    return made

@@ -8,6 +8,7 @@ from typing import TypedDict
 
 import msgspec
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -79,6 +80,15 @@ def problem_of(error: Exception) -> ApiProblem:
         return ApiProblem(error.status_code, str(error.detail), headers=error.headers or {})
     message = "internal error; the server's log has the details"
     return ApiProblem(500, message, "server_error", code="internal_error", reason="failure")
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """As an exception handler of the application."""
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        what = "no such path" if error.status_code == 404 else "method not allowed"
+        error = HTTPException(error.status_code, f"{what}: {request.method} {request.url.path[:200]}", error.headers)
+    request.scope[PROBLEM] = problem = problem_of(error)
+    return problem.response()
 
 
 _REASONS: Mapping[type[RequestError], RefusalReason] = {

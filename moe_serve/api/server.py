@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moe_serve.api.app import create_app
 from moe_serve.api.balance import CoordinatorBalance
-from moe_serve.api.connections import HttpServer
+from moe_serve.api.connections import HttpServer, listen
 from moe_serve.api.state import ApiState
 from moe_serve.api.throughput import Throughput, report_throughput
 from moe_serve.api.watching import log_sparingly
@@ -182,22 +182,6 @@ class ApiServer:
         while self._engines.num_unfinished and time.monotonic() - started < FAREWELL_SECONDS:
             await asyncio.sleep(POLL_SECONDS)
         return order.code
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; ConfigError names the port that is taken or the address that is not ours."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(2048)
-    except OSError as error:
-        raise ConfigError(
-            f"the HTTP server cannot listen on {with_port(host, port)}: {error.strerror or error} "
-            "(options --host and --port)"
-        ) from error
-    return made
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.fingerprint import model_fingerprint
 from moe_serve.base.parallel_config import ParallelConfig
-from moe_serve.base.section import Host, Port, Section, Size
+from moe_serve.base.section import MAX_PORT, Host, Port, Section, Size
 from moe_serve.base.version import package_version
 
 
@@ -148,7 +148,29 @@ class Config(Section):
                 f"max_num_batched_tokens ({limit}) must be at least max_num_seqs ({self.scheduler.max_num_seqs}), "
                 "or running requests could not all take a step"
             )
+        if self.parallel.data_parallel_multi_port_external_lb:
+            self._check_ports()
         return self
+
+    def _check_ports(self) -> None:
+        """Ports that somebody else must know beforehand: one for each rank of this node, and their supervisor's."""
+        first, num_ranks = self.server.port, len(self.parallel.dp_ranks_here)
+        last, supervisor = first + num_ranks - 1, self.parallel.data_parallel_supervisor_port
+        if not first or not supervisor:
+            raise ValueError(
+                f"port ({first}) and data_parallel_supervisor_port ({supervisor}) must be known beforehand, so that "
+                "0 (any free one) cannot be either of them with data_parallel_multi_port_external_lb"
+            )
+        if last > MAX_PORT:
+            raise ValueError(
+                f"port ({first}) is the first of {num_ranks}, one for each rank of this node, which reach beyond "
+                f"{MAX_PORT}; give one up to {MAX_PORT - num_ranks + 1}"
+            )
+        if first <= supervisor <= last:
+            raise ValueError(
+                f"data_parallel_supervisor_port ({supervisor}) lies among the ports of this node's ranks, {first} to "
+                f"{last} (option --port); give another"
+            )
 
     @classmethod
     def from_flat(cls, options: Mapping[str, object]) -> Config:

@@ -26,8 +26,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     these DP ranks only (None: all), and may be silent for `patience_seconds` as long as an engine's line to it stands:
     its interpreter is busy with something else, since a stopped process answers on no line.
 
-    `node` as in Site. `generation` of the world that it was started for (0: it takes whichever it meets). A launcher
-    beside the coordinator's says which DP `ranks` it starts, and in how many worlds it has been.
+    `node` and `machine` as in Site. `generation` of the world that it was started for (0: it takes whichever it meets).
+    A launcher beside the coordinator's says which DP `ranks` it starts, and in how many worlds it has been.
     """
 
     role: Role
@@ -41,6 +41,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     serves: list[int] | None = None
     patience_seconds: float = 60.0
     node: str = ""
+    machine: str = ""
     generation: int = 0
     ranks: list[int] = []
     worlds: int = 0

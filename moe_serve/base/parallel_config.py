@@ -47,6 +47,8 @@ class ParallelConfig(Section):
     """Data-parallel ranks started on this node; all of them, or the one of data_parallel_rank, if not given."""
     data_parallel_start_rank: int | None = Field(None, ge=0, json_schema_extra=short("dpr"))
     """First data-parallel rank of this node, where others are started elsewhere."""
+    node_rank: int | None = Field(None, ge=0, json_schema_extra=short("r"))
+    """Which node this is, where all have data_parallel_size_local ranks: says data_parallel_start_rank."""
     data_parallel_rank: int | None = Field(None, ge=0, json_schema_extra=short("dpn"))
     """The one data-parallel rank started here, with a server of its own behind somebody else's load balancer."""
     data_parallel_rank_local: int | None = Field(None, ge=0)
@@ -64,6 +66,11 @@ class ParallelConfig(Section):
     """One server per rank behind somebody else's load balancer; data_parallel_rank says it already."""
     data_parallel_hybrid_lb: bool = Field(False, json_schema_extra=short("dph"))
     """One server per node, for the ranks of that node, behind somebody else's load balancer."""
+    data_parallel_multi_port_external_lb: bool = Field(False, json_schema_extra=short("dpm"))
+    """One server per rank of this node, each at a port of its own from --port on, behind somebody else's load balancer;
+    a supervisor starts them and speaks for all of them."""
+    data_parallel_supervisor_port: Port = 9256
+    """Port of that supervisor's own HTTP server: /readyz, /livez and /ranks of this node."""
     headless: bool = False
     """No HTTP server on this node: that of rank 0's node speaks for its ranks."""
     world_token_file: str | None = None
@@ -117,14 +124,23 @@ class ParallelConfig(Section):
         """Who spreads requests over engines: the one API server, somebody outside, or both."""
         if self.data_parallel_external_lb or self.data_parallel_rank is not None:
             return "external"
+        if self.data_parallel_multi_port_external_lb:
+            return "external"
         return "hybrid" if self.data_parallel_hybrid_lb else "internal"
+
+    @property
+    def start_rank(self) -> int | None:
+        """First data-parallel rank of this node, if it was said."""
+        if self.node_rank is not None and self.data_parallel_size_local is not None:
+            return self.node_rank * self.data_parallel_size_local
+        return self.data_parallel_start_rank
 
     @property
     def dp_ranks_here(self) -> tuple[int, ...]:
         """Data-parallel ranks of this node."""
         if self.data_parallel_rank is not None:
             return (self.data_parallel_rank,)
-        start = self.data_parallel_start_rank or 0
+        start = self.start_rank or 0
         size = (
             self.data_parallel_size - start if self.data_parallel_size_local is None else self.data_parallel_size_local
         )
@@ -138,13 +154,16 @@ class ParallelConfig(Section):
     @property
     def num_frontends(self) -> int:
         """API servers that the world waits for."""
+        if self.load_balancing == "external":
+            return self.data_parallel_size
         return 1 if self.load_balancing == "internal" else self.data_parallel_size // len(self.dp_ranks_here)
 
     @property
     def coordinator_port(self) -> int:
         """Where the coordinator listens; 0, any free port, where nobody else must know it beforehand."""
         told = {"data_parallel_address", "data_parallel_rpc_port"} & self.model_fields_set
-        return self.data_parallel_rpc_port if told or self.is_apart else 0
+        known = told or self.is_apart or self.data_parallel_multi_port_external_lb
+        return self.data_parallel_rpc_port if known else 0
 
     @field_validator("distributed_executor_backend")
     @classmethod
@@ -197,7 +216,8 @@ class ParallelConfig(Section):
     def _check_parts(self) -> None:
         """Which ranks this node starts, beside those of others."""
         dp, local, rank = self.data_parallel_size, self.data_parallel_size_local, self.data_parallel_rank
-        start, hybrid = self.data_parallel_start_rank, self.data_parallel_hybrid_lb
+        start, hybrid = self.start_rank, self.data_parallel_hybrid_lb
+        self._check_node()
         if (self.data_parallel_external_lb or hybrid) and dp == 1:
             raise ValueError("data_parallel_external_lb and data_parallel_hybrid_lb need data_parallel_size > 1")
         if self.data_parallel_external_lb and rank is None:
@@ -224,11 +244,39 @@ class ParallelConfig(Section):
                 "headless is for a node beside that of rank 0: give data_parallel_start_rank (above 0) and "
                 "data_parallel_size_local, and no data_parallel_hybrid_lb"
             )
-        if start and not hybrid and not self.headless:
+        if start and not hybrid and not self.headless and not self.data_parallel_multi_port_external_lb:
             raise ValueError(
-                "data_parallel_start_rank above 0 needs headless (the server is on rank 0's node) or "
-                "data_parallel_hybrid_lb (a server on each node)"
+                "data_parallel_start_rank above 0 needs headless (the server is on rank 0's node), "
+                "data_parallel_hybrid_lb (a server on each node) or data_parallel_multi_port_external_lb (one for each "
+                "rank)"
             )
+
+    def _check_node(self) -> None:
+        """Which node this is, and whether a supervisor can start its ranks."""
+        rank, local = self.data_parallel_rank, self.data_parallel_size_local
+        if self.node_rank is not None and (not local or self.data_parallel_start_rank is not None):
+            raise ValueError(
+                f"node_rank ({self.node_rank}) needs data_parallel_size_local, the ranks of each node, and says "
+                "data_parallel_start_rank by itself: give the one and leave out the other"
+            )
+        if not self.data_parallel_multi_port_external_lb:
+            if "data_parallel_supervisor_port" in self.model_fields_set:
+                raise ValueError("data_parallel_supervisor_port needs data_parallel_multi_port_external_lb")
+            return
+        others = {
+            "data_parallel_rank": rank is not None,
+            "data_parallel_rank_local": self.data_parallel_rank_local is not None,
+            "data_parallel_external_lb": self.data_parallel_external_lb,
+            "data_parallel_hybrid_lb": self.data_parallel_hybrid_lb,
+            "headless": self.headless,
+        }
+        if given := [name for name, is_given in others.items() if is_given]:
+            raise ValueError(
+                f"data_parallel_multi_port_external_lb starts ranks with a server each, and does not go with "
+                f"{' and '.join(given)}; leave that out (the first rank of this node is data_parallel_start_rank)"
+            )
+        if self.data_parallel_size == 1:
+            raise ValueError("data_parallel_multi_port_external_lb needs data_parallel_size > 1")
 
     def check_built(self) -> None:
         """Raise ConfigError for an option that is known but whose feature is not built yet."""

@@ -11,7 +11,8 @@ from moe_serve.base.site import without_brackets
 ENVIRONMENT_PREFIX = "MOE_SERVE_"
 """Of the variable of an option."""
 Size = Annotated[int, Field(ge=1)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+MAX_PORT = 65535
+Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 Host = Annotated[str, AfterValidator(without_brackets)]
 
 

@@ -14,12 +14,14 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     """One per process, told by whoever started it.
 
     `address` is this machine's own, on the way to the others: whatever listens for members binds there. `node` names
-    the launcher whose machine this is. `ranks_here` of the node share its memory and devices; those of this process
-    begin at `local_rank` among them. `threads` is one rank's share of the cores.
+    the launcher that started this; where a supervisor started several launchers, they share the `machine`. `ranks_here`
+    of the machine share its memory and devices; those of this process begin at `local_rank` among them. `threads` is
+    one rank's share of the cores.
     """
 
     address: str = "127.0.0.1"
     node: str = ""
+    machine: str = ""
     ranks_here: int = 1
     local_rank: int = 0
     threads: int = 1

@@ -28,6 +28,7 @@ from moe_serve.cli.flags import (
     wants_help,
 )
 from moe_serve.launch.serve import serve
+from moe_serve.launch.supervisor import supervise
 
 ABOUT_SERVE = (
     "Serve a model over an OpenAI-compatible HTTP API. Each option may also be given in the environment "
@@ -40,7 +41,8 @@ def run_serve(arguments: Sequence[str]) -> int:
         groups = {title: section.model_fields for title, section in SECTIONS.items()}
         print(help_text(serve_options(), "serve", ABOUT_SERVE, groups))
         return 0
-    return serve(parse_serve(arguments))
+    config = parse_serve(arguments)
+    return supervise(config) if config.parallel.data_parallel_multi_port_external_lb else serve(config)
 
 
 def serve_options() -> type[Options]:

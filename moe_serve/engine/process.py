@@ -99,6 +99,7 @@ class EngineProcess:
             host=socket.gethostname(),
             agreement=self._config.agreement(),
             node=spec.site.node,
+            machine=spec.site.machine,
             generation=spec.generation,
         )
         return Link(

@@ -1,6 +1,7 @@
 """Which expert-parallel ranks share a node: the sizes of the nodes, since neighbours do. numpy only.
 
-N nodes, R ranks. A node is a run of neighbouring ranks that one launcher started: between them bytes stay on a machine.
+N nodes, R ranks. A node is a run of neighbouring ranks that one launcher, or one supervisor of launchers, started:
+between them bytes stay on a machine.
 """
 
 from __future__ import annotations

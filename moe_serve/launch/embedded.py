@@ -38,6 +38,11 @@ class EngineWorld:
     like: nobody takes that for death."""
 
     def __init__(self, config: Config) -> None:
+        if config.parallel.load_balancing != "internal":
+            raise ConfigError(
+                f"LLM has no HTTP servers, so {config.parallel.load_balancing} load balancing means nothing to it; "
+                "leave out the options that ask for it"
+            )
         self._token = world_token(config.parallel)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engines", daemon=True)

@@ -210,7 +210,7 @@ class Node:
             token=self.token,
             config=self.config.to_json(keys=dp is None),
             dp=-1 if dp is None else dp,
-            site=make_site(self.config.parallel, self._dp_ranks, address=self.address, dp=dp),
+            site=make_site(self.config.parallel, self._dp_ranks, address=self.address, dp=dp, part=self._part),
             essential=bool(self._dp_ranks),  # more front-ends may come and go
             serves=self._part.serves,
             generation=self._generation,

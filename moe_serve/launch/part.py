@@ -15,13 +15,16 @@ from moe_serve.base.secret import TOKEN_ENVIRONMENT, check_token, new_token
 class NodePart:
     """`dp_ranks` whose engines are started here: all of them if None. The API server `serves` these (None: all).
 
-    `joins`: another launcher holds the coordinator.
+    `joins`: another launcher holds the coordinator. A supervisor started so many `launchers` on this `machine`, and
+    this is one of them.
     """
 
     serve_http: bool = True
     dp_ranks: tuple[int, ...] | None = None
     joins: bool = False
     serves: list[int] | None = None
+    machine: str = ""
+    launchers: int = 1
 
 
 def node_part(parallel: ParallelConfig) -> NodePart:

@@ -14,13 +14,11 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.topology import get_pp_indices
+from moe_serve.launch.ports import PortPlan, check_ports, ports_of_node
 from moe_serve.launch.serve import describe
 from moe_serve.model.footprint import Footprint, footprints
 from moe_serve.model.partition import Partition, make_partitions
 from moe_serve.worker.kv_room import Room, fitting_blocks
-
-ANY_FREE = 0
-EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +53,6 @@ class ProcessPlan:
 
     name: str
     ranks: list[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PortPlan:
-    """Where something listens: `port` 0 is any free one. `option` chooses it."""
-
-    what: str
-    host: str
-    port: int
-    option: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,42 +133,25 @@ def dp_ranks_of_nodes(parallel: ParallelConfig) -> list[range]:
 
 def processes_of_node(parallel: ParallelConfig, dp_ranks: Sequence[int]) -> list[ProcessPlan]:
     """In the order in which they are started."""
+    if not parallel.data_parallel_multi_port_external_lb:
+        return _launched(parallel, dp_ranks)
+    found = [ProcessPlan(name="supervisor", ranks=[])]
+    for dp in dp_ranks:
+        found += _launched(parallel, [dp], of=f" of rank {dp}")
+    return found
+
+
+def _launched(parallel: ParallelConfig, dp_ranks: Sequence[int], *, of: str = "") -> list[ProcessPlan]:
+    """A launcher and what it starts."""
     holds = 0 in dp_ranks
-    found = [ProcessPlan(name="launcher, with the coordinator" if holds else "launcher", ranks=[])]
+    found = [ProcessPlan(name=f"launcher{of}{', with the coordinator' if holds else ''}", ranks=[])]
     if holds and parallel.enable_eplb:
         found += [ProcessPlan(name=f"solver of {what}", ranks=[]) for what in ("decisions", "requests")]
     for dp in dp_ranks:
         found += _engine(parallel, dp)
     if holds or parallel.load_balancing != "internal":
-        found.append(ProcessPlan(name="API server", ranks=[]))
+        found.append(ProcessPlan(name=f"API server{of}", ranks=[]))
     return found
-
-
-def ports_of_node(config: Config, dp_ranks: Sequence[int]) -> list[PortPlan]:
-    """What listens at a port that somebody outside must know, or that options choose."""
-    parallel, server = config.parallel, config.server
-    host, found = parallel.data_parallel_address, []
-    if 0 in dp_ranks:
-        coordinator, store = parallel.coordinator_port, parallel.data_parallel_master_port
-        found += [
-            PortPlan(what="coordinator", host=host, port=coordinator, option="--data-parallel-rpc-port"),
-            PortPlan(what="store of rank 0", host=host, port=store, option="--data-parallel-master-port"),
-        ]
-    if 0 in dp_ranks or parallel.load_balancing != "internal":
-        found.append(PortPlan(what="HTTP", host=server.host, port=server.port, option="--port"))
-    return found
-
-
-def check_ports(ports: Sequence[PortPlan]) -> None:
-    """ConfigError if two would listen at one port of one address."""
-    for index, one in enumerate(ports):
-        for other in ports[:index]:
-            meet = one.host == other.host or {one.host, other.host} & set(EVERY_ADDRESS)
-            if one.port == other.port != ANY_FREE and meet:
-                raise ConfigError(
-                    f"{other.what} ({other.option}) and {one.what} ({one.option}) would both listen at port "
-                    f"{one.port} of {one.host}; give one of them another"
-                )
 
 
 def _engine(parallel: ParallelConfig, dp: int) -> list[ProcessPlan]:

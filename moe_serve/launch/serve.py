@@ -10,31 +10,38 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable, Coroutine
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import ModelConfig
+from moe_serve.launch.endings import Pauses, exit_code
 from moe_serve.launch.node import Node
-from moe_serve.launch.part import node_part, world_token
+from moe_serve.launch.part import NodePart, node_part, world_token
 from moe_serve.launch.resolve import resolve
 
-WORLD_ENDED = 3
-"""Exit code of a launcher whose own ranks were fine."""
-PAUSE_SECONDS = 1.0
-LONG_SECONDS = 60.0
-"""A world that lasted so long did not end because of how it was started."""
 log = logging.getLogger(__name__)
 
 
 def serve(config: Config) -> int:
     """`moe-serve serve`: run until told to stop or broken; the exit code."""
-    setup_logging("launcher", config.server.log_level)
+
+    async def run(resolved: Config, model: ModelConfig) -> int:
+        log.info("%s", describe(resolved, model))
+        return await serve_worlds(resolved, node_part(resolved.parallel), world_token(resolved.parallel))
+
+    return run_resolved(config, "launcher", run)
+
+
+def run_resolved(config: Config, name: str, run: Callable[[Config, ModelConfig], Coroutine[None, None, int]]) -> int:
+    """What `run` gives for the resolved `config` in an event loop; the operator's mistakes are a line and code 2.
+    `name` is that of this process in the log."""
+    setup_logging(name, config.server.log_level)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
     try:
         resolved, model = resolve(config)
-        return asyncio.run(_serve_worlds(resolved, model))
+        return asyncio.run(run(resolved, model))
     except ConfigError as error:
         log.error("%s", error)
         return 2
@@ -42,11 +49,9 @@ def serve(config: Config) -> int:
         return 130
 
 
-async def _serve_worlds(config: Config, model: ModelConfig) -> int:
-    """One world, or with --restart-world one after the other."""
-    part, token = node_part(config.parallel), world_token(config.parallel)
-    log.info("%s", describe(config, model))
-    worlds, pause = 0, PAUSE_SECONDS
+async def serve_worlds(config: Config, part: NodePart, token: str, *, worlds: int = 0) -> int:
+    """One world, or with --restart-world one after the other; the exit code. `worlds` in which this part was before."""
+    pauses = Pauses()
     while True:
         begun = time.monotonic()
         node = Node(config, part, token=token, worlds=worlds)
@@ -54,7 +59,7 @@ async def _serve_worlds(config: Config, model: ModelConfig) -> int:
         if code in (0, 2) or node.asked_to_stop or not config.parallel.restart_world:
             return code
         worlds = max(worlds, node.world_number)
-        pause = PAUSE_SECONDS if time.monotonic() - begun > LONG_SECONDS else min(2 * pause, LONG_SECONDS / 2)
+        pause = pauses.after(time.monotonic() - begun)
         log.info("starting this node's part of the next world in %g s (--restart-world)", pause)
         await asyncio.sleep(pause)
         if node.asked_to_stop:  # while nothing ran
@@ -72,7 +77,7 @@ async def _serve(node: Node) -> int:
             if door := node.front_door():
                 print(ready_line(node.config, door), flush=True)
         stop = await node.until_ended()
-        code = exit_code(stop, node.name)
+        code = exit_code(stop, node.name, asked=node.asked_to_stop)
         if stop.code == 1:
             fates = await node.fates()
             log.error("%s%s", stop.reason, f" [{fates}]" if fates and fates not in stop.reason else "")
@@ -83,11 +88,6 @@ async def _serve(node: Node) -> int:
         return code
     finally:
         await node.close()
-
-
-def exit_code(stop: Stop, node: str) -> int:
-    """WORLD_ENDED where another node's rank ended the world: whoever watches this process should start it again."""
-    return stop.code if stop.code == 2 or stop.node in ("", node) else WORLD_ENDED
 
 
 def _on_signals(node: Node) -> None:

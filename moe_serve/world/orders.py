@@ -21,10 +21,11 @@ def to_engines(members: Mapping[int, Member], orders: Sequence[ForEngine]) -> li
 
 
 def tell_nodes(rebalancer: Rebalancer | None, members: Iterable[Member], ranks_per_engine: int) -> None:
-    """Which engines share a node: those that one launcher started. Once all engines are there."""
+    """Which engines share a node: those that one launcher, or one supervisor of launchers, started. Once all engines
+    are there."""
     if rebalancer is not None:
-        engines = sorted((known.hello.dp, known.hello.node) for known in members if known.hello.role == "engine")
-        rebalancer.set_nodes(nodes_of_engines([node for _, node in engines], ranks_per_engine))
+        hellos = sorted((known.hello for known in members if known.hello.role == "engine"), key=lambda each: each.dp)
+        rebalancer.set_nodes(nodes_of_engines([each.machine or each.node for each in hellos], ranks_per_engine))
 
 
 def dated(question: Question, generation: int) -> Question:

@@ -32,7 +32,10 @@ DEFAULTS = {
     "data_parallel_backend": "mp",
     "data_parallel_external_lb": False,
     "data_parallel_hybrid_lb": False,
+    "data_parallel_multi_port_external_lb": False,
+    "data_parallel_supervisor_port": 9256,
     "data_parallel_start_rank": None,
+    "node_rank": None,
     "headless": False,
     "start_timeout_seconds": 1800,
     "restart_world": False,
@@ -66,6 +69,7 @@ def test_world_sizes() -> None:
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 EP = {"enable_expert_parallel": True}
+DPM: dict[str, object] = {"data_parallel_multi_port_external_lb": True, "data_parallel_size": 4}
 REFUSED: list[tuple[dict[str, object], str]] = [
     ({"tensor_parallel_size": 0}, "tensor_parallel_size: .*greater than or equal to 1.*given: 0"),
     ({"pipeline_parallel_size": -1}, "pipeline_parallel_size"),
@@ -90,11 +94,38 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"data_parallel_rank": 1, "data_parallel_size": 2, "data_parallel_start_rank": 1}, "it goes with none of"),
     ({"data_parallel_size": 2, "data_parallel_size_local": 0}, "has nothing to do"),
     ({"data_parallel_size": 2, "headless": True}, "a node beside that of rank 0"),
-    ({"data_parallel_size": 2, "data_parallel_start_rank": 1}, "needs headless .* or data_parallel_hybrid_lb"),
+    (
+        {"data_parallel_size": 2, "data_parallel_start_rank": 1},
+        r"needs headless .*, data_parallel_hybrid_lb \(.* or data_parallel_multi_port_external_lb",
+    ),
     (
         {"data_parallel_size": 4, "data_parallel_start_rank": 3, "data_parallel_size_local": 2, "headless": True},
         r"start_rank \(3\) and data_parallel_size_local \(2\) reach beyond data_parallel_size \(4\)",
     ),
+    ({"node_rank": 1, "data_parallel_size": 4}, r"node_rank \(1\) needs data_parallel_size_local"),
+    (
+        {"node_rank": 1, "data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_start_rank": 2},
+        "give the one and leave out the other",
+    ),
+    (
+        {**DPM, "node_rank": 2, "data_parallel_size_local": 2},
+        r"start_rank \(4\) and data_parallel_size_local \(2\) reach beyond data_parallel_size \(4\)",
+    ),
+    ({"data_parallel_supervisor_port": 9000}, "needs data_parallel_multi_port_external_lb"),
+    ({**DPM, "data_parallel_size": 1}, "data_parallel_multi_port_external_lb needs data_parallel_size > 1"),
+    *(
+        ({**DPM, name: value}, f"does not go with {name}; leave that out")
+        for name, value in {
+            "headless": True,
+            "data_parallel_rank": 1,
+            "data_parallel_external_lb": True,
+            "data_parallel_hybrid_lb": True,
+        }.items()
+    ),
+    ({**DPM, "port": 65533}, r"port \(65533\) is the first of 4.*; give one up to 65532"),
+    ({**DPM, "port": 0}, r"port \(0\) and data_parallel_supervisor_port \(9256\) must be known beforehand"),
+    ({**DPM, "data_parallel_supervisor_port": 0}, "must be known beforehand"),
+    ({**DPM, "port": 9253}, r"supervisor_port \(9256\) lies among the ports of this node's ranks, 9253 to 9256"),
     ({"start_timeout_seconds": 0}, "start_timeout_seconds"),
     ({"data_parallel_address": " "}, "data_parallel_address must not be empty"),
     ({"data_parallel_rpc_port": 65536}, "data_parallel_rpc_port"),
@@ -173,6 +204,7 @@ def test_options_are_frozen() -> None:
         ({"data_parallel_master_ip": "127.0.0.1"}, 29550, 0),
         ({"data_parallel_rank": 0, "data_parallel_size": 2}, 29550, 0),
         ({"data_parallel_size": 2, "data_parallel_size_local": 1}, 29550, 0),
+        (DPM, 29550, 0),
         ({"data_parallel_rpc_port": 5000}, 5000, 0),
         ({"data_parallel_master_port": 5001}, 0, 5001),
     ],
@@ -198,6 +230,10 @@ PARTS: list[tuple[dict[str, object], tuple[int, ...], str, int]] = [
         "hybrid",
         2,
     ),
+    (DPM, (0, 1, 2, 3), "external", 4),
+    ({**DPM, "data_parallel_start_rank": 1, "data_parallel_size_local": 3}, (1, 2, 3), "external", 4),
+    ({**DPM, "node_rank": 1, "data_parallel_size_local": 2}, (2, 3), "external", 4),
+    ({"headless": True, "node_rank": 1, "data_parallel_size_local": 2}, (2, 3), "internal", 1),
     ({"data_parallel_size_local": 3}, (0, 1, 2), "internal", 1),
     ({"headless": True, "data_parallel_start_rank": 1, "data_parallel_size_local": 2}, (1, 2), "internal", 1),
     ({"headless": True, "data_parallel_start_rank": 3}, (3,), "internal", 1),
@@ -301,6 +337,9 @@ NEEDS: dict[str, dict[str, object]] = {
     "data_parallel_rank_local": {"data_parallel_size": 4},
     "data_parallel_external_lb": {"data_parallel_size": 2},
     "data_parallel_hybrid_lb": {"data_parallel_size": 2},
+    "data_parallel_multi_port_external_lb": {"data_parallel_size": 2},
+    "data_parallel_supervisor_port": {"data_parallel_multi_port_external_lb": True, "data_parallel_size": 2},
+    "node_rank": {"data_parallel_size": 4, "data_parallel_size_local": 2, "headless": True},
     "enable_eplb": {"data_parallel_size": 2, **EP},
     "num_redundant_experts": {"enable_eplb": True, "data_parallel_size": 2, **EP},
     "decode_context_parallel_size": {"tensor_parallel_size": 4},
@@ -322,9 +361,12 @@ def fields_read() -> set[tuple[str, str]]:
     for path in PACKAGE.rglob("*.py"):
         if path not in (PACKAGE / "base" / "config.py", PACKAGE / "base" / "parallel_config.py"):
             found |= attributes_in(ast.parse(path.read_text()))
-    for made in properties_of_parallel_config():
-        if ("parallel", made.name) in found:
-            found |= {("parallel", field) for owner, field in attributes_in(made) if owner == "self"}
+    before = 0
+    while len(found) > before:  # a property may be made of others
+        before = len(found)
+        for made in properties_of_parallel_config():
+            if ("parallel", made.name) in found:
+                found |= {("parallel", field) for owner, field in attributes_in(made) if owner == "self"}
     return found
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from moe_serve.base.secret import TOKEN_ENVIRONMENT
 from moe_serve.cli.random_model import make_model
-from moe_serve.launch.serve import WORLD_ENDED
+from moe_serve.launch.endings import WORLD_ENDED
 from tests.support.load import Load
 from tests.support.server import COMMAND, Server
 

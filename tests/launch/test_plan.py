@@ -15,15 +15,8 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import ModelConfig, load_model_config
 from moe_serve.base.parallel_config import ParallelConfig
-from moe_serve.launch.plan import (
-    PortPlan,
-    WorldPlan,
-    check_ports,
-    dp_ranks_of_nodes,
-    plan_world,
-    ports_of_node,
-    processes_of_node,
-)
+from moe_serve.launch.plan import WorldPlan, dp_ranks_of_nodes, plan_world, processes_of_node
+from moe_serve.launch.ports import PortPlan, check_ports, ports_of_node
 from moe_serve.launch.resolve import SHIPPED_MODEL, resolve
 
 MODEL = load_model_config(SHIPPED_MODEL)
@@ -198,6 +191,23 @@ def test_where_each_rank_has_a_server_every_node_listens_and_only_rank_0_is_met(
     assert [port.port for port in world.nodes[0].ports] == [29550, 0, 8000]
     assert [node.here for node in world.nodes] == [False, True]
     assert [rank.device for rank in world.ranks] == ["cuda:0", "cuda:1"], "only this launcher's place was told"
+
+
+def test_a_supervisor_has_a_port_and_each_of_its_ranks_another() -> None:
+    world = plan(
+        data_parallel_size=4, data_parallel_size_local=2, node_rank=1, data_parallel_multi_port_external_lb=True
+    )
+    assert [node.here for node in world.nodes] == [False, True]
+    assert [process.name for process in world.nodes[1].processes] == [
+        "supervisor",
+        *("launcher of rank 2", "engine dp 2", "API server of rank 2"),
+        *("launcher of rank 3", "engine dp 3", "API server of rank 3"),
+    ]
+    assert world.nodes[0].processes[1].name == "launcher of rank 0, with the coordinator"
+    ports = [[(port.what, port.port) for port in node.ports] for node in world.nodes]
+    met = [("coordinator", 29550), ("store of rank 0", 0)]
+    assert ports[0] == [*met, ("HTTP of rank 0", 8000), ("HTTP of rank 1", 8001), ("supervisor", 9256)]
+    assert ports[1] == [("HTTP of rank 2", 8000), ("HTTP of rank 3", 8001), ("supervisor", 9256)]
 
 
 def test_workers_are_processes_unless_an_executor_has_them_otherwise() -> None:

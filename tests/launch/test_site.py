@@ -9,6 +9,7 @@ import pytest
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.site import local_address
+from moe_serve.launch.part import NodePart
 from moe_serve.launch.site import make_site, name_of_this_node
 from moe_serve.world.member import threads_per_rank
 
@@ -20,6 +21,16 @@ def test_ranks_of_a_node_are_counted_there_and_begin_at_zero_whatever_their_dp_r
     assert {(site.ranks_here, site.threads, site.address) for site in sites} == {(4, threads_per_rank(4), "10.0.0.2")}
     assert {site.node for site in sites} == {name_of_this_node()}
     assert str(os.getpid()) in name_of_this_node()
+
+
+def test_ranks_that_a_supervisor_started_share_the_machine_each_in_its_place() -> None:
+    parallel = ParallelConfig(
+        data_parallel_size=4, tensor_parallel_size=2, data_parallel_rank=3, data_parallel_rank_local=1
+    )
+    part = NodePart(dp_ranks=(3,), machine="here", launchers=2)
+    site = make_site(parallel, (3,), address="127.0.0.1", dp=3, part=part)
+    assert (site.local_rank, site.ranks_here, site.threads) == (2, 4, threads_per_rank(4))
+    assert site.machine == "here"
 
 
 def test_a_node_without_ranks_has_all_cores_for_its_front_end() -> None:

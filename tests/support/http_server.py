@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_serve.api.app import create_app
-from moe_serve.api.connections import HttpServer
-from moe_serve.api.server import listen
+from moe_serve.api.connections import HttpServer, listen
 from moe_serve.api.state import ApiState
 from moe_serve.base.config import Config
 from moe_serve.text.tokenizer import load_tokenizer

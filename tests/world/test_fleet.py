@@ -6,6 +6,7 @@ import math
 import re
 
 import msgspec
+import pytest
 
 from moe_serve.base.balance_messages import StageReport, StepLoad
 from moe_serve.base.commands import StageExperts
@@ -578,13 +579,17 @@ def test_an_engine_that_is_ready_says_how_large_an_expert_is_to_whoever_balances
     assert plan.num_bytes == 77 * plan.num_moves
 
 
-def test_whoever_balances_learns_which_engines_share_a_node_once_all_have_come() -> None:
+@pytest.mark.parametrize("is_supervised", [False, True])
+def test_whoever_balances_learns_which_engines_share_a_node_once_all_have_come(is_supervised: bool) -> None:
+    """By their launcher; where each rank has one of its own, by the supervisor that started it."""
     fleet = make_fleet(dp=4, tp=2)
     balanced = Balanced(dp=4, tp=2, num_redundant=0)
     fleet.rebalancer = balanced.rebalancer
     fleet.has_workers = False
     for dp in (2, 0, 3, 1):
-        fleet.hear(dp, engine(dp, node="one" if dp == 0 else "other"), 0.0)
+        place = "one" if dp == 0 else "other"
+        names = {"node": f"launcher {dp}", "machine": place} if is_supervised else {"node": place}
+        fleet.hear(dp, engine(dp, **names), 0.0)
     fleet.hear(9, API, 0.0)
     for member in (0, 1, 2, 3, 9):
         fleet.hear(member, Ready(), 0.0)
