@@ -29,6 +29,8 @@ CASES: dict[Path, str] = {
     EXAMPLES / "statefulset.yaml": WIDE,
     EXAMPLES / "leaderworkerset.yaml": f"{WIDE} --target leaderworkerset",
     EXAMPLES / "inferencepool.yaml": f"{WIDE} --target inferencepool",
+    EXAMPLES / "statefulset-node.yaml": f"{WIDE} --shape node -dpl 2",
+    EXAMPLES / "inferencepool-node.yaml": f"{WIDE} --shape node -dpl 2 --target inferencepool",
     KEPT / "two-ranks.yaml": "--name demo --image moe-serve:test -dp 2 -ep --device cpu",
     KEPT / "everything.yaml": (
         f"/models/mine --name mine --namespace ns --image moe-serve@sha256:{'0' * 64} -dp 2 -tp 2 -ep "
@@ -42,6 +44,17 @@ CASES: dict[Path, str] = {
     ),
     KEPT / "group.yaml": (
         "Qwen/Qwen3-30B-A3B --name demo --image moe-serve:test -dp 3 -ep --target leaderworkerset --no-monitoring"
+    ),
+    KEPT / "two-nodes.yaml": (
+        "--name demo --namespace ns --image moe-serve:test -dp 4 -dpl 2 -ep --shape node --device cpu --port 8100 "
+        "--data-parallel-supervisor-port 8200 --data-parallel-rpc-port 8300"
+    ),
+    KEPT / "node-group.yaml": (
+        "--name demo --image moe-serve:test -dp 16 -dpl 8 -tp 2 -ep --shape node --target leaderworkerset "
+        "--rdma-resource rdma/ib --no-monitoring"
+    ),
+    KEPT / "node-pool.yaml": (
+        "--name demo --namespace ns --image moe-serve:test -dp 16 -dpl 8 -ep --shape node --target inferencepool"
     ),
 }
 

@@ -19,7 +19,7 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.cli.flags import Options, help_text, wants_help
 from moe_serve.cli.serve import read_options, serve_fields
 from moe_serve.deploy.dashboard import dashboard
-from moe_serve.deploy.deployment import Deployment, make_deployment, rank_config
+from moe_serve.deploy.deployment import Deployment, make_deployment, pod_config
 from moe_serve.deploy.options import ClusterOptions
 from moe_serve.deploy.render import render
 from moe_serve.launch.resolve import resolve
@@ -27,14 +27,14 @@ from moe_serve.launch.resolve import resolve
 USAGE = """usage: moe-serve k8s COMMAND
 
 commands:
-  render [MODEL] --name N --image I [OPTIONS]    write the manifests of a world, one pod for each rank
+  render [MODEL] --name N --image I [OPTIONS]    write the manifests of a world, a pod for each rank or node
   dashboard                                      write a dashboard for Grafana, as JSON
 
 `moe-serve k8s render --help` lists its options."""
 ABOUT_RENDER = (
     "Write the manifests of one world to standard output, for `kubectl apply -f -`: one pod for each data-parallel "
-    "rank, each with its own HTTP server. Every option of `moe-serve serve` may be given, also in the environment and "
-    "with --config; what follows from a pod's place in its world is left out."
+    "rank, or with --shape node for each node, and an HTTP server for each rank. Every option of `moe-serve serve` may "
+    "be given, also in the environment and with --config; what follows from a pod's place in its world is left out."
 )
 
 
@@ -74,6 +74,8 @@ def parse_render(arguments: Sequence[str]) -> Deployment:
     """Command line (after `k8s render`), environment and YAML file to a deployment. Raises ConfigError."""
     values = read_options(render_options(), arguments, "k8s render")
     theirs = {name: values.pop(name) for name in ClusterOptions.model_fields if name in values}
+    if theirs.get("shape") == "node":  # a pod with a supervisor in it
+        values["data_parallel_multi_port_external_lb"] = True
     config = Config.from_flat(values)
     parallel = config.parallel
     deployment = make_deployment(
@@ -123,4 +125,4 @@ def _check_model(deployment: Deployment) -> None:
     """A folder that is here too, or the default model, tells beforehand what ranks would refuse in their pods."""
     model = deployment.config.model.model
     if model is None or Path(model).is_dir():
-        resolve(rank_config(deployment, 0))
+        resolve(pod_config(deployment, 0))

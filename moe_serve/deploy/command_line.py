@@ -1,4 +1,4 @@
-"""How a pod's container is started: arguments for what makes it a rank of this world, a file for everything else."""
+"""How a pod's container is started: arguments for what makes it a part of this world, a file for everything else."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ IN_ARGUMENTS = {
     "data_parallel_size",
     "data_parallel_size_local",
     "data_parallel_rpc_port",
+    "data_parallel_multi_port_external_lb",
+    "data_parallel_supervisor_port",
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "enable_expert_parallel",
@@ -28,7 +30,7 @@ def arguments(deployment: Deployment) -> list[str]:
     """What follows `moe-serve`; $(NAME) is filled in from the pod's environment."""
     config = deployment.config
     parallel = config.parallel
-    rank = "$(LWS_WORKER_INDEX)" if deployment.is_leader_worker_set else "$(POD_INDEX)"
+    index = "$(LWS_WORKER_INDEX)" if deployment.is_leader_worker_set else "$(POD_INDEX)"
     return [
         "serve",
         *([_literal(config.model.model)] if config.model.model is not None else []),
@@ -36,11 +38,20 @@ def arguments(deployment: Deployment) -> list[str]:
         f"--host={host_of(config)}",
         f"--port={config.server.port}",
         f"--data-parallel-size={parallel.data_parallel_size}",
-        f"--data-parallel-rank={rank}",
+        *(_node(deployment, index) if deployment.is_node_shape else [f"--data-parallel-rank={index}"]),
         f"--data-parallel-address={deployment.rank_0}",
         f"--data-parallel-rpc-port={parallel.data_parallel_rpc_port}",
         f"--tensor-parallel-size={parallel.tensor_parallel_size}",
         *(["--enable-expert-parallel"] if parallel.enable_expert_parallel else []),
+    ]
+
+
+def _node(deployment: Deployment, index: str) -> list[str]:
+    return [
+        f"--data-parallel-size-local={deployment.ranks_per_pod}",
+        f"--node-rank={index}",
+        "--data-parallel-multi-port-external-lb",
+        f"--data-parallel-supervisor-port={deployment.config.parallel.data_parallel_supervisor_port}",
     ]
 
 

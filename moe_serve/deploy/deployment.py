@@ -14,8 +14,11 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.secret import check_token
 from moe_serve.deploy.options import ClusterOptions
+from moe_serve.model.all2all.shape import check_containers
 
 MODELS = "/models"
+HTTP, RENDEZVOUS, SUPERVISOR = "http", "rendezvous", "supervisor"
+OPTION_OF_PORT = {RENDEZVOUS: "data_parallel_rpc_port", SUPERVISOR: "data_parallel_supervisor_port"}
 ANY_ADDRESS = "0.0.0.0"
 MAX_PORTS = 8
 """Ports of one pod that an InferencePool can name."""
@@ -25,16 +28,12 @@ FROM_THE_POD = (
     "data_parallel_rank",
     "data_parallel_rank_local",
     "data_parallel_start_rank",
+    "node_rank",
     "data_parallel_address",
     "data_parallel_external_lb",
     "data_parallel_hybrid_lb",
     "headless",
 )
-ONE_HOST = {
-    "deepep_high_throughput": "hands GPU memory to its neighbours by CUDA IPC",
-    "shm": "exchanges tokens in one /dev/shm",
-}
-"""All-to-all backends that cannot leave a pod, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +59,41 @@ class Deployment:
         return self.config.parallel.data_parallel_size
 
     @property
-    def port(self) -> int:
-        return self.config.server.port
+    def is_node_shape(self) -> bool:
+        return self.options.shape == "node"
+
+    @property
+    def ranks_per_pod(self) -> int:
+        """Each has a server of its own."""
+        return (self.config.parallel.data_parallel_size_local or 1) if self.is_node_shape else 1
+
+    @property
+    def num_pods(self) -> int:
+        return self.num_ranks // self.ranks_per_pod
+
+    @property
+    def http_ports(self) -> dict[str, int]:
+        """Name -> number, of the servers of a pod's ranks in their order."""
+        first = self.config.server.port
+        if not self.is_node_shape:
+            return {HTTP: first}
+        return {f"{HTTP}-{place}": first + place for place in range(self.ranks_per_pod)}
+
+    @property
+    def other_ports(self) -> dict[str, int]:
+        """Name -> number, of what else listens in a pod and must be known beforehand."""
+        parallel = self.config.parallel
+        supervisor = {SUPERVISOR: parallel.data_parallel_supervisor_port} if self.is_node_shape else {}
+        return {**supervisor, RENDEZVOUS: parallel.data_parallel_rpc_port}
+
+    @property
+    def probed_port(self) -> str:
+        """Name of the port that speaks for the whole pod."""
+        return SUPERVISOR if self.is_node_shape else HTTP
 
     @property
     def ranks_name(self) -> str:
-        """Of the headless Service, under which each rank has a name of its own."""
+        """Of the headless Service, under which each pod has a name of its own."""
         return f"{self.name}-ranks"
 
     @property
@@ -82,14 +110,14 @@ class Deployment:
         return self.options.target == "leaderworkerset"
 
     @property
-    def rank_label(self) -> str:
-        """The pod label that holds the rank."""
+    def index_label(self) -> str:
+        """The pod label that holds its place: the rank, or the node with its ranks."""
         controller = "leaderworkerset.sigs.k8s.io/worker-index"
         return controller if self.is_leader_worker_set else "apps.kubernetes.io/pod-index"
 
     @property
     def rank_0(self) -> str:
-        """The name of rank 0, known before there is a pod."""
+        """The name of rank 0's pod, known before there is one."""
         if self.is_leader_worker_set:
             return "$(LWS_LEADER_ADDRESS)"
         domain = f".{self.options.namespace}.svc" if self.options.namespace else ""
@@ -111,8 +139,12 @@ def make_deployment(
 ) -> Deployment:
     """ConfigError for what cannot be rendered, or would not start."""
     _check_shape(config.parallel, options)
-    _check_backend(config.parallel)
+    deployment = Deployment(config=config, options=options, token=token, placement=placement)
+    check_containers(
+        config.parallel.all2all_backend, containers=deployment.num_pods, hosts_apart=deployment.is_node_shape
+    )
     _check_given(config)
+    _check_ports({**deployment.http_ports, **deployment.other_ports})
     _check_model(config, options)
     if options.service == f"{options.name}-ranks":
         raise ConfigError(
@@ -122,15 +154,15 @@ def make_deployment(
         check_token(token)
     if placement is not None:
         _check_placement(placement, config.parallel.topology.ep)
-    deployment = Deployment(config=config, options=options, token=token, placement=placement)
-    for rank in range(deployment.num_ranks):
-        rank_config(deployment, rank).parallel.check_built()
+    for pod in range(deployment.num_pods):
+        pod_config(deployment, pod).parallel.check_built()
     return deployment
 
 
-def rank_config(deployment: Deployment, rank: int) -> Config:
-    """What the pod of one rank will be told."""
-    meeting = {"data_parallel_rank": rank, "data_parallel_address": deployment.rank_0}
+def pod_config(deployment: Deployment, pod: int) -> Config:
+    """What one pod will be told: of a rank, or of a node's supervisor."""
+    place = "node_rank" if deployment.is_node_shape else "data_parallel_rank"
+    meeting = {place: pod, "data_parallel_address": deployment.rank_0}
     return Config.from_flat({**given_options(deployment.config), **meeting, "host": host_of(deployment.config)})
 
 
@@ -147,13 +179,18 @@ def host_of(config: Config) -> str:
 def _check_shape(parallel: ParallelConfig, options: ClusterOptions) -> None:
     dp, local = parallel.data_parallel_size, parallel.data_parallel_size_local
     if options.shape == "rank":
+        if parallel.data_parallel_multi_port_external_lb:
+            raise ConfigError(
+                "data_parallel_multi_port_external_lb is for several ranks in a pod, but --shape rank has one in each; "
+                "leave it out, or give --shape node"
+            )
         if local not in (None, 1):
             raise ConfigError(
                 f"data_parallel_size_local ({local}) is ranks of a node, but --shape rank has one rank in each pod; "
-                "leave it out"
+                "leave it out, or give --shape node"
             )
         return
-    if local is None or dp % local:
+    if not local or dp % local:
         raise ConfigError(
             f"--shape node needs --data-parallel-size-local, the ranks in each pod: a divisor of "
             f"data_parallel_size ({dp}), at most {MAX_PORTS} (given: {local})"
@@ -162,19 +199,6 @@ def _check_shape(parallel: ParallelConfig, options: ClusterOptions) -> None:
         raise ConfigError(
             f"{local} ranks in each pod (--data-parallel-size-local) need a port each, and a pool names {MAX_PORTS} "
             f"ports of a pod at most; take a divisor of {dp} up to {MAX_PORTS}, or --shape rank"
-        )
-    raise ConfigError(
-        "--shape node is known but not built yet: `moe-serve serve` has no supervisor of several ranks with a port "
-        "each; use --shape rank"
-    )
-
-
-def _check_backend(parallel: ParallelConfig) -> None:
-    reason = ONE_HOST.get(parallel.all2all_backend)
-    if reason is not None:
-        raise ConfigError(
-            f"all2all_backend {parallel.all2all_backend} {reason}, which does not reach from one pod to another; "
-            "--shape rank puts each rank in a pod of its own, so choose another --all2all-backend"
         )
 
 
@@ -185,15 +209,20 @@ def _check_given(config: Config) -> None:
         raise ConfigError(f"{' and '.join(theirs)} follows from a pod's place in its world; leave it out")
     if host_of(config) in ("localhost", "::1") or host_of(config).startswith("127."):
         raise ConfigError(f"host {host_of(config)} is reached from within its pod only; leave --host out, or give ::")
-    _check_ports({"port": config.server.port, "data_parallel_rpc_port": config.parallel.data_parallel_rpc_port})
 
 
 def _check_ports(ports: Mapping[str, int]) -> None:
+    taken: dict[int, str] = {}
     for name, port in ports.items():
+        option = OPTION_OF_PORT.get(name, "port")
         if port < 1024:
-            raise ConfigError(f"{name} ({port}) must be at least 1024: others must know it, and the server is not root")
-    if len(set(ports.values())) < len(ports):
-        raise ConfigError(f"{' and '.join(ports)} must differ (both are {next(iter(ports.values()))})")
+            raise ConfigError(
+                f"{option} ({port}) must be at least 1024: others must know it, and the server is not root"
+            )
+        if port in taken:
+            among = "" if name in (HTTP, RENDEZVOUS) and len(ports) == 2 else ", or a port that follows from it"
+            raise ConfigError(f"{taken[port]} and {option} must differ{among} (both are {port})")
+        taken[port] = option
 
 
 def _check_model(config: Config, options: ClusterOptions) -> None:

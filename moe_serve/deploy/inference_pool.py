@@ -11,7 +11,7 @@ PICKER_PORT = 9002
 
 
 def inference_pool(deployment: Deployment) -> Manifest:
-    """Each port of each pod is an endpoint: a rank has one. No pick, no answer: a rank chosen blindly may be full."""
+    """Each port of each pod is an endpoint: every rank is one. No pick, no answer: one chosen blindly may be full."""
     picker = deployment.options.endpoint_picker or f"{deployment.name}-epp"
     return {
         "apiVersion": f"{POOL_GROUP}/v1",
@@ -19,7 +19,7 @@ def inference_pool(deployment: Deployment) -> Manifest:
         "metadata": deployment.metadata(deployment.name),
         "spec": {
             "selector": {"matchLabels": deployment.selector},
-            "targetPorts": [{"number": deployment.port}],
+            "targetPorts": [{"number": port} for port in deployment.http_ports.values()],
             "endpointPickerRef": {
                 "group": "",
                 "kind": "Service",

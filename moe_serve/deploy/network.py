@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from moe_serve.deploy.deployment import Deployment
 from moe_serve.deploy.manifest import Manifest
-from moe_serve.deploy.pod import HTTP, RENDEZVOUS
 
 
 def ranks_service(deployment: Deployment) -> Manifest:
-    """A name for each rank, also before it is ready: ranks must meet to become ready."""
-    rpc_port = deployment.config.parallel.data_parallel_rpc_port
+    """A name for each pod, also before it is ready: ranks must meet to become ready."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -18,16 +18,14 @@ def ranks_service(deployment: Deployment) -> Manifest:
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
             "selector": deployment.selector,
-            "ports": [
-                {"name": HTTP, "port": deployment.port, "targetPort": HTTP},
-                {"name": RENDEZVOUS, "port": rpc_port, "targetPort": RENDEZVOUS},
-            ],
+            "ports": _service_ports({**deployment.http_ports, **deployment.other_ports}),
         },
     }
 
 
 def client_service(deployment: Deployment) -> Manifest:
-    """The ready ranks of all worlds that share it."""
+    """The ready pods of all worlds that share it. Of several ports a client chooses one: a Service does not spread
+    over them."""
     labels = deployment.labels
     selector = {name: labels[name] for name in ("app.kubernetes.io/name", "app.kubernetes.io/part-of")}
     metadata = deployment.metadata(deployment.service)
@@ -39,13 +37,15 @@ def client_service(deployment: Deployment) -> Manifest:
             "type": "ClusterIP",
             "sessionAffinity": "None",
             "selector": selector,
-            "ports": [{"name": HTTP, "port": deployment.port, "targetPort": HTTP}],
+            "ports": _service_ports(deployment.http_ports),
         },
     }
 
 
 def network_policy(deployment: Deployment) -> Manifest:
-    """Ranks reach each other on every port: all but two are negotiated. Everybody else reaches HTTP."""
+    """Ranks reach each other on every port: nearly all are negotiated. Everybody else reaches HTTP, and what is probed:
+    not every network lets the node's own probes pass."""
+    open_ports = dict.fromkeys([*deployment.http_ports, deployment.probed_port])
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -55,10 +55,14 @@ def network_policy(deployment: Deployment) -> Manifest:
             "policyTypes": ["Ingress"],
             "ingress": [
                 {"from": [{"podSelector": {"matchLabels": deployment.selector}}]},
-                {"ports": [{"protocol": "TCP", "port": HTTP}]},
+                {"ports": [{"protocol": "TCP", "port": name} for name in open_ports]},
             ],
         },
     }
+
+
+def _service_ports(ports: Mapping[str, int]) -> list[Manifest]:
+    return [{"name": name, "port": port, "targetPort": name} for name, port in ports.items()]
 
 
 def disruption_budget(deployment: Deployment) -> Manifest:

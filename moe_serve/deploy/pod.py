@@ -1,4 +1,4 @@
-"""The pod of one rank: what runs in it, who may do what, when it counts as started, alive and ready."""
+"""The pod of a rank or a node: what runs in it, who may do what, when it counts as started, alive and ready."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from moe_serve.deploy.manifest import Manifest
 from moe_serve.deploy.secrets import api_keys, keys_name, token_name
 
 USER = 10001
-HTTP, RENDEZVOUS = "http", "rendezvous"
 SETTLE_SECONDS = 5
 """Between a pod's leaving the Service and its SIGTERM: load balancers hear of it late."""
 LAST_WORDS_SECONDS = 15
 """After the last answer, for the world to end in order."""
 PROBE_SECONDS = 10
+HOST = "kubernetes.io/hostname"
 
 
 def pod_template(deployment: Deployment, *, config_map: str) -> Manifest:
@@ -35,21 +35,22 @@ def pod_template(deployment: Deployment, *, config_map: str) -> Manifest:
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            "topologySpreadConstraints": [_spread(deployment)],
+            **_places(deployment),
             "containers": [_container(deployment)],
             "volumes": _volumes(deployment, config_map),
         },
     }
 
 
-def _spread(deployment: Deployment) -> Manifest:
-    """Evenly over nodes, so that a node's loss costs no more ranks than it must, but never rather than not at all."""
-    return {
-        "maxSkew": 1,
-        "topologyKey": "kubernetes.io/hostname",
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": {"matchLabels": deployment.selector},
-    }
+def _places(deployment: Deployment) -> Manifest:
+    """Ranks evenly over nodes, so that a node's loss costs no more of them than it must, but never rather than not at
+    all. A node's pod is alone on it: the ranks of two would not reach each other's memory."""
+    ours = {"labelSelector": {"matchLabels": deployment.selector}}
+    if deployment.is_node_shape:
+        apart = [{"topologyKey": HOST, **ours}]
+        return {"affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": apart}}}
+    evenly = {"maxSkew": 1, "topologyKey": HOST, "whenUnsatisfiable": "ScheduleAnyway", **ours}
+    return {"topologySpreadConstraints": [evenly]}
 
 
 def _container(deployment: Deployment) -> Manifest:
@@ -60,8 +61,8 @@ def _container(deployment: Deployment) -> Manifest:
         "args": arguments(deployment),
         "env": _environment(deployment),
         "ports": [
-            {"name": HTTP, "containerPort": deployment.port},
-            {"name": RENDEZVOUS, "containerPort": deployment.config.parallel.data_parallel_rpc_port},
+            {"name": name, "containerPort": port}
+            for name, port in {**deployment.http_ports, **deployment.other_ports}.items()
         ],
         **_probes(deployment),
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(SETTLE_SECONDS)]}}},
@@ -76,7 +77,7 @@ def _container(deployment: Deployment) -> Manifest:
 
 
 def _environment(deployment: Deployment) -> list[Manifest]:
-    index = {"fieldRef": {"fieldPath": f"metadata.labels['{deployment.rank_label}']"}}
+    index = {"fieldRef": {"fieldPath": f"metadata.labels['{deployment.index_label}']"}}
     variables: list[Manifest] = []
     if not deployment.is_leader_worker_set:  # its controller sets LWS_WORKER_INDEX and LWS_LEADER_ADDRESS
         variables.append({"name": "POD_INDEX", "valueFrom": index})
@@ -111,7 +112,7 @@ def _probes(deployment: Deployment) -> Manifest:
 
 def _probe(deployment: Deployment, path: str, *, every: int, failures: int) -> Manifest:
     return {
-        "httpGet": {"path": path, "port": HTTP},
+        "httpGet": {"path": path, "port": deployment.probed_port},
         "periodSeconds": every,
         "timeoutSeconds": min(5, every),
         "failureThreshold": failures,
@@ -122,7 +123,7 @@ def _resources(deployment: Deployment) -> Manifest:
     options, parallel = deployment.options, deployment.config.parallel
     devices = {}
     if deployment.config.model.device != "cpu":
-        devices["nvidia.com/gpu"] = str(parallel.world_size)
+        devices["nvidia.com/gpu"] = str(parallel.world_size * deployment.ranks_per_pod)
     if options.rdma_resource is not None:
         devices[options.rdma_resource] = "1"
     return {

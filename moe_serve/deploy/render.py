@@ -32,7 +32,8 @@ def manifests(deployment: Deployment) -> list[Manifest]:
 
 def render(deployment: Deployment) -> str:
     """YAML, with what is left to be done at the top."""
-    lines = [f"One world of {deployment.num_ranks} ranks, written by `moe-serve k8s render`."]
+    pods = f" in {deployment.num_pods} pods" if deployment.is_node_shape else ""
+    lines = [f"One world of {deployment.num_ranks} ranks{pods}, written by `moe-serve k8s render`."]
     if deployment.token is None:
         lines += ["The secret by which its ranks know each other is made once, before the first `kubectl apply`:"]
         lines += [f"  {how_to_make_the_token(deployment)}"]

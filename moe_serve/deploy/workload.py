@@ -1,4 +1,4 @@
-"""What holds the pods: a StatefulSet or a LeaderWorkerSet, one pod for each rank, all of them or no world."""
+"""What holds the pods: a StatefulSet or a LeaderWorkerSet, one pod for each rank or node, all of them or no world."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def stateful_set(deployment: Deployment, *, config_map: str) -> Manifest:
         "metadata": deployment.metadata(deployment.name),
         "spec": {
             "serviceName": deployment.ranks_name,
-            "replicas": deployment.num_ranks,
+            "replicas": deployment.num_pods,
             "podManagementPolicy": "Parallel",
             "updateStrategy": {"type": "OnDelete"},
             "selector": {"matchLabels": deployment.selector},
@@ -41,7 +41,7 @@ def leader_worker_set(deployment: Deployment, *, config_map: str) -> Manifest:
             },
             "networkConfig": {"subdomainPolicy": "Shared"},
             "leaderWorkerTemplate": {
-                "size": deployment.num_ranks,
+                "size": deployment.num_pods,
                 "restartPolicy": "RecreateGroupOnPodRestart",
                 "workerTemplate": pod_template(deployment, config_map=config_map),
             },

@@ -11,7 +11,7 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.base.registry import Registry
 from moe_serve.base.tables import ALL2ALL, EXECUTORS
 from moe_serve.model.all2all.base import Batched, RankMajor, Sorted
-from moe_serve.model.all2all.shape import LIMITS
+from moe_serve.model.all2all.shape import LIMITS, PLANNED_LIMITS
 from moe_serve.model.attention.base import ATTENTION
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +40,7 @@ def test_an_all2all_backend_declares_its_capabilities(name: str) -> None:
 
 def test_every_all2all_backend_has_limits_and_nothing_else_has() -> None:
     assert set(LIMITS) == set(ALL2ALL)
+    assert set(PLANNED_LIMITS) == set(ALL2ALL.planned)
 
 
 @pytest.mark.parametrize("table", [ALL2ALL, EXECUTORS], ids=lambda table: table.kind)

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moe_serve.base.tables import ALL2ALL
 from moe_serve.cli.main import main
+from moe_serve.model.all2all.shape import PLANNED_LIMITS
 
 WORLD = ("--name", "w", "--image", "i", "-dp", "16")
+NODES = (*WORLD, "--shape", "node", "-dpl", "8")
+IN_ONE_HOST = [name for name, limits in PLANNED_LIMITS.items() if limits.host_memory is not None]
 
 
 def k8s(*arguments: str) -> int:
@@ -46,7 +50,7 @@ def test_options_come_from_the_environment_and_a_file_too(
 def test_every_render_line_of_the_page_renders(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "kubernetes" / "README.md").read_text()
     lines = re.findall(r"^moe-serve k8s (render .*) > (\S+)\.yaml$", page, re.MULTILINE)
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line, name in lines:
         assert k8s(*line.split()) == 0
         made = re.search(r"create secret generic .*", capsys.readouterr().out)
@@ -98,12 +102,19 @@ def test_help_lists_the_options_of_the_cluster_and_of_serve(capsys: pytest.Captu
         (["render", *WORLD, "--shape", "node"], "--shape node needs --data-parallel-size-local"),
         (["render", *WORLD, "--shape", "node", "-dpl", "5"], "a divisor of data_parallel_size (16)"),
         (["render", *WORLD, "--shape", "node", "-dpl", "16"], "a pool names 8 ports of a pod at most"),
-        (["render", *WORLD, "--shape", "node", "-dpl", "8"], "known but not built yet"),
         (["render", *WORLD, "-dpl", "8"], "--shape rank has one rank in each pod"),
+        (["render", *WORLD, "-dpl", "8", "-dpm"], "leave it out, or give --shape node"),
+        (["render", *NODES, "--node-rank", "1"], "node_rank follows from a pod's place"),
+        (["render", *NODES, "--port", "65530"], "which reach beyond 65535; give one up to 65528"),
+        (["render", *NODES, "--data-parallel-supervisor-port", "8007"], "lies among the ports of this node's ranks"),
+        (["render", *NODES, "-dpp", "8003"], "port and data_parallel_rpc_port must differ, or a port that follows"),
+        (["render", *NODES, "-dpp", "9256"], "data_parallel_supervisor_port and data_parallel_rpc_port must differ"),
+        (["render", *NODES, "--data-parallel-supervisor-port", "80"], "data_parallel_supervisor_port (80) must be at"),
+        (["render", *NODES[:5], "1", "--shape", "node", "-dpl", "1"], "needs data_parallel_size > 1"),
+        (["render", *NODES, "--all2all-backend", "shm"], "by one /dev/shm, which cannot leave a host"),
         (["render", *WORLD, "--data-parallel-rank", "1"], "data_parallel_rank follows from a pod's place"),
         (["render", *WORLD, "--data-parallel-address", "h"], "data_parallel_address follows from"),
         (["render", *WORLD, "--all2all-backend", "deepep_high_throughput"], "by CUDA IPC, which does not reach"),
-        (["render", *WORLD, "--all2all-backend", "pplx"], "not built yet"),
         (["render", *WORLD, "--host", "127.0.0.1"], "reached from within its pod only"),
         (["render", *WORLD, "--port", "80"], "port (80) must be at least 1024"),
         (["render", *WORLD, "--port", "0"], "port (0) must be at least 1024"),
@@ -135,3 +146,21 @@ def test_a_mistake_is_one_sentence_and_code_2(
     complaint = printed.err.splitlines()[0]
     assert complaint.startswith("moe-serve: ")
     assert words in complaint
+
+
+@pytest.mark.parametrize("name", IN_ONE_HOST)
+def test_a_backend_that_shares_a_hosts_memory_is_refused_across_pods_and_not_for_that_within_one(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within a pod it gets as far as any other: to being built or not."""
+    asked = ("--all2all-backend", name)
+    assert k8s("render", *WORLD, *asked) == 2
+    complaint = capsys.readouterr().err
+    assert f"all2all_backend {name} hands memory to the ranks of its host by" in complaint
+    assert "--shape node" in complaint
+    assert all(built in complaint for built in ("allgather_reducescatter", "torch_a2a"))
+    k8s("render", *WORLD[:-1], "8", "--shape", "node", "-dpl", "8", *asked)
+    assert "hands memory" not in capsys.readouterr().err
+    if name in ALL2ALL.planned and name != "shm":
+        assert k8s("render", *NODES, *asked) == 2
+        assert "known but not built yet" in capsys.readouterr().err

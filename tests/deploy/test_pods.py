@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from hypothesis import strategies as st
 from moe_serve.base.config import Config
 from moe_serve.base.section import ENVIRONMENT_PREFIX
 from moe_serve.cli.serve import parse_serve
-from moe_serve.deploy.deployment import rank_config
+from moe_serve.deploy.deployment import pod_config
 from tests.support.manifests import Objects, as_kubelet, expanded, objects_of
 
 TOKEN = "a-token-of-this-test"
 SELECTORS = ("Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor", "InferencePool", "StatefulSet")
 
 
-def told(objects: Objects, rank: int) -> Config:
-    """What `moe-serve serve` makes of a rank's container: its command, environment and mounted files."""
-    command, environment = as_kubelet(objects, rank, TOKEN)
+def told(objects: Objects, pod: int) -> Config:
+    """What `moe-serve serve` makes of a pod's container: its command, environment and mounted files."""
+    command, environment = as_kubelet(objects, pod, TOKEN)
     assert command[:2] == ["moe-serve", "serve"]
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
@@ -53,12 +54,14 @@ def shown(config: Config) -> dict[str, Any]:
     return values
 
 
-def test_every_rank_is_told_what_the_operator_said_and_its_own_rank(objects: Objects) -> None:
-    for rank in range(objects.deployment.num_ranks):
-        config = told(objects, rank)
-        assert shown(config) == shown(rank_config(objects.deployment, rank))
-        assert config.parallel.data_parallel_rank == rank
+def test_every_pod_is_told_what_the_operator_said_and_its_own_ranks(objects: Objects) -> None:
+    started: list[int] = []
+    for pod in range(objects.deployment.num_pods):
+        config = told(objects, pod)
+        assert shown(config) == shown(pod_config(objects.deployment, pod))
         assert config.parallel.load_balancing == "external"
+        started += config.parallel.dp_ranks_here
+    assert started == list(range(objects.deployment.num_ranks))
 
 
 FLAGS = st.lists(
@@ -71,7 +74,7 @@ FLAGS = st.lists(
             "--device=cpu",
             "--no-enable-prefix-caching",
             "--port=9001",
-            "--data-parallel-rpc-port=9002",
+            "--data-parallel-rpc-port=9102",
             "--host=::",
             "--kv-cache-memory-bytes=1000000",
             "--gpu-memory-utilization=0.5",
@@ -93,18 +96,22 @@ FLAGS = st.lists(
 @given(
     flags=FLAGS,
     size=st.integers(1, 9),
+    local=st.sampled_from([0, 1, 2, 8]),
     model=st.sampled_from(["", "owner/name", "/in/image", "/odd$(HOME)$$x"]),
     target=st.sampled_from(["statefulset", "leaderworkerset", "inferencepool"]),
     namespace=st.sampled_from(["", "--namespace ns"]),
 )
 @settings(max_examples=20, deadline=None)
 def test_any_options_come_out_as_they_went_in(
-    flags: list[str], size: int, model: str, target: str, namespace: str
+    flags: list[str], size: int, local: int, model: str, target: str, namespace: str
 ) -> None:
     quoted = f"'{model}'" if model else ""
-    objects = objects_of(f"{quoted} --name w --image i -dp {size} --target {target} {namespace} {' '.join(flags)}")
-    for rank in {0, size - 1}:
-        assert shown(told(objects, rank)) == shown(rank_config(objects.deployment, rank))
+    shape = f"--shape node -dpl {local}" if local and size % local == 0 and size > 1 else ""
+    ports = "--data-parallel-supervisor-port 9100" if shape else ""
+    given = f"-dp {size} {shape} {ports} --target {target} {namespace} {' '.join(flags)}"
+    objects = objects_of(f"{quoted} --name w --image i {given}")
+    for pod in {0, objects.deployment.num_pods - 1}:
+        assert shown(told(objects, pod)) == shown(pod_config(objects.deployment, pod))
 
 
 def test_a_kubelet_replaces_what_it_knows_and_nothing_else() -> None:
@@ -122,19 +129,48 @@ def test_selectors_find_the_pods_of_this_world(objects: Objects) -> None:
 
 def test_every_named_port_is_one_of_the_container(objects: Objects) -> None:
     ports = {port["name"]: port["containerPort"] for port in objects.container["ports"]}
-    assert f"--port={ports['http']}" in objects.container["args"]
-    assert f"--data-parallel-rpc-port={ports['rendezvous']}" in objects.container["args"]
+    served = [port for name, port in ports.items() if name.startswith("http")]
+    config = told(objects, 0)
+    assert served == [config.server.port + place for place in range(len(config.parallel.dp_ranks_here))]
+    assert ports["rendezvous"] == config.parallel.data_parallel_rpc_port
+    assert (
+        ports.get("supervisor", 0) == objects.deployment.is_node_shape * config.parallel.data_parallel_supervisor_port
+    )
+    assert len(set(ports.values())) == len(objects.container["ports"])
+    assert all(len(name) <= 15 for name in ports), "longer names are none"
     for document in objects.documents:
         if document["kind"] == "Service":
             assert all(port["port"] == ports[port["targetPort"]] for port in document["spec"]["ports"])
         if document["kind"] == "InferencePool":
-            assert document["spec"]["targetPorts"] == [{"number": ports["http"]}]
+            assert document["spec"]["targetPorts"] == [{"number": port} for port in served]
+        if document["kind"] == "PodMonitor":
+            endpoints = document["spec"]["podMetricsEndpoints"]
+            assert [ports[endpoint["port"]] for endpoint in endpoints] == served
+        if document["kind"] == "NetworkPolicy":
+            _, everybody = document["spec"]["ingress"]
+            assert {ports[each["port"]] for each in everybody["ports"]} == set(ports.values()) - {ports["rendezvous"]}
+    asked = "supervisor" if objects.deployment.is_node_shape else "http"
     probes = [objects.container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
     assert [(probe["path"], probe["port"]) for probe in probes] == [
-        ("/readyz", "http"),
-        ("/livez", "http"),
-        ("/readyz", "http"),
+        ("/readyz", asked),
+        ("/livez", asked),
+        ("/readyz", asked),
     ]
+
+
+def test_every_series_has_the_rank_that_its_port_serves(objects: Objects) -> None:
+    """What Prometheus makes of the relabelings, for each port of each pod."""
+    if not objects.has("PodMonitor"):
+        return
+    found = []
+    for pod in range(objects.deployment.num_pods):
+        for endpoint in objects.one("PodMonitor")["spec"]["podMetricsEndpoints"]:
+            rank = None
+            for rule in endpoint["relabelings"]:
+                if rule["targetLabel"] == "rank" and re.fullmatch(rule.get("regex", "(.*)"), str(pod)):
+                    rank = rule.get("replacement", str(pod))
+            found.append(rank)
+    assert found == [str(rank) for rank in range(objects.deployment.num_ranks)]
 
 
 def test_rank_0_has_its_name_before_it_is_ready(objects: Objects) -> None:
@@ -154,8 +190,9 @@ def test_rank_0_has_its_name_before_it_is_ready(objects: Objects) -> None:
     assert address == f"--data-parallel-address={name}{domain}"
 
 
-def test_as_many_pods_as_ranks_start_together_and_are_replaced_by_nobody(objects: Objects) -> None:
-    size = objects.deployment.num_ranks
+def test_all_pods_start_together_and_are_replaced_by_nobody(objects: Objects) -> None:
+    parallel = objects.deployment.config.parallel
+    size = parallel.data_parallel_size // (parallel.data_parallel_size_local or 1)
     if objects.has("StatefulSet"):
         spec = objects.one("StatefulSet")["spec"]
         assert (spec["replicas"], spec["podManagementPolicy"]) == (size, "Parallel")
@@ -182,6 +219,17 @@ def test_a_pod_may_do_nothing_that_it_need_not(objects: Objects) -> None:
     assert (asked in container["resources"]["limits"]) == (asked is not None)
 
 
+def test_a_nodes_pod_has_its_node_alone_and_a_ranks_pod_need_not(objects: Objects) -> None:
+    pod = objects.template["spec"]
+    if not objects.deployment.is_node_shape:
+        assert "affinity" not in pod
+        assert [each["whenUnsatisfiable"] for each in pod["topologySpreadConstraints"]] == ["ScheduleAnyway"]
+        return
+    (apart,) = pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert apart["topologyKey"] == "kubernetes.io/hostname"
+    assert apart["labelSelector"]["matchLabels"].items() <= objects.template["metadata"]["labels"].items()
+
+
 def test_everything_that_is_mounted_is_there_and_writable_places_are_few(objects: Objects) -> None:
     volumes = {volume["name"]: volume for volume in objects.template["spec"]["volumes"]}
     mounts = {mount["name"]: mount for mount in objects.container["volumeMounts"]}
@@ -193,9 +241,9 @@ def test_everything_that_is_mounted_is_there_and_writable_places_are_few(objects
     assert ("/models" in writable) == objects.deployment.is_from_hub
 
 
-def test_gpus_are_as_many_as_a_rank_has_workers_and_none_on_a_cpu(objects: Objects) -> None:
-    config = objects.deployment.config
-    wanted = None if config.model.device == "cpu" else str(config.parallel.tensor_parallel_size)
+def test_gpus_are_as_many_as_a_pods_ranks_have_workers_and_none_on_a_cpu(objects: Objects) -> None:
+    config, local = objects.deployment.config, objects.deployment.config.parallel.data_parallel_size_local or 1
+    wanted = None if config.model.device == "cpu" else str(config.parallel.tensor_parallel_size * local)
     resources = objects.container["resources"]
     assert resources["limits"].get("nvidia.com/gpu") == resources["requests"].get("nvidia.com/gpu") == wanted
 

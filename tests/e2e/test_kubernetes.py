@@ -6,10 +6,12 @@ name that resolves, to secrets a value, to mounted files a place.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +22,8 @@ import pytest
 from moe_serve.cli.serve import parse_serve
 from moe_serve.deploy.pod import USER
 from tests.support.manifests import ROOT, Objects, as_kubelet, objects_of
-from tests.support.server import Server
+from tests.support.server import READY_SECONDS, Server
+from tests.support.supervised import free_ports
 
 DOCKERFILE = ROOT / "Dockerfile"
 
@@ -35,11 +38,11 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def pod(objects: Objects, rank: int, *, token: str, folder: Path) -> Server:
-    """A rank's container, as close to a kubelet's as one machine allows."""
-    command, environment = as_kubelet(objects, rank, token)
+def pod(objects: Objects, index: int, *, token: str, folder: Path) -> Server:
+    """A pod's container, as close to a kubelet's as one machine allows."""
+    command, environment = as_kubelet(objects, index, token)
     assert command[:2] == ["moe-serve", "serve"]
-    here = {"--host": f"127.0.0.{rank + 1}", "--data-parallel-address": "127.0.0.1"}
+    here = {"--host": f"127.0.0.{index + 1}", "--data-parallel-address": "127.0.0.1"}
     arguments = []
     for argument in command[2:]:
         flag, _, value = argument.partition("=")
@@ -63,7 +66,7 @@ def test_ranks_start_from_the_command_lines_of_the_rendered_stateful_set(tmp_pat
         texts = set()
         for rank, server in enumerate(pods):
             server.wait_ready()
-            assert_probes_pass(objects, f"http://127.0.0.{rank + 1}:{objects.deployment.port}")
+            assert_probes_pass(objects, f"127.0.0.{rank + 1}")
             answer = server.post("/v1/completions", {"prompt": "In the", "max_tokens": 8, "temperature": 0})
             assert answer.headers["X-Data-Parallel-Rank"] == str(rank)
             texts.add(answer.json()["choices"][0]["text"])
@@ -71,12 +74,60 @@ def test_ranks_start_from_the_command_lines_of_the_rendered_stateful_set(tmp_pat
         assert len(texts) == 1
 
 
-def assert_probes_pass(objects: Objects, base_url: str) -> None:
+@several_processes
+def test_nodes_start_from_the_command_lines_of_the_rendered_stateful_set(tmp_path: Path) -> None:
+    first = free_ports(4)
+    ports = f"--port {first} --data-parallel-supervisor-port {first + 2} --data-parallel-rpc-port {first + 3}"
+    options = f"--device cpu --dtype float32 {ports} --max-model-len 512 --kv-cache-memory-bytes 16777216"
+    objects = objects_of(f"--name demo --image moe-serve:test -dp 4 -dpl 2 --shape node -ep {options}")
+    for name, text in objects.one("ConfigMap")["data"].items():
+        (tmp_path / name).write_text(text)
+    token = secrets.token_hex(16)
+    with ExitStack() as stack:
+        pods = []
+        for index in range(objects.one("StatefulSet")["spec"]["replicas"]):
+            pods.append(pod(objects, index, token=token, folder=tmp_path))
+            stack.callback(pods[-1].end)
+        texts = set()
+        for index, server in enumerate(pods):
+            until_ready(objects, f"127.0.0.{index + 1}", server)
+            assert_probes_pass(objects, f"127.0.0.{index + 1}")
+            for place, port in enumerate(objects.deployment.http_ports.values()):
+                server.base_url = f"http://127.0.0.{index + 1}:{port}"
+                answer = server.post("/v1/completions", {"prompt": "In the", "max_tokens": 8, "temperature": 0})
+                assert answer.headers["X-Data-Parallel-Rank"] == str(2 * index + place)
+                texts.add(answer.json()["choices"][0]["text"])
+        assert len(pods) == 2
+        assert len(texts) == 1
+
+
+def until_ready(objects: Objects, host: str, server: Server) -> None:
+    """As a kubelet finds out."""
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        assert server.process.poll() is None, server.log()
+        assert time.monotonic() < deadline, server.log()
+        with contextlib.suppress(httpx.TransportError):
+            if probe(objects, host, "startup").status_code == 200:
+                return
+        time.sleep(0.2)
+
+
+def probe(objects: Objects, host: str, name: str) -> httpx.Response:
+    ports = {port["name"]: port["containerPort"] for port in objects.container["ports"]}
+    asked = objects.container[f"{name}Probe"]
+    url = f"http://{host}:{ports[asked['httpGet']['port']]}{asked['httpGet']['path']}"
+    return httpx.get(url, timeout=asked["timeoutSeconds"])
+
+
+def assert_probes_pass(objects: Objects, host: str) -> None:
     for name in ("startup", "liveness", "readiness"):
-        probe = objects.container[f"{name}Probe"]
-        assert httpx.get(base_url + probe["httpGet"]["path"], timeout=probe["timeoutSeconds"]).status_code == 200
-    endpoint = objects.one("PodMonitor")["spec"]["podMetricsEndpoints"][0]
-    assert "moe_serve:steps_total" in httpx.get(base_url + endpoint["path"], timeout=10).text
+        assert probe(objects, host, name).status_code == 200
+    ports = {port["name"]: port["containerPort"] for port in objects.container["ports"]}
+    endpoints = objects.one("PodMonitor")["spec"]["podMetricsEndpoints"]
+    for endpoint in endpoints:
+        url = f"http://{host}:{ports[endpoint['port']]}{endpoint['path']}"
+        assert "moe_serve:steps_total" in httpx.get(url, timeout=10).text
 
 
 def start_line() -> list[str]:

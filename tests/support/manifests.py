@@ -60,13 +60,13 @@ def objects_of(command: str) -> Objects:
     return Objects(deployment, manifests(deployment))
 
 
-def as_kubelet(objects: Objects, rank: int, token: str) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of one rank's container, with secrets and fields filled in as a kubelet does."""
+def as_kubelet(objects: Objects, pod: int, token: str) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of one pod's container, with secrets and fields filled in as a kubelet does."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     for variable in objects.container["env"]:
-        environment[variable["name"]] = _value(objects, variable, rank, token)
+        environment[variable["name"]] = _value(objects, variable, pod, token)
     if objects.has("LeaderWorkerSet"):
-        environment |= {"LWS_WORKER_INDEX": str(rank), "LWS_LEADER_ADDRESS": "leader.example"}
+        environment |= {"LWS_WORKER_INDEX": str(pod), "LWS_LEADER_ADDRESS": "leader.example"}
     container = objects.container
     return [expanded(text, environment) for text in (*container["command"], *container["args"])], environment
 
@@ -77,13 +77,13 @@ def expanded(text: str, environment: Mapping[str, str]) -> str:
     return pattern.sub(lambda found: environment.get(found[1], found[0]) if found[1] else "$", text)
 
 
-def _value(objects: Objects, variable: Mapping[str, Any], rank: int, token: str) -> str:
+def _value(objects: Objects, variable: Mapping[str, Any], pod: int, token: str) -> str:
     if "value" in variable:
         return str(variable["value"])
     source = variable["valueFrom"]
     if "fieldRef" in source:
         assert source["fieldRef"]["fieldPath"] == "metadata.labels['apps.kubernetes.io/pod-index']"
-        return str(rank)
+        return str(pod)
     reference = source["secretKeyRef"]
     for document in objects.documents:
         if document["kind"] == "Secret" and document["metadata"]["name"] == reference["name"]:

@@ -57,7 +57,9 @@ class DispatchShape:
 class Limits:
     """What a backend can carry. None and the defaults mean: whatever comes, but neither graphs nor quantised rows.
 
-    `equal_slots`: every rank must own equally many. `whole_experts`: experts must not be cut by width.
+    `equal_slots`: every rank must own equally many. `whole_experts`: experts must not be cut by width. `host_memory`:
+    by what the ranks of a host hand memory to each other, past the network, so that they must not be in containers
+    of their own; `one_host`: there is no other way.
     """
 
     max_rows: int | None = None
@@ -69,6 +71,8 @@ class Limits:
     graphs: bool = False
     equal_slots: bool = False
     whole_experts: bool = False
+    host_memory: str | None = None
+    one_host: bool = False
 
 
 LIMITS: Mapping[str, Limits] = MappingProxyType(
@@ -80,6 +84,38 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
     }
 )
 """Of every backend in base.tables.ALL2ALL. Beside the classes, since those need torch and this must not."""
+PLANNED_LIMITS: Mapping[str, Limits] = MappingProxyType(
+    {
+        "shm": Limits(host_memory="one /dev/shm", one_host=True),
+        "deepep_high_throughput": Limits(host_memory="CUDA IPC"),
+        "deepep_low_latency": Limits(host_memory="CUDA IPC"),
+        "pplx": Limits(host_memory="CUDA IPC"),
+        "flashinfer_all2allv": Limits(host_memory="file descriptors passed under one host name"),
+    }
+)
+"""Of the names that are known but not built: what their libraries need of a host, and nothing else yet."""
+
+
+def check_containers(backend: str, *, containers: int, hosts_apart: bool) -> None:
+    """ConfigError if the ranks of a backend cannot do without each other's memory in so many containers.
+
+    `hosts_apart`: no host has two of them. Planned names are known too; what is unknown is refused elsewhere.
+    """
+    limits = LIMITS.get(backend) or PLANNED_LIMITS.get(backend)
+    if limits is None or limits.host_memory is None or containers == 1 or (hosts_apart and not limits.one_host):
+        return
+    others = ", ".join(name for name, each in LIMITS.items() if each.host_memory is None)
+    way = (
+        "which cannot leave a host: put all ranks of the world in one pod (--shape node with "
+        "--data-parallel-size-local as large as --data-parallel-size)"
+        if limits.one_host
+        else "which does not reach from one pod to another, not even on one host: put the ranks of a host in one pod "
+        "(--shape node with --data-parallel-size-local)"
+    )
+    raise ConfigError(
+        f"all2all_backend {backend} hands memory to the ranks of its host by {limits.host_memory}, {way}, or choose a "
+        f"backend that needs nothing but the network ({others}; option --all2all-backend)"
+    )
 
 
 def check_dispatch(backend: str, shape: DispatchShape, layout: ExpertLayout, limits: Limits | None = None) -> None:
