@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_serve.base.config import SECTIONS
-from moe_serve.cli import chat_command, eplb, make_model, plan
+from moe_serve.cli import chat_command, doctor, eplb, make_model, plan
 from moe_serve.cli.flags import Options, spellings
 from moe_serve.cli.k8s import render_options
 from moe_serve.cli.main import COMMANDS
@@ -81,8 +81,8 @@ def test_every_option_that_a_page_names_exists(page: Path) -> None:
 
 
 def bench_flags() -> set[str]:
-    """Flags of the benchmarks, of `moe-serve eplb` and `plan`, as their parsers have them."""
-    paths = [*(ROOT / "bench").rglob("*.py"), Path(eplb.__file__), Path(plan.__file__)]
+    """Flags of the benchmarks, of `moe-serve eplb`, `plan` and `doctor`, as their parsers have them."""
+    paths = [*(ROOT / "bench").rglob("*.py"), Path(eplb.__file__), Path(plan.__file__), Path(doctor.__file__)]
     sources = [path.read_text() for path in paths]
     return {flag for source in sources for flag in re.findall(r'add_argument\(\s*"--([a-z0-9-]+)"', source)}
 
