@@ -162,9 +162,9 @@ def parse_peer(text: str, default_port: int) -> tuple[str, int]:
     """HOST, HOST:P, [IPv6]:P or an IPv6 address by itself."""
     host, colon, port = text.rpartition(":")
     if not colon or (":" in host and not host.endswith("]")):
-        host, port = text, ""
+        host, colon, port = text, "", ""
     host = without_brackets(host)
-    if not host or (port and (not port.isdecimal() or not 0 < int(port) < 65536)):
+    if not host or (colon and (not port.isdecimal() or not 0 < int(port) < 65536)):
         raise ConfigError(f"{text!r} is no HOST or HOST:PORT (option --peers)")
     return host, int(port) if port else default_port
 

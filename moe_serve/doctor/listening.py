@@ -41,6 +41,9 @@ LINE_SECONDS = 60.0
 MAX_LINES = 16
 MAX_LINE_BULK = 4 * MAX_BULK
 POLL_SECONDS = 0.2
+IP_MTU = 14
+IPV6_MTU = 24
+"""Linux's numbers (ip(7), ipv6(7)), which the socket module lacks."""
 _to_listener: msgspec.msgpack.Decoder[ToListener] = msgspec.msgpack.Decoder(ToListener)
 
 
@@ -177,9 +180,8 @@ def versions(connection: socket.socket, address: str) -> Versions:
 
 def path_mtu(connection: socket.socket) -> int | None:
     """What the kernel believes the way to the other end to carry: the device's, or less where it has learnt of it."""
-    level, name = (socket.IPPROTO_IPV6, 24) if connection.family == socket.AF_INET6 else (socket.IPPROTO_IP, 14)
-    mapped = connection.family == socket.AF_INET6 and "." in connection.getpeername()[0]
-    return _option(connection, socket.IPPROTO_IP, 14) if mapped else _option(connection, level, name)
+    mapped = "." in connection.getpeername()[0]  # IPv4, perhaps in IPv6's dress
+    return _option(connection, *((socket.IPPROTO_IP, IP_MTU) if mapped else (socket.IPPROTO_IPV6, IPV6_MTU)))
 
 
 def own_address(connection: socket.socket) -> str:

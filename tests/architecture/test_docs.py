@@ -25,7 +25,19 @@ PATH = re.compile(r"^(?:\.{0,2}/)?[\w.-]+(?:/[\w.-]+)+/?$|^[\w-]+\.(?:py|md|toml
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9_-]*(?:\.[a-z0-9_-]+)?)")
 LINK = re.compile(r"\]\(([^)#\s]+)")
 GENERATED = re.compile(r"<!-- generated: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
-OTHERS = {"help", "check", "strict", "attention-backend", "from-literal", "for", "timeout", "context", "tag", "file"}
+OTHERS = {
+    "help",
+    "check",
+    "strict",
+    "attention-backend",
+    "from-literal",
+    "for",
+    "timeout",
+    "context",
+    "tag",
+    "file",
+    "pid",
+}
 """Flags of other programs, and one that waits for a second backend."""
 NOT_FILES = re.compile(r"^owner/|^path/|/x\.py$|MACHINE")
 
