@@ -29,40 +29,51 @@ class World(Protocol):
 
 
 class CoordinatorWorld:
-    """`send` puts a question on the link; whoever reads the link gives answers to `hear`, in the loop's thread."""
+    """`send` puts a question on the link; whoever reads the link gives answers to `hear`, in the loop's thread.
+
+    However many ask at once, one question is under way.
+    """
 
     def __init__(self) -> None:
         self.send: Callable[[WorldAsk], None] | None = None
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[WorldStatus]] = {}
+        self._number = 0
+        self._answer: asyncio.Future[WorldStatus] | None = None
+        self._asking: asyncio.Task[WorldStatus] | None = None
 
     async def ask(self) -> WorldStatus:
         """See World."""
         if self.send is None:
             raise EngineDead("the coordinator is not connected yet")
-        number = next(self._numbers)
-        self._waiting[number] = asyncio.get_running_loop().create_future()
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask(self.send))
+            self._asking.add_done_callback(_heard)
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self, send: Callable[[WorldAsk], None]) -> WorldStatus:
+        self._number = next(self._numbers)
+        self._answer = asyncio.get_running_loop().create_future()
         try:
-            # In a thread: a line to a stopped coordinator may be full, and sending would hold the loop.
-            await asyncio.wait_for(self._ask(number, self.send), WORLD_SECONDS)
-            return self._waiting[number].result()
+            async with asyncio.timeout(WORLD_SECONDS):
+                # In a thread: the line to a stopped coordinator may be full, and sending would hold the loop.
+                await asyncio.to_thread(send, WorldAsk(self._number))
+                return await self._answer
         except TimeoutError as error:
             raise EngineDead(
                 f"the coordinator gave no answer in {WORLD_SECONDS:g} s; it lives in the launcher of rank 0, which is "
                 "stopped, gone, or cannot be reached from here"
             ) from error
-        finally:
-            del self._waiting[number]
-
-    async def _ask(self, number: int, send: Callable[[WorldAsk], None]) -> None:
-        await asyncio.to_thread(send, WorldAsk(number))
-        await self._waiting[number]
 
     def hear(self, answer: WorldAnswer) -> None:
         """An answer arrived; one that nobody waits for any more is dropped."""
-        waiting = self._waiting.get(answer.number)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(answer.world)
+        if self._answer is not None and answer.number == self._number and not self._answer.done():
+            self._answer.set_result(answer.world)
+
+
+def _heard(asking: asyncio.Task[WorldStatus]) -> None:
+    """Hears of a failure too when all who asked have gone: asyncio would print what nobody has heard."""
+    if not asking.cancelled():
+        asking.exception()
 
 
 async def world_body(world: World | None, engines: AsyncEngines, why_not_ready: str | None) -> tuple[object, int]:

@@ -200,8 +200,8 @@ def _show_members(answered: WorldAnswered) -> None:
 def _report(findings: Sequence[Finding], options: argparse.Namespace, facts: object = None) -> int:
     code = exit_code(findings)
     if options.json:
-        told = {"ok": code == 0, "findings": findings, "facts": facts}
-        sys.stdout.write(msgspec.json.encode(told).decode() + "\n")
+        answer = {"ok": code == 0, "findings": findings, "facts": facts}
+        sys.stdout.write(msgspec.json.encode(answer).decode() + "\n")
         return code
     console = _console()
     for each in findings:

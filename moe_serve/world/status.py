@@ -21,6 +21,7 @@ def world_status(fleet: Fleet, now: float) -> WorldStatus:
     members = sorted(fleet.members.values(), key=_place)
     limit = min(SLOW_SECONDS, fleet.step_timeout_seconds)
     slow_step, slow = culprits(members, now, fleet.ready_since, limit) if fleet.ready else (0, [])
+    waited_for = {id(known) for known in slow}
     return WorldStatus(
         number=fleet.number,
         generation=fleet.generation,
@@ -32,7 +33,7 @@ def world_status(fleet: Fleet, now: float) -> WorldStatus:
         members=[_status(known, now) for known in members],
         step_timeout_seconds=fleet.step_timeout_seconds,
         slow_step=slow_step,
-        waits_for=[place for place, known in enumerate(members) if any(known is each for each in slow)],
+        waits_for=[place for place, known in enumerate(members) if id(known) in waited_for],
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from moe_serve.api import world
@@ -55,12 +56,15 @@ def test_an_answer_finds_its_question_and_a_late_one_is_dropped(monkeypatch: pyt
         asked: list[WorldAsk] = []
         desk = CoordinatorWorld()
         desk.send = asked.append
-        waiting = asyncio.create_task(desk.ask())
+        waiting = [asyncio.create_task(desk.ask()) for _ in range(3)]
         while not asked:
             await asyncio.sleep(0.001)
-        desk.hear(WorldAnswer(asked[0].number + 1, STATUS))
+        desk.hear(WorldAnswer(asked[0].number + 1, msgspec.structs.replace(STATUS, engines=9)))
+        waiting.pop().cancel()  # one client goes away, the others wait on
+        await asyncio.sleep(0.01)
         desk.hear(WorldAnswer(asked[0].number, STATUS))
-        assert await waiting == STATUS
+        assert await asyncio.gather(*waiting) == [STATUS, STATUS]
+        assert len(asked) == 1
         desk.hear(WorldAnswer(asked[0].number, STATUS))
         monkeypatch.setattr(world, "WORLD_SECONDS", 0.05)
         with pytest.raises(EngineDead, match=r"no answer in 0\.05 s; it lives in the launcher of rank 0"):
