@@ -49,7 +49,7 @@ _arrived: msgspec.msgpack.Decoder[Arrived] = msgspec.msgpack.Decoder(Arrived)
 
 
 def find_out(host: str, port: int, *, token: str, chosen: Sequence[int] = ()) -> WayFacts:
-    """All that can be found out; it takes a minute at most, and seconds where all is well."""
+    """All that can be found out; it takes seconds where all is well, two minutes where nothing is."""
     facts = WayFacts(host=host, port=port, chosen=list(chosen))
     _names(facts)
     _reach(facts)
