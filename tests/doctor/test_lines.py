@@ -212,6 +212,26 @@ def test_an_open_port_answers_only_who_shows_the_secret_and_only_with_it_counts_
         assert [each.outcome for each in taken.failed] == ["held"]
 
 
+def test_who_does_not_show_the_secret_reads_nothing_at_an_open_port() -> None:
+    ours = OpenPorts(HOST, [], b"s" * 32, num_random=1)
+    try:
+        with socket.create_connection((HOST, ours.ports[0]), 5) as stranger:
+            stranger.settimeout(5)
+            stranger.sendall(bytes(PROOF_BYTES))
+            assert _received(stranger) == b""
+    finally:
+        ours.close()
+
+
+def test_the_bytes_of_a_line_are_counted_together(heard: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "MAX_LINE_BULK", 1000)
+    line = heard.line()
+    line.send(GiveBulk(600))
+    assert line.pull(600, 5) == 600
+    line.send(GiveBulk(600))
+    assert line.pull(600, 5) == 0
+
+
 def test_a_closed_port_is_refused_and_one_that_says_nothing_is_silent_within_its_bound() -> None:
     with socket.create_server((HOST, 0)) as mute:
         port = mute.getsockname()[1]
