@@ -184,7 +184,7 @@ def test_this_machine_is_read_and_agrees_with_what_python_knows(monkeypatch: pyt
     assert json.loads(msgspec.json.encode(facts))["ports"] == [{"port": 0, "free": True, "asked": False, "problem": ""}]
 
 
-@pytest.mark.ranks
+@pytest.mark.long
 def test_torch_is_asked_in_a_process_of_its_own_and_a_late_one_is_told() -> None:
     facts = ask_torch()
     assert not facts.problem
