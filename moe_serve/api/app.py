@@ -40,6 +40,7 @@ from moe_serve.api.schemas import (
 from moe_serve.api.state import ApiState
 from moe_serve.api.streaming import EventStream, unless_disconnected
 from moe_serve.api.watching import WatchRequests
+from moe_serve.api.world import world_body
 from moe_serve.base.errors import EngineDead, MoEServeError
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.version import package_version
@@ -57,7 +58,7 @@ def create_app(state: ApiState) -> FastAPI:
     routes = Routes(state, state.metrics)
     gets: dict[str, Callable[..., Awaitable[Response]]] = {
         path: getattr(routes, path.rsplit("/", 1)[1])
-        for path in ("/livez", "/readyz", "/health", "/version", "/metrics", "/config", "/v1/models", "/eplb")
+        for path in ("/livez", "/readyz", "/health", "/version", "/metrics", "/config", "/v1/models", "/eplb", "/world")
     }
     gets |= {"/v1/models/{name:path}": routes.model, "/eplb/record/dump": routes.eplb_dump}
     for path, get in gets.items():
@@ -155,6 +156,9 @@ class Routes:
 
     async def config(self) -> Response:
         return _json(self._state.config.model_dump(mode="json"))
+
+    async def world(self) -> Response:
+        return _json(*await world_body(self._state.world, self._state.engines, self._state.why_not_ready()))
 
     async def models(self) -> Response:
         return _json({"object": "list", "data": [self._card()]})

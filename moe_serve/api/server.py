@@ -20,6 +20,7 @@ from moe_serve.api.connections import HttpServer, listen
 from moe_serve.api.state import ApiState
 from moe_serve.api.throughput import Throughput, report_throughput
 from moe_serve.api.watching import log_sparingly
+from moe_serve.api.world import CoordinatorWorld
 from moe_serve.base.balance_messages import BalanceAnswer
 from moe_serve.base.errors import ConfigError, RankTimeout
 from moe_serve.base.log import setup_logging
@@ -27,6 +28,7 @@ from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, ToMember
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
 from moe_serve.base.site import with_port
+from moe_serve.base.world_messages import WorldAnswer
 from moe_serve.engine.client import EngineClient
 from moe_serve.text.tokenizer import load_tokenizer
 from moe_serve.world.link import Link
@@ -48,6 +50,7 @@ class ApiServer:
         self._engines = EngineClient(self._config, token=spec.token, serves=spec.serves)
         self._orders: asyncio.Queue[Drain | Stop] = asyncio.Queue()
         self._balance = CoordinatorBalance()
+        self._world = CoordinatorWorld()
 
     async def run(self) -> int:
         """Serve until drained, stopped or orphaned; the exit code."""
@@ -58,6 +61,8 @@ class ApiServer:
                 loop.call_soon_threadsafe(self._orders.put_nowait, message)
             elif isinstance(message, BalanceAnswer):
                 loop.call_soon_threadsafe(self._balance.hear, message)
+            elif isinstance(message, WorldAnswer):
+                loop.call_soon_threadsafe(self._world.hear, message)
             elif isinstance(message, WorldView):
                 loop.call_soon_threadsafe(self._engines.meet, message)
 
@@ -89,7 +94,7 @@ class ApiServer:
             connect_seconds=spec.connect_seconds,
         )
         self._engines.meet(link.view)
-        self._balance.send = link.send
+        self._balance.send = self._world.send = link.send
         try:
             listening = listen(self._config.server.host, self._config.server.port)
             state = self._make_state()
@@ -113,6 +118,7 @@ class ApiServer:
             created=int(time.time()),
             vocab_size=model_config.vocab_size,
             balance=self._balance,
+            world=self._world,
         )
 
     async def _serve(self, link: Link, listening: socket.socket, state: ApiState, server: HttpServer) -> int:

@@ -10,6 +10,7 @@ from moe_serve.api.balance import Balance
 from moe_serve.api.conversations import Conversations
 from moe_serve.api.metrics import Metrics
 from moe_serve.api.unknown_fields import UnknownFields
+from moe_serve.api.world import World
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, Overloaded, UnknownModel
 from moe_serve.engine.admission import Admission, QueueLimits
@@ -31,6 +32,7 @@ class ApiState:
     retry_after: int = 5
     vocab_size: int | None = None
     balance: Balance | None = None
+    world: World | None = None
     admission: Admission = field(init=False)
     metrics: Metrics = field(init=False)
     conversations: Conversations = field(init=False)

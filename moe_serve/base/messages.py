@@ -9,6 +9,7 @@ import msgspec
 from moe_serve.base.balance_messages import BalanceAnswer, BalanceAsk, DropStage, Record, StageReport, StepLoad
 from moe_serve.base.commands import SetShares, StageExperts
 from moe_serve.base.progress import Phase
+from moe_serve.base.world_messages import WorldAnswer, WorldAsk
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no record: nesting and texts have errors of their own."""
@@ -85,12 +86,13 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
-    """Alive. `step` last entered, `phase` (in `layer`) where in it, `seconds` since then."""
+    """Alive. `step` last entered, `phase` (in `layer`) where in it, `seconds` since then; `unfinished` requests."""
 
     step: int
     phase: Phase
     seconds: float
     layer: int = 0
+    unfinished: int = 0
 
 
 class Ack(msgspec.Struct, frozen=True, tag="ack"):
@@ -182,7 +184,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     node: str = ""
 
 
-FromMember = (
+ForFleet = (
     Hello
     | Heartbeat
     | StoreAt
@@ -197,6 +199,8 @@ FromMember = (
     | StepLoad
     | BalanceAsk
 )
+"""What makes a coordinator's fleet another one, or may."""
+FromMember = ForFleet | WorldAsk
 ToMember = (
     Welcome
     | Refused
@@ -212,4 +216,5 @@ ToMember = (
     | DropStage
     | Record
     | BalanceAnswer
+    | WorldAnswer
 )

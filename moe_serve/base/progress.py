@@ -61,14 +61,18 @@ _IN_LAYER = frozenset({Phase.ATTENTION, Phase.DENSE, Phase.EXPERTS, Phase.DISPAT
 
 
 class Progress:
-    """`enter()` is called on the token path: a few attribute stores and a clock read, no lock."""
+    """`enter()` is called on the token path: a few attribute stores and a clock read, no lock.
 
-    __slots__ = ("layer", "phase", "since", "step")
+    `unfinished` requests of an engine, as of its last turn.
+    """
+
+    __slots__ = ("layer", "phase", "since", "step", "unfinished")
 
     def __init__(self) -> None:
         self.step = 0
         self.phase = Phase.STARTING
         self.layer = 0
+        self.unfinished = 0
         self.since = time.monotonic()
 
     def enter(self, phase: Phase, *, step: int | None = None, layer: int | None = None) -> None:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from moe_serve.base.errors import ConfigError, MoEServeError
 from moe_serve.cli.chat_command import run_chat
+from moe_serve.cli.doctor import run_doctor
 from moe_serve.cli.eplb import run_eplb
 from moe_serve.cli.k8s import run_k8s
 from moe_serve.cli.make_model import run_make_model
@@ -19,6 +20,7 @@ USAGE = """usage: moe-serve COMMAND [OPTIONS]
 commands:
   serve [MODEL]      serve a model over an OpenAI-compatible HTTP API
   plan [MODEL]       print what serve would start, where, and whether it fits
+  doctor             check this machine, the way to others, the world of a running server
   chat               talk to a running server, or with --spawn to one of its own
   make-model DIR     write a small random-weight checkpoint
   eplb COMMAND       plan, replay and weigh expert placements on recorded loads
@@ -36,6 +38,7 @@ def run_version(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": run_serve,
     "plan": run_plan,
+    "doctor": run_doctor,
     "chat": run_chat,
     "make-model": run_make_model,
     "eplb": run_eplb,

@@ -49,6 +49,7 @@ class DPRank:
     def turn(self) -> list[TokenEvent]:
         """Vote, then do what all ranks do; events of the step if there was one."""
         plan = self.core.schedule()
+        self._progress.unfinished = self.core.scheduler.num_unfinished
         self._step += 1
         vote = Vote(self._step, self.naps.taken, self.core.has_work, plan.num_tokens, generation=self._generation)
         verdict = decide(self._exchange(vote if self.rearranging is None else self.rearranging.vote(vote)))

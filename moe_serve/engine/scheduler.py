@@ -56,6 +56,10 @@ class Scheduler:
         """All requests here, oldest first."""
         return [*self.running, *self.waiting]
 
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.running) + len(self.waiting)
+
     def knows(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.waiting
 

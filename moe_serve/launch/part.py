@@ -40,9 +40,9 @@ def node_part(parallel: ParallelConfig) -> NodePart:
 
 def world_token(parallel: ParallelConfig) -> str:
     """From the environment or a file; made up where nobody else must know it."""
-    given = os.environ.get(TOKEN_ENVIRONMENT) or _from_file(parallel.world_token_file)
+    given = given_token(parallel.world_token_file)
     if given:
-        return check_token(given)
+        return given
     if parallel.is_apart:
         raise ConfigError(
             "ranks that are started apart need a secret that all of them know: put the same text of 16 characters or "
@@ -50,6 +50,12 @@ def world_token(parallel: ParallelConfig) -> str:
             "`openssl rand -hex 16` makes one"
         )
     return new_token()
+
+
+def given_token(file: str | None) -> str:
+    """From the environment or a file; "" where neither has one. ConfigError if it is too short, or cannot be read."""
+    given = os.environ.get(TOKEN_ENVIRONMENT) or _from_file(file)
+    return check_token(given) if given else ""
 
 
 def _from_file(path: str | None) -> str:

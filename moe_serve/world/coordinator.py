@@ -16,6 +16,7 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import FromMember, Stop, ToMember
 from moe_serve.base.parcel import Parcel
 from moe_serve.base.site import with_port
+from moe_serve.base.world_messages import WorldAsk
 from moe_serve.eplb.questions import RequestQuestion, Solved
 from moe_serve.world.door import Door
 from moe_serve.world.fleet import Fleet
@@ -23,6 +24,7 @@ from moe_serve.world.link import HEADER, MAX_FRAME, frame
 from moe_serve.world.outbox import MAX_WAITING_BYTES, Outbox, Turns
 from moe_serve.world.parcels import Send
 from moe_serve.world.solver import SOLVE_SECONDS, Solver
+from moe_serve.world.status import answer_ask
 
 TICK_SECONDS = 0.5
 BIND_TRIES = 5
@@ -127,7 +129,7 @@ class Coordinator:
             async with asyncio.timeout(HELLO_SECONDS):
                 message = await _receive(reader)
             while message is not None:
-                self._act(partial(self.fleet.hear, member, message, time.monotonic()))
+                self._hear(member, message, time.monotonic())
                 message = await _receive(reader)
         except asyncio.CancelledError:
             return  # the loop ends; asyncio would report a cancelled handler as an error
@@ -140,6 +142,12 @@ class Coordinator:
             self._act(lambda: self.fleet.lost(member, time.monotonic()))
             writing.cancel()
             await _close(writer)
+
+    def _hear(self, member: int, message: FromMember, now: float) -> None:
+        if isinstance(message, WorldAsk):
+            self._act(partial(answer_ask, self.fleet, member, message, now))
+        else:
+            self._act(partial(self.fleet.hear, member, message, now))
 
     def _hear_solved(self, solved: Solved) -> None:
         self._act(lambda: self.fleet.hear_solved(solved, time.monotonic()))

@@ -15,7 +15,7 @@ from moe_serve.base.messages import (
     Ack,
     Drain,
     Failure,
-    FromMember,
+    ForFleet,
     Heartbeat,
     Hello,
     Leaving,
@@ -80,17 +80,17 @@ class Fleet:
     members: dict[int, Member] = field(default_factory=dict)
     welcomed: set[tuple[str, int]] = field(default_factory=set)
     ready: bool = False
+    ready_since: float = 0.0
     ended: Stop | None = None
+    draining: Draining | None = None
     _store: StoreAt | None = None
-    _ready_since: float = 0.0
     _suspicion: tuple[float, Stop] | None = None
     _now: float | None = None
     _own_gap: str = ""
-    _draining: Draining | None = None
     _log: list[str] = field(default_factory=list)
     _surface: BalanceSurface = field(default_factory=lambda: BalanceSurface(None))
 
-    def hear(self, member: int, message: FromMember, now: float) -> list[Send]:
+    def hear(self, member: int, message: ForFleet, now: float) -> list[Send]:
         """A record from a connection; from somebody who knows the world's token; the first must be a Hello."""
         self._pass_time(now)
         if isinstance(message, Hello):
@@ -101,8 +101,7 @@ class Fleet:
         known.heard = now
         match message:
             case Heartbeat():
-                known.step, known.since = message.step, now - message.seconds
-                known.phase, known.layer = message.phase, message.layer
+                known.beat(message, now)
                 return [Send(member, Ack())]
             case StoreAt():
                 self._store = message
@@ -182,12 +181,12 @@ class Fleet:
             if not known.leaving and now - known.heard > known.patience:
                 how = f"has not been heard for {now - known.heard:.0f} s (is it stopped?){known.last_seen}"
                 return self._give_up(member, known, how)
-        if self._draining is not None and self.ended is None:
-            stop, line = self._draining.judge(self.members.values(), now)
+        if self.draining is not None and self.ended is None:
+            stop, line = self.draining.judge(self.members.values(), now)
             self._log += [line] if line else []
             if stop is not None:
                 return self.end(stop)
-        slow = slow_step(self.members.values(), now, self._ready_since, self.step_timeout_seconds) if self.ready else ""
+        slow = slow_step(self.members.values(), now, self.ready_since, self.step_timeout_seconds) if self.ready else ""
         return self.end(Stop(slow, 1)) if slow else self._balance(lambda rebalancer: rebalancer.tick(now))
 
     def choked(self, member: int, waiting_bytes: int) -> list[Send]:
@@ -213,7 +212,7 @@ class Fleet:
         if not frontends or not self.ready:
             return self.end(Stop("asked to stop before the world was ready", 0, node))
         of_node = [member for member in frontends if self.members[member].hello.node == node]
-        self._draining = Draining(node=node, timeout=timeout, until=now + timeout)
+        self.draining = Draining(node=node, timeout=timeout, until=now + timeout)
         return [Send(member, Drain(timeout)) for member in (*(of_node or frontends), *self._role("engine"))]
 
     def missing(self) -> list[str]:
@@ -289,7 +288,7 @@ class Fleet:
     def _left(self, known: Member, reason: str) -> list[Send]:
         """A front-end left on purpose. Drained, the world ends with the last of them."""
         others = [each for each in self.members.values() if each.hello.role == "api" and not each.leaving]
-        if not others if self._draining is not None else known.hello.essential:
+        if not others if self.draining is not None else known.hello.essential:
             return self.end(Stop(reason or f"{known.name} left", 0, known.hello.node))
         return self._tell_view() if known.hello.essential else []
 
@@ -311,7 +310,7 @@ class Fleet:
             return [Send(member, WorldReady()) for member in self._role("api")]
         if self.missing():
             return []
-        self.ready, self._ready_since = True, now
+        self.ready, self.ready_since = True, now
         tell_nodes(self.rebalancer, self.members.values(), self.topology.tp)
         return [Send(at, WorldReady(front_door=self.front_door(each.hello.node))) for at, each in self.members.items()]
 

@@ -152,7 +152,11 @@ class Link:
         progress = self._progress
         while not self._closed.wait(BEAT_SECONDS):
             where = Heartbeat(
-                step=progress.step, phase=progress.phase, seconds=progress.seconds(), layer=progress.layer
+                step=progress.step,
+                phase=progress.phase,
+                seconds=progress.seconds(),
+                layer=progress.layer,
+                unfinished=progress.unfinished,
             )
             self._owed_since = self._owed_since or time.monotonic()
             self.send(where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from moe_serve.base.messages import FrontendAt, Hello, LineTo, Refused, Unfinished
+from moe_serve.base.messages import FrontendAt, Heartbeat, Hello, LineTo, Refused, Unfinished
 from moe_serve.base.progress import Phase
 from moe_serve.base.topology import Topology
 
@@ -27,6 +27,7 @@ class Member:
     step: int = 0
     phase: Phase = Phase.STARTING
     layer: int = 0
+    num_unfinished: int = 0
     unfinished: Unfinished | None = None
     since: float = 0.0
     lines: set[int] = field(default_factory=set)
@@ -68,6 +69,12 @@ class Member:
     @property
     def last_seen(self) -> str:
         return f"; last seen in step {self.step}, phase {self.place!r}" if self.is_rank else ""
+
+    def beat(self, heartbeat: Heartbeat, now: float) -> None:
+        """It says where it is."""
+        self.step, self.since = heartbeat.step, now - heartbeat.seconds
+        self.phase, self.layer = heartbeat.phase, heartbeat.layer
+        self.num_unfinished = heartbeat.unfinished
 
     def is_quiet(self, now: float) -> bool:
         return now - self.heard > QUIET_SECONDS
@@ -190,10 +197,22 @@ def _listing(left: Unfinished | None) -> str:
 
 def slow_step(members: Iterable[Member], now: float, since: float, limit: float) -> str:
     """Who is to blame for a step of more than `limit` seconds since the world was ready (`since`), or ""."""
+    step, slow = culprits(members, now, since, limit)
+    if not slow:
+        return ""
+    named = "; ".join(
+        f"{known.name} is in step {known.step}, phase {known.place!r}, since {known.in_phase(now, since):.0f} s"
+        for known in slow
+    )
+    return f"step {step} has taken longer than step_timeout_seconds ({limit:g} s); it waits for: {named}"
+
+
+def culprits(members: Iterable[Member], now: float, since: float, limit: float) -> tuple[int, list[Member]]:
+    """A step that takes longer than `limit` (as in slow_step) and for whom it waits; nobody if none does."""
     ranks = [known for known in members if known.is_rank and not known.leaving]
     awake = [known for known in ranks if not known.phase.rests]
     if not any(known.in_phase(now, since) > limit for known in awake):
-        return ""
+        return 0, []
     # Whoever beat last is not the first to be over the limit: beats may be so far apart.
     slow = [known for known in awake if known.in_phase(now, since) > limit - QUIET_SECONDS]
     last = max(known.step for known in slow)
@@ -201,9 +220,4 @@ def slow_step(members: Iterable[Member], now: float, since: float, limit: float)
     busy = [known for known in slow if not known.phase.waits_for_others]
     quiet = [known for known in ranks if known.is_quiet(now)]
     # All that stand in the same exchange look alike, however much later some of them came to it.
-    culprits = quiet or behind or busy or awake
-    named = "; ".join(
-        f"{known.name} is in step {known.step}, phase {known.place!r}, since {known.in_phase(now, since):.0f} s"
-        for known in culprits
-    )
-    return f"step {last} has taken longer than step_timeout_seconds ({limit:g} s); it waits for: {named}"
+    return last, quiet or behind or busy or awake

@@ -17,6 +17,7 @@ CLOSED = (
     ("GET", "/v1/models"),
     ("GET", "/v1/models/fake-model"),
     ("GET", "/config"),
+    ("GET", "/world"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/tokenize"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_serve.base.config import SECTIONS
-from moe_serve.cli import chat_command, eplb, make_model, plan
+from moe_serve.cli import chat_command, doctor, eplb, make_model, plan
 from moe_serve.cli.flags import Options, spellings
 from moe_serve.cli.k8s import render_options
 from moe_serve.cli.main import COMMANDS
@@ -25,7 +25,19 @@ PATH = re.compile(r"^(?:\.{0,2}/)?[\w.-]+(?:/[\w.-]+)+/?$|^[\w-]+\.(?:py|md|toml
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9_-]*(?:\.[a-z0-9_-]+)?)")
 LINK = re.compile(r"\]\(([^)#\s]+)")
 GENERATED = re.compile(r"<!-- generated: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
-OTHERS = {"help", "check", "strict", "attention-backend", "from-literal", "for", "timeout", "context", "tag", "file"}
+OTHERS = {
+    "help",
+    "check",
+    "strict",
+    "attention-backend",
+    "from-literal",
+    "for",
+    "timeout",
+    "context",
+    "tag",
+    "file",
+    "pid",
+}
 """Flags of other programs, and one that waits for a second backend."""
 NOT_FILES = re.compile(r"^owner/|^path/|/x\.py$|MACHINE")
 
@@ -81,8 +93,8 @@ def test_every_option_that_a_page_names_exists(page: Path) -> None:
 
 
 def bench_flags() -> set[str]:
-    """Flags of the benchmarks, of `moe-serve eplb` and `plan`, as their parsers have them."""
-    paths = [*(ROOT / "bench").rglob("*.py"), Path(eplb.__file__), Path(plan.__file__)]
+    """Flags of the benchmarks, of `moe-serve eplb`, `plan` and `doctor`, as their parsers have them."""
+    paths = [*(ROOT / "bench").rglob("*.py"), Path(eplb.__file__), Path(plan.__file__), Path(doctor.__file__)]
     sources = [path.read_text() for path in paths]
     return {flag for source in sources for flag in re.findall(r'add_argument\(\s*"--([a-z0-9-]+)"', source)}
 

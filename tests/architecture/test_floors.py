@@ -21,12 +21,14 @@ FLOORS = {
     "api": 7,
     "launch": 8,
     "deploy": 8,
+    "doctor": 8,
     "llm": 9,
     "cli": 10,
     "__main__": 11,
     "__init__": 11,
 }
 APART = {frozenset({"world", "model"}), frozenset({"text", "parallel"}), frozenset({"launch", "deploy"})}
+APART |= {frozenset({"doctor", room}) for room in ("launch", "deploy", "api", "engine")}
 PLUGGABLE = ("model/all2all", "model/attention", "model/archs", "executor", "eplb/policies")
 BASES = {
     "base",
@@ -55,6 +57,9 @@ PURE = (
     "engine/overdue.py",
     "engine/pace.py",
     "deploy",
+    "doctor/judge",
+    "doctor/finding.py",
+    "world/status.py",
 )
 IMPURE = {"socket", "threading", "time", "asyncio", "torch", "zmq", "subprocess"}
 LATE_IMPORTS = {"base/registry.py"}

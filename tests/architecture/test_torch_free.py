@@ -22,8 +22,9 @@ FREE = [
     "moe_serve.model.footprint",
     "moe_serve.model.archs",
     "moe_serve.worker.kv_room",
-    *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb", "plan", "k8s")),
+    *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb", "plan", "k8s", "doctor")),
     "moe_serve.deploy",
+    "moe_serve.doctor",
 ]
 
 

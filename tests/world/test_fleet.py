@@ -15,7 +15,7 @@ from moe_serve.base.messages import (
     Ack,
     Drain,
     Failure,
-    FromMember,
+    ForFleet,
     FrontendAt,
     Heartbeat,
     Hello,
@@ -561,7 +561,7 @@ def test_a_stop_asked_for_while_forming_ends_at_once() -> None:
 
 def test_every_message_type_is_handled() -> None:
     fleet = formed(make_fleet())
-    messages: list[FromMember] = [StoreAt("a", 1), Ready(), Wake(1), Heartbeat(step=1, phase=Phase.STARTING, seconds=0)]
+    messages: list[ForFleet] = [StoreAt("a", 1), Ready(), Wake(1), Heartbeat(step=1, phase=Phase.STARTING, seconds=0)]
     for message in messages:
         assert isinstance(fleet.hear(0, message, 1), list)
 
