@@ -11,7 +11,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from moe_serve.base.config import SECTIONS
+from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.cli.eplb import Parser
 from moe_serve.cli.flags import help_text, wants_help
@@ -41,10 +41,8 @@ def run_plan(arguments: Sequence[str]) -> int:
         groups = {title: section.model_fields for title, section in SECTIONS.items()}
         print(f"{help_text(serve_options(), 'plan', ABOUT_PLAN, groups)}\n\n{OWN_OPTIONS}")
         return 0
-    own, rest = _parser().parse_known_args(arguments)
-    if own.memory_bytes is not None and own.memory_bytes < 1:
-        raise ConfigError(f"--memory-bytes must be at least 1, not {own.memory_bytes}")
-    resolved, model = resolve(parse_serve(rest), weights=False)
+    own, config = parse_plan(arguments)
+    resolved, model = resolve(config, weights=False)
     plan = plan_world(resolved, model, memory_bytes=own.memory_bytes)
     if own.json:
         print(json.dumps(asdict(plan)))
@@ -53,11 +51,15 @@ def run_plan(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse_plan(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """Its own options, `memory_bytes` and `json`, and those of `serve`. Raises ConfigError."""
     parser = Parser(prog="moe-serve plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--memory-bytes", "--memory_bytes", type=int)
     parser.add_argument("--json", action="store_true")
-    return parser
+    own, rest = parser.parse_known_args(arguments)
+    if own.memory_bytes is not None and own.memory_bytes < 1:
+        raise ConfigError(f"--memory-bytes must be at least 1, not {own.memory_bytes}")
+    return own, parse_serve(rest)
 
 
 def _show(plan: WorldPlan) -> None:
