@@ -1,12 +1,13 @@
 """Pods without a cluster: one network namespace per pod, and a real load balancer in front of their ranks.
 
     Pods    namespaces on one switch, each with an address, a host name, a view of processes and a /dev/shm of its own
-    Ranks   one `moe-serve serve --data-parallel-rank R` in each, started again whenever it ends, as a kubelet does
+    Ranks   one `moe-serve serve --data-parallel-rank R` (or a node's part of a world) in each, started again whenever
+            it ends, as a kubelet does
     Proxy   haproxy in a namespace of its own: least connections, health checks on /readyz
 
 Needs root (or CAP_SYS_ADMIN), `ip`, `unshare` and haproxy; `why_not()` says what is missing. As a command, a demo:
-`python -m bench.pods --ranks 4 --kills 10` kills one rank after the other, rank 0 among them, and says how long the
-world was away each time.
+`python -m bench.pods --ranks 4 --kills 10` kills one rank after the other, rank 0 among them, under load, and says how
+long the world was away each time and how the requests ended that were under way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import asyncio
 import collections
 import contextlib
 import ctypes
+import math
 import os
 import random
 import secrets
@@ -26,7 +28,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,11 +38,13 @@ import psutil
 from rich.console import Console
 
 from bench.command import keep, parser_for
+from bench.pods_traffic import Traffic
 from bench.report import ROOT, Report, spread
 
 CLONE_NEWNET = 0x40000000
 HTTP_PORT = 8000
 RPC_PORT = 29550
+STREAM_TOKENS = 400
 TOOLS = ("ip", "unshare", "haproxy")
 SMALL = ("-ep", "--dtype", "float32", "--max-model-len", "512", "--kv-cache-memory-bytes", str(2**24))
 console = Console(stderr=True)
@@ -175,12 +180,27 @@ class Pods:
 
 
 class Ranks:
-    """One rank per pod. Whatever ends is started again after a moment, until `close()`."""
+    """One rank per pod, or what `parts` says (name -> options; `-dp` among them). The first has rank 0.
 
-    def __init__(self, pods: Pods, names: Sequence[str], model: str, *options: str, folder: Path) -> None:
+    Whatever ends is started again after a moment, until `close()`. `servers` are the names that speak HTTP.
+    """
+
+    def __init__(
+        self,
+        pods: Pods,
+        names: Sequence[str],
+        model: str,
+        *options: str,
+        folder: Path,
+        parts: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self._pods, self.names, self._folder = pods, list(names), folder
+        self._parts = parts or {
+            name: ("-dp", str(len(names)), "--data-parallel-rank", str(rank)) for rank, name in enumerate(names)
+        }
+        self.servers = [name for name in names if "--headless" not in self._parts[name]]
         meeting = ("--data-parallel-address", names[0], "--data-parallel-rpc-port", str(RPC_PORT))
-        self._command = (sys.executable, "-m", "moe_serve", "serve", model, "-dp", str(len(names)), *meeting)
+        self._command = (sys.executable, "-m", "moe_serve", "serve", model, *meeting)
         self._options = ("--host", "0.0.0.0", "--port", str(HTTP_PORT), *SMALL, *options)
         self._environment = {
             **os.environ,
@@ -229,9 +249,9 @@ class Ranks:
         return self._pods.inside(client, ask)
 
     def wait_ready(self, client: str, seconds: float = 120.0) -> float:
-        """Until every rank's /readyz is green; how long it took."""
+        """Until every server's /readyz is green; how long it took."""
         begun = time.monotonic()
-        while not all(self.get(client, name, "/readyz") == 200 for name in self.names):
+        while not all(self.get(client, name, "/readyz") == 200 for name in self.servers):
             if time.monotonic() - begun > seconds:
                 logs = "\n\n".join(f"--- {name}\n{self.log(name)[-2000:]}" for name in self.names)
                 raise RuntimeError(f"not ready within {seconds:g} s\n{logs}")
@@ -251,8 +271,7 @@ class Ranks:
             process.wait()
 
     def _start(self, name: str) -> None:
-        rank = ("--data-parallel-rank", str(self.names.index(name)))
-        command = [*self._command, *rank, *self._options]
+        command = [*self._command, *self._parts[name], *self._options]
         self._processes[name] = self._pods.start(name, command, self._environment, self._folder / f"{name}.log")
 
     def _watch(self) -> None:
@@ -315,16 +334,25 @@ def deployment(
 ) -> Iterator[tuple[Pods, Ranks, Proxy]]:
     """`size` ranks behind a proxy, in pods rank-0, ...; "gate" has the proxy and is where clients are."""
     names = [f"rank-{rank}" for rank in range(size)]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        pods = Pods([*names, "gate"])
-        stack.callback(pods.close)
-        ranks = Ranks(pods, names, model, *options, folder=Path(folder))
-        stack.callback(ranks.close)
-        proxy = Proxy(pods, "gate", names, Path(folder))
-        stack.callback(proxy.close)
+    with opened(model, names, *options) as (pods, ranks, proxy):
         ranks.start(None if order is None else [names[rank] for rank in order])
         ranks.wait_ready("gate")
         wait_spread(pods, proxy, size)
+        yield pods, ranks, proxy
+
+
+@contextlib.contextmanager
+def opened(
+    model: str, names: Sequence[str], *options: str, parts: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[tuple[Pods, Ranks, Proxy]]:
+    """Pods of these names, a "gate" with a proxy in front of those that serve, and ranks that are still to start."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        pods = Pods([*names, "gate"])
+        stack.callback(pods.close)
+        ranks = Ranks(pods, names, model, *options, folder=Path(folder), parts=parts)
+        stack.callback(ranks.close)
+        proxy = Proxy(pods, "gate", ranks.servers, Path(folder))
+        stack.callback(proxy.close)
         yield pods, ranks, proxy
 
 
@@ -357,41 +385,66 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--requests", type=int, default=400, help="at once, before the first kill")
     parser.add_argument("--model", help="checkpoint folder; a random tiny one if not given")
+    parser.add_argument("--streams", type=int, default=8, help="under way at each kill")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 
 def measure(options: argparse.Namespace, model: str) -> Report:
     draw = random.Random(options.seed)
-    away, red = [], []
     with deployment(model, options.ranks) as (pods, ranks, proxy):
         bodies = [{"prompt": f"number {number}", "max_tokens": 8} for number in range(options.requests)]
         answers = complete_all(pods, "gate", proxy.url, bodies)
         served = collections.Counter(answer.headers.get("X-Data-Parallel-Rank", "none") for answer in answers)
         console.print(f"{sum(answer.status_code == 200 for answer in answers)} of {len(answers)} answered: {served}")
-        for number in range(options.kills):
-            victim = ranks.names[0 if number == 0 else draw.randrange(options.ranks)]
-            seconds = kill_and_wait(ranks, victim)
-            red.append(seconds[0])
-            away.append(seconds[1])
-            console.print(f"{victim} killed: all red after {seconds[0]:.1f} s, all green after {seconds[1]:.1f} s")
+        traffic = Traffic(pods, "gate", proxy.url, count=options.streams, max_tokens=STREAM_TOKENS)
+        try:
+            victims = [ranks.names[0 if kill == 0 else draw.randrange(options.ranks)] for kill in range(options.kills)]
+            kills = [kill_under_load(ranks, victim, traffic, options.streams) for victim in victims]
+        finally:
+            traffic.close()
         codes = collections.Counter(code for _, code in ranks.ends)
     numbers = {
         "answered": sum(answer.status_code == 200 for answer in answers),
         "served_by_rank": dict(served),
-        "seconds_until_all_red": spread(red, 2),
-        "seconds_until_all_green": spread(away, 2),
+        "victims": dict(collections.Counter(victims)),
+        "seconds_until_all_red": spread([kill.red for kill in kills], 2),
+        "seconds_until_all_green": spread([kill.green for kill in kills], 2),
+        "seconds_until_streams_under_way_ended": spread([kill.ended for kill in kills], 2),
+        "streams_under_way_at_a_kill": dict(sum((kill.ends for kill in kills), collections.Counter())),
+        "all_streams": traffic.ends(),
         "exit_codes": {str(code): count for code, count in codes.items()},
     }
-    config = {name: getattr(options, name) for name in ("ranks", "kills", "requests", "seed")}
+    config = {name: getattr(options, name) for name in ("ranks", "kills", "requests", "streams", "seed")}
     return Report("pods", options.label, config, numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Seconds until no other said that it is ready, until all did again, and until the last stream had ended."""
+
+    red: float
+    green: float
+    ended: float
+    ends: collections.Counter[str]
+
+
+def kill_under_load(ranks: Ranks, victim: str, traffic: Traffic, least: int) -> Kill:
+    under_way = traffic.wait_under_way(least)
+    begun = time.monotonic()
+    red, green = kill_and_wait(ranks, victim)
+    ended = max((stream.ended or math.inf) - begun for stream in under_way)
+    ends = collections.Counter(stream.end or "hung" for stream in under_way)
+    told = f"{victim} killed: all red after {red:.1f} s, all green after {green:.1f} s"
+    console.print(f"{told}; {dict(ends)}, the last after {ended:.1f} s")
+    return Kill(red, green, ended, ends)
 
 
 def kill_and_wait(ranks: Ranks, victim: str) -> tuple[float, float]:
     """Seconds until no other rank says that it is ready, and until all do again."""
     begun = time.monotonic()
     ranks.kill(victim)
-    others = [name for name in ranks.names if name != victim]
+    others = [name for name in ranks.servers if name != victim]
     while any(ranks.get("gate", name, "/readyz", timeout=0.5) == 200 for name in others):
         if time.monotonic() - begun > 30:
             raise RuntimeError(f"{victim} was killed and others say that they are ready")

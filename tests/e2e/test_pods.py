@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import itertools
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from bench.pods import Pods, Proxy, Ranks, complete_all, deployment, kill_and_wait, wait_spread, why_not
-from moe_serve import LLM, SamplingParams
 from moe_serve.cli.random_model import make_model
 from tests.support.bad_requests import BAD
+from tests.support.mixed_requests import assert_right, bodies, expected
 
 pytestmark = [
     pytest.mark.ranks,
@@ -40,34 +40,16 @@ def world(model: str) -> Iterator[World]:
         yield made
 
 
-def bodies(count: int) -> list[dict[str, object]]:
-    lengths = itertools.cycle((4, 9, 16, 30))
-    prompts = [f"number {number % 40}" + " and so on" * (number % 7) for number in range(count)]
-    return [{"prompt": prompt, "max_tokens": next(lengths), "temperature": 0, "ignore_eos": True} for prompt in prompts]
-
-
-def expected(model: str, asked: list[dict[str, object]]) -> dict[tuple[str, int], str]:
-    """By an engine of one rank, without a network."""
-    each = {(str(body["prompt"]), int(str(body["max_tokens"]))) for body in asked}
-    with LLM(model, dtype="float32", max_model_len=512) as llm:
-        order = sorted(each)
-        params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for _, length in order]
-        outputs = llm.generate([prompt for prompt, _ in order], params, show_progress=False)
-        return {key: output.outputs[0].text for key, output in zip(order, outputs, strict=True)}
-
-
 def test_400_requests_at_once_are_right_and_spread_over_all_ranks_while_experts_move(world: World, model: str) -> None:
     pods, ranks, proxy = world
     asked = bodies(400)
     answers = complete_all(pods, "gate", proxy.url, asked)
     assert collections.Counter(answer.status_code for answer in answers) == {200: 400}
-    right = expected(model, asked)
-    for body, answer in zip(asked, answers, strict=True):
-        assert answer.json()["choices"][0]["text"] == right[str(body["prompt"]), int(str(body["max_tokens"]))]
+    assert_right(asked, answers, expected(model, asked))
     served = collections.Counter(answer.headers["X-Data-Parallel-Rank"] for answer in answers)
     assert set(served) == {str(rank) for rank in range(SIZE)}
     assert min(served.values()) > 400 / SIZE / 3, served
-    assert any("rearranged" in ranks.log(name) or "rearrangement" in ranks.log(name) for name in ranks.names)
+    assert re.search(r"rearrangement \(.*\) done: [1-9]", ranks.log("rank-0"))
 
 
 def test_bad_bodies_get_their_refusal_from_whichever_rank(world: World) -> None:
