@@ -246,8 +246,30 @@ def _seconds(milliseconds: float | None) -> str:
     return "-" if milliseconds is None else f"{milliseconds / 1000:.2f}"
 
 
+def pods_part(report: Report) -> str:
+    """What the others saw of one rank's death after the other."""
+    config: Any = report.config
+    numbers: Any = report.numbers
+    rows = [
+        (what, f"{numbers[name]['median']:.2f}", f"{max(numbers[name]['all']):.2f}")
+        for what, name in (
+            ("no other says that it is ready", "seconds_until_all_red"),
+            ("the last stream that was under way has ended", "seconds_until_streams_under_way_ended"),
+            ("the whole world is ready again", "seconds_until_all_green"),
+        )
+    ]
+    ends = ", ".join(f"{count} {end}" for end, count in numbers["streams_under_way_at_a_kill"].items())
+    first = f"{numbers['answered']} of {config['requests']} requests at once answered, then {config['kills']} kills"
+    return (
+        f"Pods, `{report.label}`, {config['ranks']} ranks, commit `{report.commit}`: {first} with "
+        f"{config['streams']} streams under way at each ({ends}); seconds after a kill.\n\n"
+        + markdown_table(["until", "median", "most"], rows)
+    )
+
+
 PARTS = {
     "startup": startup_part,
+    "pods": pods_part,
     "serve": serve_part,
     "eplb_stall": stall_part,
     "eplb_topics": topics_part,
