@@ -247,9 +247,10 @@ class Config(Section):
 
 
 def differing_fields(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """Sentences such as `block_size: 16 here, 32 there` for options two ranks do not agree on."""
+    """Such as `block_size: 32, not 16` for options that two ranks do not agree on, theirs first: who reads it may be
+    either."""
     return [
-        f"{name}: {mine.get(name, 'unknown')} here, {theirs.get(name, 'unknown')} there"
+        f"{name}: {theirs.get(name, 'unknown')}, not {mine.get(name, 'unknown')}"
         for name in sorted(set(mine) | set(theirs))
         if mine.get(name) != theirs.get(name)
     ]

@@ -237,6 +237,11 @@ class ParallelConfig(Section):
                 f"data_parallel_hybrid_lb needs data_parallel_size_local, a divisor of data_parallel_size ({dp}): as "
                 f"many ranks on each node (given: {local})"
             )
+        if hybrid and local and (start or 0) % local:
+            raise ValueError(
+                f"data_parallel_start_rank ({start}) must be a multiple of data_parallel_size_local ({local}) with "
+                "data_parallel_hybrid_lb: as many ranks on each node"
+            )
         if local == 0:
             raise ValueError("data_parallel_size_local 0 is a node without ranks, which has nothing to do")
         if self.headless and (hybrid or not start):

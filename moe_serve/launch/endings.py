@@ -18,9 +18,9 @@ LONG_SECONDS = 60.0
 
 
 def exit_code(stop: Stop, node: str, *, asked: bool) -> int:
-    """Of the launcher `node`, which was `asked` to stop or not. WORLD_ENDED where another node's rank ended the world:
-    whoever watches this process should start it again."""
-    if stop.code == MISTAKE or stop.node in ("", node):
+    """Of the launcher `node`, which was `asked` to stop or not. WORLD_ENDED where another node ended the world, by
+    its mistake too: whoever watches this process should start it again."""
+    if stop.node in ("", node):
         return stop.code
     return 0 if asked and stop.code == 0 else WORLD_ENDED
 

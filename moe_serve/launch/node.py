@@ -130,8 +130,7 @@ class Node:
             await self._watch_once()
             waited = time.monotonic() - begun
             if waited > limit and self._coordinator is not None:
-                missing = ", ".join(self._coordinator.fleet.missing())
-                self.end(Stop(f"not ready within {limit:g} s (--start-timeout-seconds); missing: {missing}", 1))
+                self.end(Stop(f"not ready within {limit:g} s (--start-timeout-seconds); missing: {self._awaited()}", 1))
             elif time.monotonic() > remind:
                 log.info("waiting for %s, %.0f s", self._awaited(), waited)
                 remind += REMIND_SECONDS

@@ -82,7 +82,7 @@ async def _serve(node: Node) -> int:
             fates = await node.fates()
             log.error("%s%s", stop.reason, f" [{fates}]" if fates and fates not in stop.reason else "")
         elif stop.code:
-            log.error("%s", stop.reason)
+            log.error("%s", stop.reason if code == stop.code else f"ended by the node {stop.node}: {stop.reason}")
         else:
             log.info("stopped: %s", stop.reason)
         return code

@@ -21,6 +21,8 @@ from moe_serve.world.members import named_ranks
 TRY_SECONDS = 2.0
 REMIND_SECONDS = 15.0
 ELSEWHERE = "rank 0's node"
+TAKEN = "options --data-parallel-rank and --data-parallel-start-rank: each rank is started once"
+UNREACHED = "options --data-parallel-address, --data-parallel-rpc-port and --start-timeout-seconds"
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +63,7 @@ class Uplink:
         if self.stop is None:
             raise ConfigError(
                 f"{named_ranks(self._ranks)} could not join rank 0 at {where} within {time.monotonic() - begun:.0f} s: "
-                f"{problem} (options --data-parallel-address, --data-parallel-rpc-port and --start-timeout-seconds)"
+                f"{problem} ({TAKEN if isinstance(problem, NotYet) else UNREACHED})"
             )
 
     @property

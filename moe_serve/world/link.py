@@ -181,7 +181,7 @@ def _meet(host: str, port: int, token: str, seconds: float, where: str) -> socke
             try:
                 return _prove(made, token, where)
             except (OSError, EOFError) as error:
-                problem = error
+                problem = RankTimeout(f"who listens there does not answer as a coordinator does ({error})")
                 made.close()
         if time.monotonic() + 0.2 > deadline:
             raise RankTimeout(f"{where} could not be reached within {seconds:g} s: {problem}") from problem

@@ -155,7 +155,10 @@ def why_not(
 def _why_no_launcher(newcomer: Member, members: Iterable[Member], ranks_here: Collection[int]) -> Refused | None:
     ranks, size = set(newcomer.hello.ranks), newcomer.topology.dp
     if bool(ranks) != newcomer.hello.essential or not ranks <= set(range(size)):
-        return Refused(f"{newcomer.name} must start DP ranks in [0, {size}), not {newcomer.hello.ranks}")
+        return Refused(
+            f"{newcomer.name} must start DP ranks in [0, {size}), not {newcomer.hello.ranks}; rank 0 was started with "
+            f"--data-parallel-size {size}"
+        )
     taken = ranks & set(ranks_here)
     if taken:
         return Refused(f"{newcomer.name}: {named_ranks(sorted(taken))} is started by the launcher of rank 0 itself")

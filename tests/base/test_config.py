@@ -90,6 +90,13 @@ REFUSED: list[tuple[dict[str, object], str]] = [
         {"data_parallel_hybrid_lb": True, "data_parallel_size": 3, "data_parallel_size_local": 2},
         r"a divisor of data_parallel_size \(3\)",
     ),
+    (
+        {
+            **{"data_parallel_hybrid_lb": True, "data_parallel_size": 4},
+            **{"data_parallel_size_local": 2, "data_parallel_start_rank": 1},
+        },
+        r"data_parallel_start_rank \(1\) must be a multiple of data_parallel_size_local \(2\)",
+    ),
     ({"data_parallel_rank": 1, "data_parallel_size": 2, "headless": True}, "it goes with none of"),
     ({"data_parallel_rank": 1, "data_parallel_size": 2, "data_parallel_start_rank": 1}, "it goes with none of"),
     ({"data_parallel_size": 2, "data_parallel_size_local": 0}, "has nothing to do"),
@@ -291,11 +298,11 @@ def test_what_must_agree_changes_the_hash(options: dict[str, object]) -> None:
 def test_differences_are_told_by_field_with_both_values() -> None:
     mine, theirs = Config(), Config.from_flat({"block_size": 32, "all2all_backend": "naive", "port": 1})
     assert differing_fields(mine.agreement(), theirs.agreement()) == [
-        'all2all_backend: "allgather_reducescatter" here, "naive" there',
-        "block_size: 16 here, 32 there",
+        'all2all_backend: "naive", not "allgather_reducescatter"',
+        "block_size: 32, not 16",
     ]
     assert differing_fields(mine.agreement(), mine.agreement()) == []
-    assert differing_fields({"a": "1"}, {}) == ["a: 1 here, unknown there"]
+    assert differing_fields({"a": "1"}, {}) == ["a: unknown, not 1"]
 
 
 # --- travelling ----------------------------------------------------------------------------------------------------

@@ -57,6 +57,13 @@ class World:
         self._started.append(server)
         return server
 
+    def start_beside(self, rank: int, *options: str) -> Server:
+        """One that is not counted among the world's."""
+        known = dict(self.ranks)
+        server = self.start(rank, *options)
+        self.ranks = known
+        return server
+
     def wait_ready(self) -> None:
         for server in self.ranks.values():
             server.wait_ready()
@@ -174,7 +181,7 @@ def test_a_rank_that_is_asked_to_stop_finishes_what_it_has_and_steps_on_until_no
 
 REFUSED = {
     "another token": ((), "another world", secrets.token_hex(16)),
-    "other options": (("--block-size", "32"), "block_size: 16 here, 32 there", None),
+    "other options": (("--block-size", "32"), "block_size: 32, not 16", None),
     "rank 0 again": (("--data-parallel-rank", "0"), "the coordinator cannot listen on", None),
 }
 
@@ -224,6 +231,98 @@ def test_a_rank_0_that_never_comes_is_waited_for_no_longer_than_asked(model: str
         assert "--data-parallel-address" in rank.log()
     finally:
         world.close()
+
+
+BAD = {
+    "a rank beyond": (
+        ("-dp", "3", "--data-parallel-rank", "2"),
+        "rank 2 .* must start DP ranks in .0, 2., not .2.; rank 0 was started with --data-parallel-size 2",
+    ),
+    "other sizes": (("-dp", "3", "--data-parallel-rank", "1"), "rank 1 .* data_parallel_size: 3, not 2"),
+    "other tensor parallel size": (("-tp", "2"), "rank 1 .* tensor_parallel_size: 2, not 1"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", BAD)
+def test_a_rank_of_another_size_is_refused_by_name_and_the_others_wait_on(waiting: World, name: str) -> None:
+    options, sentence = BAD[name]
+    stranger = waiting.start_beside(1, *options)
+    assert stranger.process.wait(30) == 2, stranger.log()
+    assert re.search(sentence, stranger.log()), stranger.log()
+    assert "Traceback" not in stranger.log()
+    assert waiting.ranks[0].process.poll() is None
+
+
+@pytest.mark.long
+def test_of_two_processes_with_the_same_rank_one_is_refused(model: str) -> None:
+    world = World(model, 3)
+    try:
+        first, twins = world.start(0), [world.start(1), world.start(1)]
+        deadline = time.monotonic() + 60
+        while not (refused := [twin for twin in twins if twin.process.poll() is not None]):
+            assert time.monotonic() < deadline, twins[0].log()
+            time.sleep(0.1)
+        assert [twin.process.poll() for twin in refused] == [2]
+        assert re.search("launcher of rank 1 .* is here already .*--data-parallel-rank", refused[0].log())
+        assert "--data-parallel-address" not in refused[0].log()
+        assert first.process.poll() is None, first.log()
+    finally:
+        world.close()
+
+
+@pytest.mark.long
+def test_a_rank_1_that_never_comes_is_named_with_where_it_should_have_come(model: str) -> None:
+    world = World(model, 2)
+    rank = world.start(0, "--start-timeout-seconds", "6")
+    try:
+        assert rank.process.wait(30) == 1
+        assert f"missing: rank 1 at 127.0.0.1:{port_of(world)}" in rank.log()
+        assert not rank.wait_gone(2)
+    finally:
+        world.close()
+
+
+@pytest.mark.long
+def test_another_service_at_the_meeting_place_is_told_from_nobody_there(model: str) -> None:
+    world = World(model, 2)
+    with socket.create_server(("127.0.0.1", port_of(world))):
+        rank = world.start(1, "--start-timeout-seconds", "6")
+        try:
+            assert rank.process.wait(40) == 2
+            assert "who listens there does not answer as a coordinator does" in rank.log()
+        finally:
+            world.close()
+
+
+@pytest.mark.long
+def test_a_name_that_never_resolves_is_waited_for_no_longer_than_asked(model: str) -> None:
+    world = World(model, 2)
+    rank = world.start_beside(1, "--data-parallel-address", "no.such.host.invalid", "--start-timeout-seconds", "2")
+    try:
+        assert rank.process.wait(30) == 2
+        assert re.search(
+            r"'no\.such\.host\.invalid' cannot be resolved: .* for 2 s .*--data-parallel-address", rank.log()
+        )
+    finally:
+        world.close()
+
+
+@pytest.mark.long
+def test_one_nodes_mistake_is_its_own_exit_code_and_the_others_may_be_started_again(model: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = str(held.getsockname()[1])
+        world = World(model, 2)
+        try:
+            well, ill = world.start(0), world.start(1, "--port", port)
+            assert ill.process.wait(60) == 2
+            assert well.process.wait(20) == WORLD_ENDED, well.log()
+            sentence = f"the HTTP server cannot listen on 127.0.0.1:{port}"
+            assert f"[launcher] {sentence}" in ill.log()
+            assert re.search(rf"ended by the node \S+-{ill.process.pid}: {sentence}", well.log()), well.log()
+            assert not well.wait_gone(2)
+        finally:
+            world.close()
 
 
 def test_ranks_apart_need_a_secret(model: str, tmp_path: Path) -> None:

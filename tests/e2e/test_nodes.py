@@ -19,7 +19,7 @@ from bench.pods import Pods, Proxy, Ranks, complete_all, kill_and_wait, opened, 
 from bench.pods_traffic import Stream, Traffic
 from bench.report import ROOT
 from moe_serve.cli.random_model import make_model
-from moe_serve.launch.serve import WORLD_ENDED
+from moe_serve.launch.endings import WORLD_ENDED
 from tests.support.mixed_requests import assert_right, bodies, expected
 from tests.support.pages import blocks, commands
 

@@ -39,7 +39,7 @@ def test_another_model_is_refused_by_rank_and_option(model: Path, tmp_path: Path
     mine, theirs = config_of(model), config_of(other)
     running = RunningCoordinator(mine.parallel.topology, mine.agreement())
     try:
-        with pytest.raises(ConfigError, match=r'engine dp 0 .* model: "(\w+) \w+" here, "\1 \w+" there'):
+        with pytest.raises(ConfigError, match=r'engine dp 0 .* model: "(\w+) \w+", not "\1 \w+"'):
             running.join(0, agreement=theirs.agreement())
     finally:
         running.close()

@@ -46,7 +46,7 @@ def test_a_wrong_token_is_refused_with_a_sentence(running: RunningCoordinator) -
 
 def test_other_options_are_refused_with_the_rank_and_the_fields(running: RunningCoordinator) -> None:
     other = Config.from_flat({"block_size": 32, "all2all_backend": "naive"}).agreement()
-    with pytest.raises(ConfigError, match=r"engine dp 1 .* all2all_backend: .*; block_size: 16 here, 32 there"):
+    with pytest.raises(ConfigError, match=r"engine dp 1 .* all2all_backend: .*; block_size: 32, not 16"):
         running.join(1, agreement=other)
 
 

@@ -115,7 +115,7 @@ def test_other_options_end_a_forming_world_and_name_rank_and_field() -> None:
     assert fleet.ended is not None
     assert fleet.ended.code == 2
     assert "engine dp 1" in fleet.ended.reason
-    assert "block_size: 16 here, 32 there" in fleet.ended.reason
+    assert "block_size: 32, not 16" in fleet.ended.reason
 
 
 def test_other_options_of_a_late_stranger_do_not_end_a_ready_world() -> None:
@@ -273,7 +273,7 @@ def test_whose_ranks_are_taken_is_refused_for_now_and_who_has_none_for_good() ->
     for hello, words, patience in (
         (launcher(1, pid=301), "launcher of rank 1 (pid 300 on there) is here already", 14),
         (launcher(0, pid=301), "rank 0 is started by the launcher of rank 0 itself", 0),
-        (launcher(2, pid=301), "must start DP ranks in [0, 2), not [2]", 0),
+        (launcher(2, pid=301), "in [0, 2), not [2]; rank 0 was started with --data-parallel-size 2", 0),
         (launcher(pid=301), "must start DP ranks", 0),
     ):
         (send,) = fleet.hear(50, hello, 1)
