@@ -26,7 +26,13 @@ TOLD = [
     for words in commands(block)
     if words[0] in ("serve", "plan", "k8s")
 ]
-APART = [block for block in blocks(DEPLOYING) if "HOST0" in block]
+APART = {
+    flag: block
+    for flag in ("--data-parallel-rank", "--data-parallel-hybrid-lb", "--headless")
+    for block in blocks(DEPLOYING)
+    if flag in block
+}
+"""Launchers of one part each, without a supervisor."""
 
 
 def parsed(words: Sequence[str]) -> object:
@@ -61,13 +67,14 @@ def test_a_command_in_the_docs_is_understood(words: list[str]) -> None:
 
 
 def test_commands_are_found_wherever_they_stand() -> None:
+    assert len(APART) == 3
     assert len(TOLD) >= 15
     told = "pip install . && moe-serve serve -dp 2 \\\n    -ep   # a comment\nmoe-serve k8s dashboard > here.json\n"
     assert commands(told) == [["serve", "-dp", "2", "-ep"], ["k8s", "dashboard"]]
 
 
 @pytest.mark.usefixtures("reader")
-@pytest.mark.parametrize("block", APART, ids=["external", "hybrid", "internal"])
+@pytest.mark.parametrize("block", APART.values(), ids=APART)
 def test_commands_that_are_started_apart_make_one_world(block: str) -> None:
     configs = [parse_serve(words[1:]) for words in commands(block)]
     parts = [node_part(config.parallel) for config in configs]

@@ -43,8 +43,9 @@ MOVED = re.compile(r"rearrangement \(.*\) done: [1-9]")
 
 def parts(kind: str) -> dict[str, list[str]]:
     """What the page starts each node with; what all pods are given is left out."""
-    _, _, hybrid, internal = (block for block in blocks(PAGE) if commands(block))
-    told = commands({"hybrid": hybrid, "internal": internal}[kind])
+    flag = {"hybrid": "--data-parallel-hybrid-lb", "internal": "--headless"}[kind]
+    (block,) = [block for block in blocks(PAGE) if flag in block]
+    told = commands(block)
     shared = ("serve", "MODEL", "--data-parallel-address", "HOST0", "--host", "0.0.0.0")
     assert all(set(shared) - {"--host", "0.0.0.0"} <= set(words) for words in told)
     first, second = ([word for word in words if word not in shared] for words in told)
