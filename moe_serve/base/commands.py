@@ -149,7 +149,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
     padding_rows: int = 0
     """Rows without a token that were sent to experts, over all layers; of all this engine's workers."""
     load: bytes = b""
-    """With collect_load, from expert-parallel rank 0: int64 (layers, prefill and decode, experts), over all ranks."""
+    """With collect_load, from expert-parallel rank 0: int64 (layers, prefill and decode, experts), over all ranks; of a
+    worker its stage's layers, of an engine all."""
     stage: StageStatus | None = None
     commit_seconds: float = 0.0
 

@@ -293,7 +293,6 @@ class ParallelConfig(Section):
                 f"distributed_executor_backend uni holds one rank, but pipeline x tensor is {self.world_size}; use mp"
             )
         waiting = {
-            "pipeline_parallel_size": self.pipeline_parallel_size > 1,
             "decode_context_parallel_size": self.decode_context_parallel_size > 1,
             "enable_dbo": self.enable_dbo,
             "data_parallel_backend": self.data_parallel_backend != "mp",

@@ -30,6 +30,8 @@ class Phase(enum.Enum):
     ATTENTION = "attention"
     DENSE = "dense"
     EXPERTS = "experts"
+    RECEIVE_HIDDEN = "wait for the stage before"
+    SEND_HIDDEN = "wait for the stage behind"
     DISPATCH = "dispatch"
     COMBINE = "combine"
     TENSOR_PARALLEL = "tensor-parallel exchange"
@@ -55,6 +57,7 @@ _WAITING = frozenset(
     {
         *(Phase.FIND_STORE, Phase.MEET_ENGINES, Phase.MEET_RANKS, Phase.VOTE, Phase.REPLY),
         *(Phase.DISPATCH, Phase.COMBINE, Phase.TENSOR_PARALLEL, Phase.COLLECT_LOAD),
+        *(Phase.RECEIVE_HIDDEN, Phase.SEND_HIDDEN),
     }
 )
 _IN_LAYER = frozenset({Phase.ATTENTION, Phase.DENSE, Phase.EXPERTS, Phase.DISPATCH, Phase.COMBINE})

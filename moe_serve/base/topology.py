@@ -120,6 +120,11 @@ class Topology:
         _, pp, tp = self.coordinates(rank)
         return tuple(self.rank(dp=dp, pp=pp, tp=tp) for dp in range(self.dp))
 
+    def pp_group(self, rank: int) -> tuple[int, ...]:
+        """Global ranks with the same dp and tp as this one, in order of pipeline stage."""
+        dp, _, tp = self.coordinates(rank)
+        return tuple(self.rank(dp=dp, pp=pp, tp=tp) for pp in range(self.pp))
+
     def ep_group(self, rank: int) -> tuple[int, ...]:
         """Global ranks that share this rank's experts, in order of ep rank."""
         _, pp, _ = self.coordinates(rank)

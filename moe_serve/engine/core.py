@@ -1,8 +1,12 @@
-"""One engine's loop: schedule, begin a flight, end it. Knows no sockets and no other ranks; one thread uses it."""
+"""One engine's loop: schedule, begin a flight, end it. Knows no sockets and no other ranks; one thread uses it.
+
+With pipeline stages as many flights are in the air as there are stages, so that each has one to compute.
+"""
 
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
 import msgspec
@@ -25,7 +29,7 @@ def draw_seed() -> int:
 
 
 class EngineCore:
-    """`name` is how messages call this engine's workers.
+    """`name` is how messages call this engine's workers. `max_flights` in the air at once; None: one for each stage.
 
     After an EngineError of `end` the flight is still in the air: `revert` it, or let the core go.
     """
@@ -42,6 +46,7 @@ class EngineCore:
         step_timeout: float | None = None,
         name: str = "this engine",
         draw_seed: Callable[[], int] = draw_seed,
+        max_flights: int | None = None,
     ) -> None:
         block_size = config.cache.block_size
         if num_blocks * block_size < max_model_len:
@@ -56,35 +61,50 @@ class EngineCore:
         self.step_timeout = step_timeout or config.scheduler.step_timeout_seconds
         self.name = name
         self.draw_seed = draw_seed
+        self.max_flights = max_flights or config.parallel.pipeline_parallel_size
+        self.in_air: deque[Flight] = deque()  # oldest first
         self.pool = BlockPool(num_blocks, block_size, caching=config.cache.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_flights=self.max_flights,
         )
         self._load = LoadReport()
+        self._begun = 0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Requests to serve, or flights in the air (of requests that were aborted, say)."""
+        return self.scheduler.has_work or bool(self.in_air)
+
+    @property
+    def is_full(self) -> bool:
+        """No stage would be free for another flight."""
+        return len(self.in_air) >= self.max_flights
 
     def step(self) -> list[TokenEvent]:
-        """One step without other DP ranks; does nothing where there is nothing to do."""
-        if not self.has_work:
-            return []
-        plan = msgspec.structs.replace(self.schedule(), step=self._load.step + 1)
-        return self.end(self.begin(plan)).events
+        """One step without other DP ranks: begin a flight, and end the oldest if no other can be begun."""
+        plan = self.schedule()
+        if plan.scheduled:
+            self._begun += 1
+            self.begin(msgspec.structs.replace(plan, step=self._begun))
+        if self.in_air and (self.is_full or not plan.scheduled):
+            return self.end(self.in_air[0]).events
+        return []
 
     def schedule(self) -> StepPlan:
         return self.scheduler.schedule()
 
     def begin(self, plan: StepPlan) -> Flight:
         """Give a plan (a dummy one too) to the workers, who carry plans out in the order in which they get them."""
-        return Flight(plan, self.executor.submit(plan))
+        self.in_air.append(Flight(plan, self.executor.submit(plan)))
+        return self.in_air[-1]
 
     def end(self, flight: Flight) -> StepOutcome:
         """Wait for what a flight gave and book it; flights may end in another order than they began."""
         plan, result = flight.plan, self._wait(flight)
+        self.in_air.remove(flight)
         load = self._load
         self._load = msgspec.structs.replace(
             load,
@@ -101,6 +121,7 @@ class EngineCore:
 
         Needs workers whose KV cache still holds what earlier flights wrote.
         """
+        self.in_air.remove(flight)
         self.scheduler.revert(flight.plan)
 
     def add(self, request_id: str, token_ids: list[int], sampling: SamplingParams, *, group: str = "") -> None:

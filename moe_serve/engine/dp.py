@@ -1,7 +1,8 @@
 """A core among the data-parallel ranks: each turn is a vote, then a real step, a dummy step or falling asleep.
 
 All ranks take the same turns: a rank without work still brings zero rows to every layer of a step, because the
-others' tokens need its experts.
+others' tokens need its experts. With pipeline stages each turn begins a flight or ends one; all ranks have as many in
+the air.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import msgspec
 from moe_serve.base.engine_messages import LoadReport, TokenEvent
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.engine.core import EngineCore
-from moe_serve.engine.lockstep import Naps, Vote, decide
+from moe_serve.engine.lockstep import Naps, Vote, decide, must_land
 from moe_serve.engine.rearranging import Rearranging
 from moe_serve.parallel.groups import ControlGroup
 
@@ -53,6 +54,10 @@ class DPRank:
         self._step += 1
         vote = Vote(self._step, self.naps.taken, self.core.has_work, plan.num_tokens, generation=self._generation)
         verdict = decide(self._exchange(vote if self.rearranging is None else self.rearranging.vote(vote)))
+        if self.core.in_air and must_land(verdict):
+            if plan.scheduled:
+                self.core.scheduler.revert(plan)
+            return self._land()
         dropped = self._undelivered + plan.dropped
         if not verdict.run:
             # Workers hear of forgotten requests with the next step.
@@ -66,9 +71,15 @@ class DPRank:
         )
         if self.rearranging is not None:
             plan = self.rearranging.plan(plan, verdict)
-        outcome = self.core.end(self.core.begin(plan))
+        self.core.begin(plan)
+        return self._land() if self.core.is_full else []
+
+    def _land(self) -> list[TokenEvent]:
+        """End the oldest flight; its events."""
+        flight = self.core.in_air[0]
+        outcome = self.core.end(flight)
         if self.rearranging is not None:
-            self.rearranging.learn(plan, outcome.result)
+            self.rearranging.learn(flight.plan, outcome.result)
         return outcome.events
 
     def report(self) -> LoadReport:

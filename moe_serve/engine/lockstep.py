@@ -73,6 +73,16 @@ def decide(votes: Sequence[Vote]) -> Verdict:
     )
 
 
+def must_land(verdict: Verdict) -> bool:
+    """Whether flights in the air (of which all ranks have as many) end before anything else is begun.
+
+    So it is where nobody has tokens for another; and before experts are committed or given up, because votes know only
+    of stages as the last flight that ended saw them.
+    """
+    rearranges = bool(verdict.commit_epoch) or verdict.drop_after_pieces >= 0
+    return rearranges or not any(verdict.tokens_by_dp_rank)
+
+
 def _agreed(epochs: Sequence[int]) -> int:
     """The epoch that every rank names; 0 where they differ."""
     return epochs[0] if len(set(epochs)) == 1 else 0

@@ -46,7 +46,12 @@ class Rearranging:
         self._to_drop = 0
         """The newest epoch that is to be given up; it may be over, or not even have begun here."""
         self._recording = False
+        self._planned = 0
+        """The last step that was planned; until those before a new stage have ended they tell nothing of it."""
+        self._before_stage = 0
         self._steps = 0
+        self._collected: dict[int, int] = {}
+        """Steps counted since the collection before, by the step that collects."""
         self._news: list[News] = []
         self.wants_turn = False
         """Something to tell in a vote: a sleeping world should wake for it, once."""
@@ -64,6 +69,7 @@ class Rearranging:
             case StageExperts():
                 self._executor.submit(order).result(timeout=ORDER_SECONDS)
                 self._status, self._beaten = StageStatus(epoch=order.epoch), self._clock()
+                self._before_stage = self._planned
                 self.wants_turn |= order.epoch == self._to_drop
             case SetShares():
                 self._executor.submit(order).result(timeout=ORDER_SECONDS)
@@ -87,24 +93,28 @@ class Rearranging:
 
     def plan(self, plan: StepPlan, verdict: Verdict) -> StepPlan:
         """The plan with what all ranks agreed on."""
+        self._planned = plan.step
         self._steps += 1
+        collects = verdict.recording or plan.step % self._interval == 0
+        if collects:
+            self._collected[plan.step], self._steps = self._steps, 0
         return msgspec.structs.replace(
             plan,
             commit_epoch=verdict.commit_epoch,
             drop_after_pieces=verdict.drop_after_pieces,
-            collect_load=verdict.recording or plan.step % self._interval == 0,
+            collect_load=collects,
         )
 
     def learn(self, plan: StepPlan, result: StepResult) -> None:
-        """What a step did."""
+        """What a step did; in the order in which they were planned."""
+        steps = self._collected.pop(plan.step, 0)
         if result.load:
-            self._news.append(StepLoad(step=plan.step, steps=self._steps, load=result.load))
-        if plan.collect_load:
-            self._steps = 0
+            self._news.append(StepLoad(step=plan.step, steps=steps, load=result.load))
         if plan.commit_epoch and self._status is not None:
             self._report("committed", self._status, commit_seconds=result.commit_seconds)
             self._status = None
-        self._take(result.stage)
+        if plan.step > self._before_stage:
+            self._take(result.stage)
 
     def poll(self) -> None:
         """Go on with the stage while the world sleeps."""

@@ -22,16 +22,19 @@ from moe_serve.engine.turns import StepShares, WaitingLine
 
 
 class Scheduler:
-    """`schedule()` makes a plan; `update()` books its result, or `revert()` puts it back. Several may be in the air.
+    """`schedule()` makes a plan; `update()` books its result, or `revert()` puts it back.
 
-    A request is in one flight at a time: its next token follows from the last one. Requests may come and be aborted
-    at any moment, also while they are in the air.
+    `max_flights` may be in the air, and share what there is. A request is in one of them at a time: its next token
+    follows from the last one. Requests may come and be aborted at any moment, also while they are in the air.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_flights: int = 1
+    ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_flights = max_flights
         self.running: dict[str, Request] = {}  # oldest first
         self.waiting = WaitingLine()
         self.num_preemptions = 0
@@ -156,11 +159,12 @@ class Scheduler:
 
     def _schedule_running(self, parts: list[Scheduled], new: list[NewRequest], budget: int, shares: StepShares) -> int:
         """Give each running request its next tokens; returns what is left of the budget."""
+        places = -(-len(self.running) // self.max_flights)
         # Who went without longest is first, of those the oldest.
         for request in sorted(self.running.values(), key=lambda request: request.last_turn):
             if request.request_id in self._in_air:
                 continue
-            if not budget:
+            if not budget or len(parts) == places:
                 break
             if request.state is not State.RUNNING:
                 continue  # preempted by one that was served before it
@@ -175,7 +179,8 @@ class Scheduler:
         return budget
 
     def _schedule_waiting(self, parts: list[Scheduled], new: list[NewRequest], budget: int, shares: StepShares) -> int:
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+        places = -(-min(self.max_num_seqs, len(self.running) + len(self.waiting)) // self.max_flights)
+        while self.waiting and budget and len(parts) < places and len(self.running) < self.max_num_seqs:
             request = self.waiting.first(self._sizes)
             if not shares.allow(request, budget):
                 others = self.waiting.in_turn(self._sizes)

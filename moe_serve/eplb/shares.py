@@ -25,23 +25,26 @@ def table_of_node(split: Split, node: int, layers: Sequence[int]) -> Table:
 
 
 def table_of_rank(
-    order: StageExperts | SetShares, rows_LP: Sequence[Sequence[int]], placed: Placement, rank: int
+    order: StageExperts | SetShares,
+    rows: Mapping[int, Sequence[int]],
+    placed: Placement,
+    rank: int,
+    *,
+    layers: Sequence[int],
 ) -> Table:
-    """float32 (L, E, C) for source rank `rank`. `rows_LP` of the layers that the order is about, in order.
+    """float32 (L, E, C) for source rank `rank`, of the layers in `rows` (their physical_to_logical), in order.
 
-    `placed` any placement of this world: ranks own the same slots in all of them.
+    `layers` that the order is about, ascending; all of `rows` are among them. `placed` any placement of this world:
+    ranks own the same slots in all of them.
     """
     node = node_of_rank(order.node_sizes, rank)
-    table_LEC = np.frombuffer(order.shares[node], dtype=np.float32).reshape(len(rows_LP), placed.num_logical, -1).copy()
-    if order.local_first and len(rows_LP):
-        placement = Placement(np.array(rows_LP, dtype=np.int64), placed.offsets, placed.num_logical)
+    whole_LEC = np.frombuffer(order.shares[node], dtype=np.float32).reshape(len(layers), placed.num_logical, -1)
+    table_LEC = whole_LEC[[layer in rows for layer in layers]]
+    if order.local_first and rows:
+        rows_LP = np.array([rows[layer] for layer in sorted(rows)], dtype=np.int64)
+        placement = Placement(rows_LP, placed.offsets, placed.num_logical)
         _own_copies_first(table_LEC, placement, rank)
     return table_LEC
-
-
-def layers_of(rows: Mapping[int, Sequence[int]]) -> list[Sequence[int]]:
-    """The rows of an order, in the order of its table."""
-    return [rows[layer] for layer in sorted(rows)]
 
 
 def _own_copies_first(table_LEC: Table, placement: Placement, rank: int) -> None:

@@ -10,8 +10,8 @@ from moe_serve.base.commands import Reply, StageStatus, StepResult, WorkerFacts
 
 
 def combine_replies(replies: Sequence[Reply], *, sampling_worker: int) -> Reply:
-    """What the worker that samples answers, but rows of padding are added up and a stage of experts is as far as the
-    last of the workers.
+    """What the worker that samples answers, but rows of padding are added up, the loads of the pipeline stages' layers
+    are put together, and a stage of experts is as far as the last of the workers.
 
     `replies` by worker index.
     """
@@ -22,7 +22,9 @@ def combine_replies(replies: Sequence[Reply], *, sampling_worker: int) -> Reply:
         return msgspec.structs.replace(
             told,
             padding_rows=sum(result.padding_rows for result in results),
+            load=b"".join(result.load for result in results),
             stage=_combine_stages(stages, len(replies)) if stages else told.stage,
+            commit_seconds=max(result.commit_seconds for result in results),
         )
     if isinstance(told, StageStatus):
         return _combine_stages([reply for reply in replies if isinstance(reply, StageStatus)], len(replies))

@@ -13,7 +13,6 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.parallel_config import ParallelConfig
-from moe_serve.base.topology import get_pp_indices
 from moe_serve.launch.ports import PortPlan, check_ports, ports_of_node
 from moe_serve.launch.serve import describe
 from moe_serve.model.footprint import Footprint, footprints
@@ -25,8 +24,8 @@ from moe_serve.worker.kv_room import Room, fitting_blocks
 class RankPlan:
     """One rank. `layers` and `expert_width` are [first, one past the last]; bytes are bytes.
 
-    `experts[m]`: logical experts in slot order of the m-th layer that has experts. `kv_blocks` None where the room
-    is not known.
+    `experts[m]`: logical experts in slot order of the m-th of these layers that has experts. `kv_blocks` None where the
+    room is not known.
     """
 
     rank: int
@@ -194,8 +193,8 @@ def _rank(
         node=node,
         local_rank=local_rank,
         device=device,
-        layers=get_pp_indices(model.num_layers, pp, topology.pp),
-        experts=[part.experts_of(layer) for layer in range(len(model.moe_layers))],
+        layers=(part.layers.start, part.layers.stop),
+        experts=[part.experts_of(number) for number in part.moe_numbers],
         expert_width=(part.width.start, part.width.stop),
         whole_experts=len(part.width) == model.expert_size,
         weight_bytes=size.weights,

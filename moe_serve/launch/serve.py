@@ -124,11 +124,12 @@ def describe(config: Config, model: ModelConfig) -> str:
         else f"every expert cut over {parallel.topology.ep} ranks"
     )
     num_dense = model.num_layers - len(model.moe_layers)
+    stages = f"pipeline parallel {parallel.pipeline_parallel_size} x " if parallel.pipeline_parallel_size > 1 else ""
     dense = f" and {num_dense} dense" if num_dense else ""
     return (
         f"{config.model.served_model_name}: {model.architecture}, {len(model.moe_layers)} layers x {model.num_experts} "
         f"experts{dense}, top-{model.top_k}, {config.model.dtype}; data parallel {parallel.data_parallel_size} x "
-        f"tensor parallel {parallel.tensor_parallel_size}, {experts}"
+        f"{stages}tensor parallel {parallel.tensor_parallel_size}, {experts}"
     )
 
 

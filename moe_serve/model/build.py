@@ -50,23 +50,14 @@ def build_model(
     check_dispatch(parallel.all2all_backend, shape, layout)
     all2all = all2all_type(groups.ep, layout, shape)
     maker = _Maker(partition, groups, backend, all2all, dtype, device)
-    embedding = VocabEmbedding(partition.vocab, config.hidden_size, groups.tp, dtype=dtype, device=device)
-    rows = embedding.weight
-    if not config.tie_word_embeddings:
-        rows = weight(len(partition.vocab), config.hidden_size, dtype=dtype, device=device)
-    return Decoder(
-        partition,
-        [maker.layer(index) for index in range(config.num_layers)],
-        embedding,
-        maker.norm(),
-        VocabHead(rows, partition.vocab_sizes, groups.tp),
-        backend,
-        all2all,
-    )
+    embedding = maker.embedding() if partition.is_first else None
+    layers = [maker.layer(index) for index in partition.layers]
+    norm, head = (maker.norm(), maker.head(embedding)) if partition.is_last else (None, None)
+    return Decoder(partition, layers, embedding, norm, head, backend, all2all)
 
 
 class _Maker:
-    """Makes the layers, which share backends, type and device."""
+    """Makes the parts, which share backends, type and device."""
 
     def __init__(
         self,
@@ -84,6 +75,21 @@ class _Maker:
     def norm(self) -> RMSNorm:
         config = self.partition.config
         return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=self.dtype, device=self.device)
+
+    def embedding(self) -> VocabEmbedding:
+        partition = self.partition
+        return VocabEmbedding(
+            partition.vocab, partition.config.hidden_size, self.groups.tp, dtype=self.dtype, device=self.device
+        )
+
+    def head(self, embedding: VocabEmbedding | None) -> VocabHead:
+        """On the embedding's own weight where the two are tied and on one stage."""
+        partition = self.partition
+        if embedding is not None and partition.config.tie_word_embeddings:
+            rows = embedding.weight
+        else:
+            rows = weight(len(partition.vocab), partition.config.hidden_size, dtype=self.dtype, device=self.device)
+        return VocabHead(rows, partition.vocab_sizes, self.groups.tp)
 
     def layer(self, index: int) -> DecoderLayer:
         attention = Attention(self.partition, self.groups.tp, self.backend, dtype=self.dtype, device=self.device)

@@ -62,25 +62,30 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A rank's part of the model. `attention_backend.plan()` makes what `ctx.attention` needs."""
+    """A rank's part of the model. `attention_backend.plan()` makes what `ctx.attention` needs.
+
+    `layers` of its pipeline stage. `embedding` on the first stage only; `norm` and `head` on the last only.
+    """
 
     def __init__(
         self,
         partition: Partition,
         layers: Sequence[DecoderLayer],
-        embedding: VocabEmbedding,
-        norm: RMSNorm,
-        head: VocabHead,
+        embedding: VocabEmbedding | None,
+        norm: RMSNorm | None,
+        head: VocabHead | None,
         attention_backend: AttentionBackend,
         all2all: All2All,
     ) -> None:
         super().__init__()
+        assert (embedding is not None) == partition.is_first
+        assert (norm is not None) == (head is not None) == partition.is_last
         self.partition = partition
         self.embedding, self.layers, self.norm, self.head = embedding, nn.ModuleList(layers), norm, head
         self._layers = tuple(layers)  # the same again: what comes out of a ModuleList has lost its type
         self.attention_backend, self.all2all = attention_backend, all2all
         config = partition.config
-        self.rope = Rope(config.head_dim, config.rope_theta, embedding.weight.device)
+        self.rope = Rope(config.head_dim, config.rope_theta, self.device)
 
     @property
     def config(self) -> ModelConfig:
@@ -88,49 +93,58 @@ class Decoder(nn.Module):
 
     @property
     def token_kv(self) -> tuple[TokenKV, ...]:
-        """What each layer keeps of a token on this rank."""
+        """What each layer of this stage keeps of a token on this rank."""
         return tuple(layer.attention.token_kv for layer in self._layers)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        return self._layers[0].attention_norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return self._layers[0].attention_norm.weight.device
 
     @torch.inference_mode()
-    def forward(self, token_ids_T: Tensor, ctx: ForwardContext) -> Tensor:
-        """Hidden states after the final norm, (T, D). All ranks of the world call this in step."""
-        ctx.progress.enter(Phase.EMBEDDING)
-        x_TD = self.embedding(token_ids_T, ctx.progress)
+    def forward(self, token_ids_T: Tensor, ctx: ForwardContext, hidden_TD: Tensor | None = None) -> Tensor:
+        """Hidden states (T, D): after the final norm on the last stage, else what the next stage gets as `hidden_TD`.
+
+        All ranks of a stage call this in step.
+        """
+        if self.embedding is not None:
+            ctx.progress.enter(Phase.EMBEDDING)
+            hidden_TD = self.embedding(token_ids_T, ctx.progress)
+        assert hidden_TD is not None, "a stage that is not the first needs the hidden states of the one before"
+        x_TD = hidden_TD
         rotation = self.rope.rotation(ctx.positions_T, x_TD.dtype)
         for layer, kv in zip(self._layers, ctx.kv, strict=True):
             x_TD = layer(x_TD, rotation, kv, ctx)
-        hidden_TD: Tensor = self.norm(x_TD)
-        return hidden_TD
+        return x_TD if self.norm is None else self.norm(x_TD)
 
     @torch.inference_mode()
     def logits(self, hidden_SD: Tensor, progress: Progress) -> Tensor:
-        """(S, V) float32, the whole vocabulary on every TP rank; all of them call it with the same rows."""
+        """(S, V) float32, the whole vocabulary on every TP rank of the last stage; all call it with the same rows."""
+        assert self.head is not None, "only the last stage has the head"
         progress.enter(Phase.LOGITS)
         logits_SV: Tensor = self.head(hidden_SD, progress)
         return logits_SV
 
     def moe_layers(self) -> list[MoELayer]:
-        """The feed-forward of those layers that have experts, in order: by the number of the MoE layer."""
+        """The feed-forward of those layers that have experts, in order: as `partition.moe_numbers` numbers them."""
         return [layer.feed_forward for layer in self._layers if isinstance(layer.feed_forward, MoELayer)]
 
     def targets(self) -> dict[str, Tensor]:
         """Parameter name of the weight rules -> view of this rank's memory; absent for what it does not hold."""
-        found: dict[str, Tensor] = {"embedding.weight": self.embedding.weight, "norm.weight": self.norm.weight}
-        if self.head.weight is not self.embedding.weight:
-            found["head.weight"] = self.head.weight
-        for index, layer in enumerate(self._layers):
-            found |= {f"layers.{index}.{name}": view for name, view in layer.targets().items()}
-        for number, (index, moe) in enumerate(zip(self.config.moe_layers, self.moe_layers(), strict=True)):
+        found: dict[str, Tensor] = {}
+        if self.embedding is not None:
+            found["embedding.weight"] = self.embedding.weight
+        if self.norm is not None and self.head is not None:
+            found["norm.weight"] = self.norm.weight
+            found["embedding.weight" if self.config.tie_word_embeddings else "head.weight"] = self.head.weight
+        for layer in self._layers:
+            found |= {f"layers.{layer.index}.{name}": view for name, view in layer.targets().items()}
+        for number, moe in zip(self.partition.moe_numbers, self.moe_layers(), strict=True):
             for slot, expert in enumerate(self.partition.experts_of(number)):
-                prefix = f"layers.{index}.experts.{expert}"
+                prefix = f"layers.{self.config.moe_layers[number]}.experts.{expert}"
                 found |= {f"{prefix}.{name}": view for name, view in moe.experts.targets(slot).items()}
         return found
 
@@ -142,7 +156,7 @@ class Decoder(nn.Module):
 
     def _fill_copies(self) -> None:
         """Copies of an expert on this rank: one of them was filled (see targets), the others follow."""
-        for number, moe in enumerate(self.moe_layers()):
+        for number, moe in zip(self.partition.moe_numbers, self.moe_layers(), strict=True):
             held = self.partition.experts_of(number)
             filled = {expert: slot for slot, expert in enumerate(held)}
             for slot, expert in enumerate(held):

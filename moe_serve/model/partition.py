@@ -1,7 +1,7 @@
 """Partition: what one rank holds along each axis of the weights. Pure integers; the decoder and the loader agree by it.
 
-Attention and vocabulary are cut over the tensor-parallel ranks, experts over all dp x tp ranks: whole experts with
-expert parallelism, else a slice of every expert's width.
+Layers are cut over pipeline stages; attention and vocabulary over the tensor-parallel ranks of a stage, experts over
+its dp x tp ranks: whole experts with expert parallelism, else a slice of every expert's width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.parallel_config import ParallelConfig
-from moe_serve.base.topology import split_range
+from moe_serve.base.topology import get_pp_indices, split_range
 from moe_serve.eplb.first_placement import first_placement
 from moe_serve.eplb.placement import Placement
 
@@ -23,11 +23,12 @@ Axis = Literal["vocab", "hidden", "heads", "kv_heads", "head_dim", "experts", "w
 class Partition:
     """One rank's part. `vocab_sizes` of every TP rank; `kv_replicas` TP ranks that hold the same KV head.
 
-    `placement` is None when experts are cut by width instead of spread; `width` is then a part of range(F). `dense`
-    of a dense layer's width.
+    `placement` (of all MoE layers, each over the ranks of its own stage) is None when experts are cut by width instead
+    of spread; `width` is then a part of range(F). `dense` of a dense layer's width. `layers` of this rank's stage.
     """
 
     config: ModelConfig
+    layers: range
     heads: range
     kv_heads: range
     kv_replicas: int
@@ -37,6 +38,30 @@ class Partition:
     dense: range
     placement: Placement | None
     ep_rank: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the stage that embeds tokens."""
+        return self.layers.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the stage that has the final norm and the head."""
+        return self.layers.stop == self.config.num_layers
+
+    @property
+    def moe_numbers(self) -> range:
+        """The stage's layers that have experts, as counted among all MoE layers."""
+        before = sum(layer < self.layers.start for layer in self.config.moe_layers)
+        return range(before, before + sum(layer in self.layers for layer in self.config.moe_layers))
+
+    def holds(self, parameter: str, layer: int | None) -> bool:
+        """Whether a parameter is of this rank's stage. A tied embedding is needed at both ends."""
+        if layer is not None:
+            return layer in self.layers
+        if parameter.startswith("embedding"):
+            return self.is_first or (self.is_last and self.config.tie_word_embeddings)
+        return self.is_last
 
     @property
     def num_slots(self) -> int:
@@ -99,9 +124,14 @@ def _place(config: ModelConfig, parallel: ParallelConfig) -> Placement | None:
 
 def _part(config: ModelConfig, parallel: ParallelConfig, rank: int, placement: Placement | None) -> Partition:
     topology = parallel.topology
-    _, _, tp_rank = topology.coordinates(rank)
+    _, pp_rank, tp_rank = topology.coordinates(rank)
     tp, ep, ep_rank = topology.tp, topology.ep, topology.ep_rank(rank)
     _check_heads(config, tp)
+    if config.num_layers < topology.pp:
+        raise ConfigError(
+            f"{config.num_layers} layers cannot be spread over {topology.pp} pipeline stages: one would have none; "
+            "lower --pipeline-parallel-size"
+        )
     kv_replicas = max(1, tp // config.num_kv_heads)
     width = range(config.expert_size)
     if placement is None and config.expert_size < ep:
@@ -117,6 +147,7 @@ def _part(config: ModelConfig, parallel: ParallelConfig, rank: int, placement: P
         )
     return Partition(
         config=config,
+        layers=range(*get_pp_indices(config.num_layers, pp_rank, topology.pp)),
         heads=split_range(config.num_heads, tp, tp_rank),
         kv_heads=split_range(config.num_kv_heads, tp // kv_replicas, tp_rank // kv_replicas),
         kv_replicas=kv_replicas,

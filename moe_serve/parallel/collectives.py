@@ -77,6 +77,21 @@ class Group:
         work = self._launch("broadcast", self._process_group.broadcast, [x], self._from[source])
         return self._pending("broadcast", work, lambda: x)
 
+    # -- from one to one --
+
+    def start_send(self, x: Tensor, to: int) -> Pending[Tensor]:
+        """`x` to another rank of the group, which calls receive(). Nobody may change `x` before wait()."""
+        assert self._process_group is not None
+        x = x.contiguous()
+        work = self._launch("send", self._process_group.send, [x], to, 0)
+        return self._pending("send", work, lambda: x)  # which keeps it alive
+
+    def receive(self, out: Tensor, source: int) -> Tensor:
+        """What `source` sends, of the shape and type of `out`, in the order in which it sends."""
+        assert self._process_group is not None
+        work = self._launch("receive", self._process_group.recv, [out], source, 0)
+        return self._pending("receive", work, lambda: out).wait()
+
     # -- ragged sizes --
 
     def all_gather_ragged(self, x: Tensor, sizes: Sequence[int]) -> Tensor:

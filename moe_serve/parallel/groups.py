@@ -25,6 +25,7 @@ class Groups:
 
     world: Group
     dp: Group
+    pp: Group
     tp: Group
     ep: Group
     control: Group
@@ -56,12 +57,13 @@ def build_groups(
     if topology.world_size == 1:
         one = alone("world", rank, device)
         control = one if device.type == "cpu" else alone("control", rank, CPU)
-        return Groups(one, one, one, one, control, [], one if migrates else None)
+        return Groups(one, one, one, one, one, control, [], one if migrates else None)
     store, _ = open_store(store_host, store_port, is_master=False, token=token, timeout_seconds=timeout_seconds)
     meeting = _Meeting(store, rank, local_address(store_host, store_port), timeout_seconds, generation)
     axes = {
         "world": range(topology.world_size),
         "dp": topology.dp_group(rank),
+        "pp": topology.pp_group(rank),
         "tp": topology.tp_group(rank),
         "ep": topology.ep_group(rank),
     }
@@ -69,11 +71,11 @@ def build_groups(
     for axis, ranks in axes.items():
         if tuple(ranks) not in made:
             made[tuple(ranks)] = meeting.join(axis, ranks, device)
-    world, dp, tp, ep = (made[tuple(ranks)] for ranks in axes.values())
+    world, dp, pp, tp, ep = (made[tuple(ranks)] for ranks in axes.values())
     control = world if device.type == "cpu" else meeting.join("control", axes["world"], CPU)
     migration = meeting.join("migration", axes["ep"], device) if migrates else None
     owned = [*made.values(), control, *([] if migration is None else [migration])]
-    return Groups(world, dp, tp, ep, control, owned, migration)
+    return Groups(world, dp, pp, tp, ep, control, owned, migration)
 
 
 @dataclass(frozen=True, slots=True)

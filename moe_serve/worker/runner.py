@@ -15,6 +15,7 @@ from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
 from moe_serve.model.decoder import Decoder
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
+from moe_serve.worker.handover import Handover
 from moe_serve.worker.inputs import RequestTable, StepInputs, rows_by_ep_rank
 from moe_serve.worker.sampling.logprobs import token_logprobs
 from moe_serve.worker.sampling.sampler import broken_rows, sample
@@ -28,7 +29,7 @@ PROMPT_LOGPROB_ROWS = 256
 
 
 class Runner:
-    """Every rank of the world calls `run` for the same step. One that does not sample answers no tokens."""
+    """Every rank of a stage calls `run` for the same step. One that does not sample answers no tokens."""
 
     def __init__(
         self,
@@ -41,9 +42,11 @@ class Runner:
         block_size: int,
         device: torch.device,
         progress: Progress,
+        handover: Handover,
         balance: ExpertBalance | None = None,
     ) -> None:
         self._balance = balance
+        self._handover = handover
         self._decoder = decoder
         self._kv = kv
         self._topology = topology
@@ -73,11 +76,14 @@ class Runner:
             clock=clock,
         )
         padded_before = self._decoder.all2all.padding_rows
-        hidden_TD = self._decoder(inputs.token_ids_T, ctx)
+        hidden_TD = self._forward(inputs, ctx)
         load = self._watch(plan, inputs, ctx)
         failed: dict[str, str] = {}
-        prompt_logprobs = self._prompt_logprobs(hidden_TD, inputs, failed)
-        sampled = self._sample(hidden_TD, inputs, failed)
+        prompt_logprobs: dict[str, list[TokenLogprob]] = {}
+        sampled: list[Sampled] = []
+        if self._decoder.partition.is_last:
+            prompt_logprobs = self._prompt_logprobs(hidden_TD, inputs, failed)
+            sampled = self._sample(hidden_TD, inputs, failed)
         return StepResult(
             step=plan.step,
             sampled=sampled,
@@ -90,6 +96,17 @@ class Runner:
             stage=None if self._balance is None else self._balance.status(),
             commit_seconds=commit_seconds,
         )
+
+    def _forward(self, inputs: StepInputs, ctx: ForwardContext) -> Tensor:
+        """Through this stage's layers: from the rows of the stage before, and on to the stage behind."""
+        decoder, hidden_TD = self._decoder, None
+        if not decoder.partition.is_first:
+            size = (len(inputs.token_ids_T), decoder.config.hidden_size)
+            hidden_TD = self._handover.take(torch.empty(size, dtype=decoder.dtype, device=decoder.device))
+        out_TD: Tensor = decoder(inputs.token_ids_T, ctx, hidden_TD)
+        if not decoder.partition.is_last:
+            self._handover.pass_on(out_TD)
+        return out_TD
 
     def _watch(self, plan: StepPlan, inputs: StepInputs, ctx: ForwardContext) -> bytes:
         """Count which experts this rank's own rows went to."""
@@ -153,7 +170,7 @@ def rehearse(
 ) -> None:
     """The largest step there can be, on made-up tokens and in the same blocks again and again, to see what it takes.
 
-    All ranks of the world do this together.
+    All ranks of the world do this together; a later stage makes up hidden states instead of waiting for them.
     """
     sequences: list[SequenceShape] = []
     left = num_tokens
@@ -170,5 +187,7 @@ def rehearse(
         rows_by_ep_rank=rows_by_ep_rank([rows] * topology.dp, topology),
         progress=progress,
     )
-    hidden_TD = decoder(positions_T % decoder.config.vocab_size, ctx)
-    decoder.logits(hidden_TD[: min(num_seqs, rows)], progress)
+    made_up = torch.zeros((rows, decoder.config.hidden_size), dtype=decoder.dtype, device=decoder.device)
+    hidden_TD = decoder(positions_T % decoder.config.vocab_size, ctx, made_up)
+    if decoder.partition.is_last:
+        decoder.logits(hidden_TD[: min(num_seqs, rows)], progress)

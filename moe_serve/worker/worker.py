@@ -33,6 +33,7 @@ from moe_serve.model.decoder import Decoder
 from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.device import choose_device, choose_dtype
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
+from moe_serve.worker.handover import Handover
 from moe_serve.worker.kv_cache import KVShape, cuda_room
 from moe_serve.worker.kv_room import blocks_for, cpu_room, fitting_blocks
 from moe_serve.worker.loading.loader import load_weights
@@ -167,7 +168,7 @@ class Worker:
         assert placement is not None, "load balancing needs expert parallelism"
         assert groups.migration is not None
         return ExpertBalance(
-            decoder.moe_layers(),
+            dict(zip(decoder.partition.moe_numbers, decoder.moe_layers(), strict=True)),
             placement,
             groups.ep,
             groups.migration,
@@ -226,8 +227,9 @@ class Worker:
         return int(peak * REHEARSAL_MARGIN)
 
     def _allocate(self, num_blocks: int) -> None:
-        decoder = self._decoder
+        decoder, groups = self._decoder, self._groups
         assert decoder is not None, "AllocateKV before LoadModel"
+        assert groups is not None
         self._progress.enter(Phase.ALLOCATE)
         kv: tuple[LayerKV, ...] = self._kv_shape(decoder).allocate(num_blocks, decoder.device)
         self._runner = Runner(
@@ -239,6 +241,7 @@ class Worker:
             block_size=self._config.cache.block_size,
             device=decoder.device,
             progress=self._progress,
+            handover=Handover(groups.pp, self._progress),
             balance=self._balance,
         )
 

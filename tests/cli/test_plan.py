@@ -60,7 +60,7 @@ def test_experts_that_are_cut_say_which_part(bare: Path, capsys: pytest.CaptureF
     ("options", "words"),
     [
         (["-tp", "3"], "--tensor-parallel-size 3 does not divide"),
-        (["-dp", "2", "-pp", "2"], "known but not built yet"),
+        (["-dp", "2", "-pp", "7"], "6 layers cannot be spread over 7 pipeline stages"),
         (["-dp", "2", "-ep", "--enable-eplb", "--eplb-config.num-redundant-experts", "99"], "more than can be of use"),
         (["--max-model-len", "99999999"], "lower --max-model-len"),
         (["--memory-bytes", "1000"], "spread the model over more ranks"),

@@ -10,6 +10,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,9 +92,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
     return made
 
 
-def make_checkpoint(folder: Path, arch: str, **options: str) -> Checkpoint:
+def make_checkpoint(folder: Path, arch: str, **options: Any) -> Checkpoint:
     """A random checkpoint with norms and biases random too, and transformers' greedy answers in float32."""
-    model = tiny_model(folder, arch, seed=3, **options)  # type: ignore[arg-type]
+    model = tiny_model(folder, arch, seed=3, **options)
     write_letters(folder, VOCAB)
     numbers = random.Random(arch)
     prompts = [[numbers.randrange(3, VOCAB) for _ in range(length)] for length in LENGTHS]

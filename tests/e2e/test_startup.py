@@ -159,7 +159,7 @@ def hub_at(address: str, cache: Path) -> dict[str, str]:
         (["--max-model-len", "5000"], r"max_model_len 5000 is more than the checkpoint allows \(4096\)"),
         (["--all2all-backend", "pplx"], "'pplx' is known but not built yet; built are: naive"),
         (["--all2all-backend", "pigeon"], "unknown all2all backend 'pigeon'; known are: naive"),
-        (["-pp", "2"], "pipeline_parallel_size=2 is known but not built yet"),
+        (["-pp", "99"], "layers cannot be spread over 99 pipeline stages: .*--pipeline-parallel-size"),
         (["-dp", "2", "-dpe"], "data_parallel_external_lb needs data_parallel_rank"),
         (["-dp", "2", "-dph"], "data_parallel_hybrid_lb needs data_parallel_size_local"),
         (["--data-parallel-backend", "ray"], "data_parallel_backend='ray' is known but not built yet"),

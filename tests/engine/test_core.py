@@ -53,6 +53,37 @@ def test_requests_of_all_lengths_are_answered_as_if_alone() -> None:
     assert core.report().free_blocks == 32
 
 
+@pytest.mark.parametrize("stages", [2, 3])
+def test_with_pipeline_stages_as_many_flights_share_what_there_is(stages: int) -> None:
+    core, _ = make_core(pipeline_parallel_size=stages, max_num_seqs=12, max_num_batched_tokens=64)
+    prompts = {str(number): [number] * (number + 1) for number in range(9)}
+    for name, prompt in prompts.items():
+        core.add(name, prompt, GREEDY)
+    events: dict[str, list[TokenEvent]] = {}
+    sizes: list[list[int]] = []
+    while core.has_work:
+        for event in core.step():
+            events.setdefault(event.request_id, []).append(event)
+        sizes.append([len(flight.plan.scheduled) for flight in core.in_air])
+    assert all(max(each) - min(each) <= 1 for each in sizes[stages:-stages]), sizes
+    assert max(map(len, sizes)) == stages - 1, "one has ended whenever it is full"
+    for name, prompt in prompts.items():
+        tokens = [token for event in events[name] for token in event.token_ids]
+        assert tokens == expected_answer(prompt, GREEDY, max_model_len=64)[0]
+    assert core.report().free_blocks == 32
+
+
+def test_what_was_aborted_in_the_air_is_landed_before_the_engine_has_no_work() -> None:
+    core, executor = make_core(pipeline_parallel_size=2)
+    core.add("a", [1, 2], GREEDY)
+    core.step()
+    core.abort(["a"])
+    while core.has_work:
+        assert core.step() == []
+    assert not core.in_air
+    assert len(executor.plans) == 1
+
+
 def test_a_step_without_work_asks_nothing_of_the_workers() -> None:
     core, executor = make_core()
     assert core.step() == []

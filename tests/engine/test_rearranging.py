@@ -259,7 +259,8 @@ def until_at_rest(world: World) -> None:
     assert world.at_rest, f"something never ends: {world.engines}"
     world.check()
     rows = world.engines[0].workers.ranks[0].balance._migrator.rows
-    assert world.rebalancer.placement.physical_to_logical_LP.tolist() == rows, "the coordinator believes otherwise"
+    served = dict(enumerate(world.rebalancer.placement.physical_to_logical_LP.tolist()))
+    assert served == rows, "the coordinator believes otherwise"
     epochs = {rank.balance._epoch for engine in world.engines for rank in engine.workers.ranks}
     assert epochs == {world.rebalancer.epoch}
 

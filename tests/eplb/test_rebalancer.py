@@ -19,7 +19,7 @@ from moe_serve.eplb.policies.sticky import sticky
 from moe_serve.eplb.questions import PlanQuestion, Question, SharesQuestion, Solved, Unsolved
 from moe_serve.eplb.rearrangement import MAX_CHUNK_BYTES, chunks_of
 from moe_serve.eplb.rebalancer import ROLLBACK, SHARE_REFRESH_STEPS, STAGE_SECONDS
-from moe_serve.eplb.shares import layers_of, table_of_rank
+from moe_serve.eplb.shares import table_of_rank
 from tests.support import policies
 from tests.support.balancing import (
     EXPERTS,
@@ -162,7 +162,7 @@ def test_every_engine_gets_the_rows_of_the_layers_that_change_and_the_shares_for
     wanted = plan.placement.physical_to_logical_LP
     assert first.rows == {layer: wanted[layer].tolist() for layer in first.rows}
     for rank in range(4):
-        cumulative = table_of_rank(first, layers_of(first.rows), plan.placement, rank)
+        cumulative = table_of_rank(first, first.rows, plan.placement, rank, layers=sorted(first.rows))
         assert (np.diff(cumulative, axis=2) >= 0).all(), rank
         assert (cumulative[:, :, -1] == 1).all(), rank
 
@@ -495,8 +495,9 @@ def test_rows_of_a_rank_take_its_own_copy_then_one_of_its_node(seed: int, node_s
     assert len(orders) == 2
     placed, node_R = balanced.rebalancer.placement, nodes_of_ranks(node_sizes)
     rank_P, copies_LEC = placed.rank_of_slot(), placed.logical_to_physical()
+    rows = dict(enumerate(placed.physical_to_logical_LP.tolist()))
     for rank in range(4):
-        table_LEC = table_of_rank(orders[rank // 2], placed.physical_to_logical_LP.tolist(), placed, rank)
+        table_LEC = table_of_rank(orders[rank // 2], rows, placed, rank, layers=range(LAYERS))
         for layer, expert in np.ndindex(LAYERS, EXPERTS):
             slots = copies_LEC[layer, expert]
             slots = slots[slots >= 0]

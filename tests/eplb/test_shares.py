@@ -35,10 +35,12 @@ def test_what_a_rank_makes_of_its_nodes_table_is_what_was_worked_out_for_it_alon
     layers = list(range(problem.num_layers))[::-2][::-1]
     tables = {node: table_of_node(split, node, layers).tobytes() for node in range(problem.num_nodes)}
     order = SetShares(epoch=0, shares=tables, node_sizes=problem.node_sizes, local_first=split.prefer_local)
-    rows = [split.placement.physical_to_logical_LP[layer].tolist() for layer in layers]
-    for rank in range(problem.num_ranks):
-        expected = cumulative(split, rank)[1][layers].astype(np.float32)
-        assert np.array_equal(table_of_rank(order, rows, split.placement, rank), expected)
+    for stage in (layers, layers[1:], layers[:1], []):  # a pipeline stage has some of them
+        rows = {layer: split.placement.physical_to_logical_LP[layer].tolist() for layer in stage}
+        for rank in range(problem.num_ranks):
+            expected = cumulative(split, rank)[1][stage].astype(np.float32)
+            found = table_of_rank(order, rows, split.placement, rank, layers=layers)
+            assert np.array_equal(found, expected)
 
 
 @given(cases())

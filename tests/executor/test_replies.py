@@ -19,6 +19,11 @@ def test_rows_of_padding_are_those_of_all_workers_together() -> None:
     assert combine_replies(replies, sampling_worker=2) == StepResult(step=3, padding_rows=6)
 
 
+def test_the_load_of_all_layers_is_that_of_the_pipeline_stages_one_after_the_other() -> None:
+    replies = [StepResult(step=3, load=load) for load in (b"first", b"", b"second", b"")]
+    assert combine_replies(replies, sampling_worker=2) == StepResult(step=3, load=b"firstsecond")
+
+
 def test_a_stage_is_as_far_as_the_last_worker_whoever_samples() -> None:
     stages = [StageStatus(epoch=1, staged=worker != 1, bytes_received=5) for worker in range(4)]
     combined = StageStatus(epoch=1, staged=False, bytes_received=20)

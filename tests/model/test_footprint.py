@@ -32,6 +32,8 @@ WORLDS: list[dict[str, object]] = [
     {"data_parallel_size": 2, "tensor_parallel_size": 2},
     {"tensor_parallel_size": 4, "enable_expert_parallel": True, "expert_placement_strategy": "round_robin"},
     {"data_parallel_size": 3, "enable_expert_parallel": True},
+    {"pipeline_parallel_size": 2},
+    BALANCED | {"pipeline_parallel_size": 2},
     BALANCED,
     BALANCED | {"expert_placement_strategy": "round_robin"},
 ]

@@ -43,8 +43,9 @@ def idle_groups(topology: Topology, rank: int) -> Groups:
         return Group(nobody, name=name, rank=ranks.index(rank), ranks=ranks, device=CPU, timeout_seconds=0)
 
     world = group("world", tuple(range(topology.world_size)))
-    dp, tp, ep = topology.dp_group(rank), topology.tp_group(rank), topology.ep_group(rank)
-    return Groups(world, group("dp", dp), group("tp", tp), group("ep", ep), world, [])
+    axes = ("dp", "pp", "tp", "ep")
+    dp, pp, tp, ep = (group(axis, getattr(topology, f"{axis}_group")(rank)) for axis in axes)
+    return Groups(world, dp, pp, tp, ep, world, [])
 
 
 def empty_decoder(

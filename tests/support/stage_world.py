@@ -98,7 +98,7 @@ class Rank:
         self.placement, self.rank = placement, rank
         self.layers = [FakeLayer(self._experts(layer), self._map(layer)) for layer in range(placement.num_layers)]
         group: Any = FakeGroup(hub, rank)
-        layers: Any = self.layers
+        layers: Any = dict(enumerate(self.layers))
         self.balance = ExpertBalance(layers, placement, group, group, max_bytes_per_step=max_bytes)
 
     def held(self) -> list[list[float]]:
@@ -272,7 +272,8 @@ class World:
         ranks = [rank for engine in self.engines for rank in engine.workers.ranks]
         placements = [rank.balance._migrator.rows for rank in ranks]
         assert all(rows == placements[0] for rows in placements), "ranks disagree about the placement"
-        served = Placement(np.array(placements[0]), self.rebalancer.placement.offsets, EXPERTS)
+        table = [placements[0][layer] for layer in range(LAYERS)]
+        served = Placement(np.array(table), self.rebalancer.placement.offsets, EXPERTS)
         served.check()
         copies = served.logical_to_physical().tolist()
         expected = [[[slot for slot in slots if slot >= 0] for slots in layer] for layer in copies]

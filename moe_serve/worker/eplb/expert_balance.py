@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_serve.base.commands import SetShares, StageExperts, StageStatus, StepPlan
 from moe_serve.eplb.placement import Placement
-from moe_serve.eplb.shares import layers_of, table_of_rank
+from moe_serve.eplb.shares import table_of_rank
 from moe_serve.model.moe.expert_map import slots_of_copies
 from moe_serve.model.moe.layer import MoELayer
 from moe_serve.parallel.collectives import Group
@@ -23,14 +23,15 @@ from moe_serve.worker.eplb.migrate import Migrator, Stage
 
 
 class ExpertBalance:
-    """`layers` those of the model that have experts, in order: a layer's number here and in all records is among them.
+    """`layers` of this rank's stage that have experts, by their number among all of the model that have: so they are
+    called in records. `placement` of all of the model's.
 
-    `migration` a group over the expert-parallel ranks that nothing else uses.
+    `migration` a group over the expert-parallel ranks of the stage that nothing else uses.
     """
 
     def __init__(
         self,
-        layers: Sequence[MoELayer],
+        layers: Mapping[int, MoELayer],
         placement: Placement,
         group: Group,
         migration: Group,
@@ -44,10 +45,10 @@ class ExpertBalance:
         self._shares: dict[int, Tensor] = {}
         self._recorder = LoadRecorder(len(layers), placement.num_logical, group.device)
         self._migrator = Migrator(
-            [layer.experts for layer in layers],
+            {number: layer.experts for number, layer in layers.items()},
             migration,
             placement.offsets,
-            placement.physical_to_logical_LP.tolist(),
+            {number: placement.physical_to_logical_LP[number].tolist() for number in layers},
             max_bytes_per_step=max_bytes_per_step,
         )
 
@@ -64,28 +65,28 @@ class ExpertBalance:
         return seconds
 
     def after_step(self, plan: StepPlan, routes: Sequence[Tensor], decode_S: Tensor) -> bytes:
-        """Count the step; the load of all ranks, from rank 0, if the plan asks for it."""
+        """Count the step; the load of this stage's layers over all ranks, from rank 0, if the plan asks for it."""
         self._recorder.add(routes, decode_S)
-        if not plan.collect_load:
+        if not plan.collect_load or not self._layers:
             return b""
         load_L2E = self._group.all_reduce(self._recorder.take())
         return load_L2E.cpu().numpy().tobytes() if self._group.rank == 0 else b""
 
     @torch.inference_mode()
     def stage(self, command: StageExperts) -> None:
-        """Begin to fetch what the new placement of some layers needs."""
-        shares_LEC = self._table(command, layers_of(command.rows))
-        self._shares = dict(zip(sorted(command.rows), shares_LEC, strict=True))
-        self._migrator.begin(Stage(command.epoch, command.rows))
+        """Begin to fetch what the new placement of some layers needs, as far as they are of this stage."""
+        rows = {layer: row for layer, row in command.rows.items() if layer in self._layers}
+        self._shares = self._table(command, rows, layers=sorted(command.rows))
+        self._migrator.begin(Stage(command.epoch, rows))
 
     @torch.inference_mode()
     def set_shares(self, command: SetShares) -> None:
         """Other shares for the placement that is served; those of another placement come too late or too early."""
         if command.epoch != self._epoch:
             return
-        shares_LEC = self._table(command, self._migrator.rows)
-        for layer, shares_EC in enumerate(shares_LEC):
-            self._map(layer, self._migrator.rows[layer], shares_EC)
+        rows = self._migrator.rows
+        for layer, shares_EC in self._table(command, rows, layers=range(self._placed.num_layers)).items():
+            self._map(layer, rows[layer], shares_EC)
 
     @torch.inference_mode()
     def poll(self) -> StageStatus:
@@ -117,7 +118,9 @@ class ExpertBalance:
         slots_EC = slots_of_copies(row, self._placed.num_logical, shares_EC.shape[1])
         self._layers[layer].expert_map.update(slots_EC.to(self._group.device), shares_EC)
 
-    def _table(self, command: StageExperts | SetShares, rows_LP: Sequence[Sequence[int]]) -> Tensor:
-        """This rank's cumulative shares (layers, E, C) float32."""
-        table = table_of_rank(command, rows_LP, self._placed, self._group.rank)
-        return torch.from_numpy(table).to(self._group.device)
+    def _table(
+        self, command: StageExperts | SetShares, rows: Mapping[int, Sequence[int]], *, layers: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """This rank's cumulative shares (E, C) float32 of the layers in `rows`; the order is about `layers`."""
+        table = table_of_rank(command, rows, self._placed, self._group.rank, layers=layers)
+        return dict(zip(sorted(rows), torch.from_numpy(table).to(self._group.device), strict=True))

@@ -32,7 +32,7 @@ class LoadRecorder:
         The tensors are kept for a while: nobody may change them afterwards.
         """
         num_rows = decode_S.shape[0]
-        if not num_rows:
+        if not num_rows or not len(self._layers_L11):  # a stage may have no experts
             return
         self._steps.append((routes, decode_S))
         self._num_rows += num_rows

@@ -72,22 +72,22 @@ class _UnderWay:
 class Migrator:
     """One rank's part in rearrangements. Used between steps only, by the thread that runs them.
 
-    `experts` one per layer, in order; `offsets` slot ranges of the group's ranks; `rows` the present placement.
+    `experts` and `rows` (the present placement) by layer; `offsets` slot ranges of the group's ranks.
     """
 
     def __init__(
         self,
-        experts: Sequence[ExpertSlots],
+        experts: Mapping[int, ExpertSlots],
         group: Group,
         offsets: Sequence[int],
-        rows: Sequence[Sequence[int]],
+        rows: Mapping[int, Sequence[int]],
         *,
         max_bytes_per_step: int,
     ) -> None:
         self._experts = experts
         self._group = group
         self._offsets = tuple(offsets)
-        self._rows = [list(row) for row in rows]
+        self._rows = {layer: list(row) for layer, row in rows.items()}
         self._max_bytes = max_bytes_per_step
         self._work: _UnderWay | None = None
 
@@ -97,8 +97,8 @@ class Migrator:
         return None if self._work is None else self._work.status
 
     @property
-    def rows(self) -> list[list[int]]:
-        """physical_to_logical (L, P) as it is served now."""
+    def rows(self) -> dict[int, list[int]]:
+        """physical_to_logical (P,) of each layer as it is served now."""
         return self._rows
 
     def begin(self, stage: Stage) -> None:
@@ -213,7 +213,7 @@ class Migrator:
 
     def _row_bytes(self) -> int:
         """Bytes of one expert in the layer that has the largest, and what is missing to whole words."""
-        size = max(experts.slot_bytes for experts in self._experts)
+        size = max((experts.slot_bytes for experts in self._experts.values()), default=CHECKSUM_BYTES)
         return -(-size // CHECKSUM_BYTES) * CHECKSUM_BYTES
 
 

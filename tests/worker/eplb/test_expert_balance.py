@@ -105,7 +105,9 @@ class Part:
         backend = ALL2ALL.load(scene.backend)(self.groups.ep, layout, shape)  # type: ignore[operator]
         self.layers = [self._layer(layer, placement, backend) for layer in range(LAYERS)]
         migration = seat.groups(Topology(dp=1, tp=RANKS)).tp if scene.tp == 1 else seat.groups(Topology(dp=RANKS)).dp
-        self.balance = ExpertBalance(self.layers, placement, self.groups.ep, migration, max_bytes_per_step=300)
+        self.balance = ExpertBalance(
+            dict(enumerate(self.layers)), placement, self.groups.ep, migration, max_bytes_per_step=300
+        )
         self.steps = 0
 
     def step(self, *, commit: int = 0, drop: int = -1, collect: bool = False) -> tuple[list[list[int]], bytes]:

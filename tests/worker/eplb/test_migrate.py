@@ -93,7 +93,8 @@ def same(first: list[ExpertSlots], second: list[ExpertSlots], rank: int) -> bool
 
 def make(seat: Seat, seed: int, max_bytes: int, kind: MakeExperts = plain) -> tuple[Migrator, list[ExpertSlots]]:
     experts = load(placements(seed), seat.rank, kind)
-    return Migrator(experts, seat.group(), OFFSETS, placements(seed), max_bytes_per_step=max_bytes), experts
+    rows = dict(enumerate(placements(seed)))
+    return Migrator(dict(enumerate(experts)), seat.group(), OFFSETS, rows, max_bytes_per_step=max_bytes), experts
 
 
 def poll_until(migrator: Migrator, done: str, seconds: float = 10) -> int:
@@ -121,7 +122,7 @@ def move_and_commit(seat: Seat, max_bytes: int, kind: MakeExperts) -> list[bool]
         good.append(same(experts, before, seat.rank))  # nothing changes before the commit
         migrator.commit(epoch)
         good.append(same(experts, load(placements(epoch), seat.rank, kind), seat.rank))
-        good.append(migrator.rows == placements(epoch))
+        good.append(migrator.rows == dict(enumerate(placements(epoch))))
     return good
 
 
@@ -139,7 +140,9 @@ def drop_and_go_on(seat: Seat) -> tuple[bool, bool, int]:
         migrator.begin(Stage(1, dict(enumerate(placements(1)))))
     migrator.drop(most)
     poll_until(migrator, "gone")
-    unchanged = same(experts, load(placements(0), seat.rank), seat.rank) and migrator.rows == placements(0)
+    unchanged = same(experts, load(placements(0), seat.rank), seat.rank) and migrator.rows == dict(
+        enumerate(placements(0))
+    )
     migrator.begin(Stage(2, dict(enumerate(placements(2)))))
     poll_until(migrator, "staged")
     migrator.commit(2)
