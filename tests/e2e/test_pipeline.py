@@ -12,17 +12,17 @@ from tests.e2e.test_parity import NUM_TOKENS, Checkpoint, make_checkpoint, plain
 from tests.support.load import Load
 from tests.support.server import Server, serving
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
 LAYERS = 5
 BLOCK_BYTES = 3 * 2 * 16 * 2 * 24 * 4  # layers of the longer stage, k and v, tokens, KV heads, head dimension, float32
 WAYS = [
     ("-pp", "2"),
-    pytest.param(("-pp", "3"), marks=pytest.mark.long),
-    pytest.param(("-pp", "2", "-tp", "2"), marks=pytest.mark.long),
-    pytest.param(("-pp", "2", "-dp", "2", "-ep"), marks=pytest.mark.long),
-    pytest.param(("-pp", "2", "-dp", "2", "--all2all-backend", "torch_padded"), marks=pytest.mark.long),
-    pytest.param(("-pp", "2", "--max-num-batched-tokens", "64", "--max-num-seqs", "4"), marks=pytest.mark.long),
+    ("-pp", "3"),
+    ("-pp", "2", "-tp", "2"),
+    ("-pp", "2", "-dp", "2", "-ep"),
+    ("-pp", "2", "-dp", "2", "--all2all-backend", "torch_padded"),
+    ("-pp", "2", "--max-num-batched-tokens", "64", "--max-num-seqs", "4"),
 ]
 
 
@@ -40,7 +40,6 @@ def test_tokens_equal_those_of_transformers(checkpoint: Checkpoint, options: tup
         assert streamed_answers(server, checkpoint.prompts) == checkpoint.answers
 
 
-@pytest.mark.long
 def test_a_request_that_was_preempted_gives_the_same_tokens(checkpoint: Checkpoint) -> None:
     room = ("--max-model-len", "256", "--block-size", "16", "--kv-cache-memory-bytes", str(16 * BLOCK_BYTES))
     with serving(str(checkpoint.folder), "--dtype", "float32", "-pp", "2", *room) as server:
@@ -48,7 +47,6 @@ def test_a_request_that_was_preempted_gives_the_same_tokens(checkpoint: Checkpoi
         assert _figure(server, "num_preemptions_total") > 0
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("tp", ["1", "2"])
 def test_experts_move_inside_each_stage_and_no_token_changes(checkpoint: Checkpoint, tp: str) -> None:
     balancing = {
@@ -76,7 +74,6 @@ def test_experts_move_inside_each_stage_and_no_token_changes(checkpoint: Checkpo
         assert len({json.dumps(sum(layer)) for layer in loads}) == 1, "as many rows in each layer"
 
 
-@pytest.mark.long
 def test_a_worker_of_a_stage_that_is_killed_is_named_and_everything_ends(checkpoint: Checkpoint) -> None:
     server = Server(str(checkpoint.folder), "-pp", "2", "--kv-cache-memory-bytes", str(16 * 2**20))
     try:
@@ -91,7 +88,6 @@ def test_a_worker_of_a_stage_that_is_killed_is_named_and_everything_ends(checkpo
         server.end()
 
 
-@pytest.mark.long
 def test_an_llm_of_stages_gives_the_same_tokens(checkpoint: Checkpoint) -> None:
     with LLM(str(checkpoint.folder), dtype="float32", pipeline_parallel_size=2) as llm:
         params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
