@@ -6,13 +6,16 @@ read, so neither a slow front-end nor a stopped one keeps anybody waiting.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from moe_serve.base.engine_messages import LoadReport
 
+Numbers = npt.NDArray[np.float64]
 NUMBER_BYTES = 8
 CLASSES = 40
 """Of the size of what waits, by powers of two."""
@@ -53,12 +56,11 @@ class Board:
     """
 
     def __init__(self, memory: memoryview, *, num_slots: int, slot: int, num_ranks: int) -> None:
-        numbers, size = memory.cast("B").cast("d"), _slot_numbers(num_ranks)
+        size = _slot_numbers(num_ranks)
         self.num_slots, self.slot = num_slots, slot
         self._num_ranks = num_ranks
-        self._all = [numbers[place * size : (place + 1) * size] for place in range(num_slots)]
-        self._own = self._all[slot]
-        self._others = [each for place, each in enumerate(self._all) if place != slot]
+        self._own = memory.cast("B").cast("d")[slot * size : (slot + 1) * size]
+        self._all = np.frombuffer(memory, np.float64).reshape(num_slots, size)
 
     @classmethod
     def alone(cls, num_ranks: int = 0) -> Board:
@@ -88,29 +90,32 @@ class Board:
 
         Never less than that; where `seqs` or `tokens` is no power of two, it may be up to twice as much.
         """
-        found = [
-            sum(_at_most(each[start : start + 2 * CLASSES], limit) for each in self._others)
-            for start, limit in ((SEQS, seqs), (TOKENS, tokens))
-        ]
-        return int(found[0]), int(found[1])
+        if self.num_slots == 1:
+            return 0, 0
+        numbers = self._others(SEQS, QUEUE)
+        return _at_most(numbers[: TOKENS - SEQS], seqs), _at_most(numbers[TOKENS - SEQS :], tokens)
 
     @property
     def others_num_waiting(self) -> int:
         """Sequences that wait elsewhere, however many of one request."""
-        return int(sum(sum(each[SEQS + 1 : TOKENS : 2]) for each in self._others))
+        return int(self._others(SEQS, TOKENS)[1::2].sum())
 
     @property
     def others_running(self) -> int:
-        return int(self._sum(RUNNING))
+        return int(self._others(RUNNING, RUNNING + 1)[0])
 
     @property
     def others_oldest(self) -> float | None:
         """Since when the oldest request elsewhere waits; None if none does."""
-        return min((each[OLDEST] for each in self._others if each[OLDEST]), default=None)
+        if self.num_slots == 1:
+            return None
+        since = [float(each) for place, each in enumerate(self._all[:, OLDEST]) if each and place != self.slot]
+        return min(since, default=None)
 
     @property
     def others_begun(self) -> Begun:
-        return Begun(int(self._sum(BEGUN_SEQS)), int(self._sum(BEGUN_TOKENS)))
+        num_seqs, num_tokens = self._others(BEGUN_SEQS, BEGUN_TOKENS + 1)
+        return Begun(int(num_seqs), int(num_tokens))
 
     # What was sent to each rank and is not finished: engine/router.py.
 
@@ -120,11 +125,11 @@ class Board:
         for place, value in enumerate(load):
             self._own[start + place] = value
 
-    def others_sent(self, rank: int) -> tuple[int, int, int]:
-        """As `sent`, of all others together."""
-        start = QUEUE + rank * SENT
-        queued, seqs, blocks = (int(self._sum(start + place)) for place in range(SENT))
-        return queued, seqs, blocks
+    def others_sent(self) -> list[list[int]]:
+        """As `sent`, of all others together, for each rank."""
+        numbers = self._others(QUEUE, QUEUE + self._num_ranks * SENT)
+        found: list[list[int]] = numbers.astype(np.int64).reshape(-1, SENT).tolist()
+        return found
 
     # What engines reported, each front-end at another moment.
 
@@ -136,26 +141,31 @@ class Board:
 
     def knows(self, rank: int) -> bool:
         """Whether any front-end was told of a turn of it."""
-        return any(each[self._report(rank) + len(GAUGES)] for each in self._all)
+        return bool(self._all[:, self._report(rank) + len(GAUGES)].any())
 
     def newest(self, rank: int, report: LoadReport) -> LoadReport:
         """What this front-end was told last, brought up to what any was told. No counter ever goes down."""
-        if not self._others:
+        if self.num_slots == 1:
             return report
-        start = self._report(rank)
-        counters = {
-            name: max(each[start + len(GAUGES) + place] for each in self._all) for place, name in enumerate(COUNTERS)
-        }
-        known = {name: value if name in SECONDS else int(value) for name, value in counters.items()}
-        latest = max((self._own, *self._others), key=lambda each: each[start + len(GAUGES)])
-        known |= {name: int(latest[start + place]) for place, name in enumerate(GAUGES)}
-        return msgspec.structs.replace(report, **known)
+        told = self._all[:, self._report(rank) :][:, :REPORT].copy()
+        steps = told[:, len(GAUGES)]
+        latest = self.slot if steps[self.slot] == steps.max() else int(steps.argmax())
+        known = dict(zip(GAUGES, told[latest].tolist(), strict=False))
+        known |= dict(zip(COUNTERS, told[:, len(GAUGES) :].max(axis=0).tolist(), strict=True))
+        return msgspec.structs.replace(
+            report, **{name: value if name in SECONDS else int(value) for name, value in known.items()}
+        )
 
     def _report(self, rank: int) -> int:
         return QUEUE + self._num_ranks * SENT + rank * REPORT
 
-    def _sum(self, place: int) -> float:
-        return sum(each[place] for each in self._others)
+    def _others(self, start: int, stop: int) -> Numbers:
+        """These numbers, summed over all slots but this one's."""
+        if self.num_slots == 1:
+            return np.zeros(stop - start)
+        numbers = self._all[:, start:stop]
+        summed: Numbers = numbers[: self.slot].sum(axis=0) + numbers[self.slot + 1 :].sum(axis=0)
+        return summed
 
 
 def board_bytes(num_slots: int, num_ranks: int) -> int:
@@ -172,8 +182,6 @@ def _class_of(size: int) -> int:
     return min(max(size, 0).bit_length(), CLASSES - 1)
 
 
-def _at_most(classes: Iterable[float], limit: int) -> float:
+def _at_most(classes: Numbers, limit: int) -> int:
     """Sum over requests of their size or `limit`, whichever is less, from (how many, sum of sizes) of each class."""
-    numbers = list(classes)
-    pairs = zip(numbers[::2], numbers[1::2], strict=True)
-    return sum(min(total, count * limit) for count, total in pairs)
+    return int(np.minimum(classes[1::2], classes[::2] * limit).sum())

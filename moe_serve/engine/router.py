@@ -180,7 +180,7 @@ class Balancer:
             block_size=self._block_size,
             num_blocks=max(blocks, default=0) or None,
         )
-        loads = [self._load(rank) for rank in range(len(self._own))]
+        loads = [self._load(rank, ours) for rank, ours in enumerate(self._ours())]
         choice = choose_rank(loads, num_tokens, capacity, self._start, among=self._serves)
         self._start = (choice.rank + 1) % len(self._own)
         return choice
@@ -224,17 +224,21 @@ class Balancer:
         own = self._own[rank]
         self._board.sent(rank, (own.queued_tokens, own.num_seqs, own.blocks))
 
-    def _ours(self, rank: int) -> _Own:
-        """What all on the board have sent there."""
-        own, (queued, seqs, blocks) = self._own[rank], self._board.others_sent(rank)
-        return _Own(own.queued_tokens + queued, own.num_seqs + seqs, own.blocks + blocks)
+    def _ours(self) -> list[_Own]:
+        """What all on the board have sent to each rank."""
+        if self._board.num_slots == 1:
+            return self._own
+        return [
+            _Own(own.queued_tokens + queued, own.num_seqs + seqs, own.blocks + blocks)
+            for own, (queued, seqs, blocks) in zip(self._own, self._board.others_sent(), strict=True)
+        ]
 
     def _look_at(self, reports: Mapping[int, LoadReport]) -> None:
         """Note new reports. Requests go out only after this, so each is compared with what it could know of."""
-        for rank in range(len(self._own)):
+        for rank, ours in enumerate(self._ours()):
             report, known = reports.get(rank), self._sightings.get(rank)
             if report is not None and (known is None or known.report is not report):
-                self._sightings[rank] = self._compare(report, self._ours(rank))
+                self._sightings[rank] = self._compare(report, ours)
 
     def _compare(self, report: LoadReport, own: _Own) -> _Sighting:
         tokens = max(0, report.waiting_tokens - own.queued_tokens)
@@ -246,8 +250,8 @@ class Balancer:
             tokens, seqs, blocks = 0, 0, min(0, blocks)
         return _Sighting(report, self._clock(), tokens, seqs, blocks)
 
-    def _load(self, rank: int) -> RankLoad:
-        own, seen = self._ours(rank), self._sightings.get(rank)
+    def _load(self, rank: int, own: _Own) -> RankLoad:
+        seen = self._sightings.get(rank)
         if seen is None or not self._fresh(seen):
             return RankLoad(own.queued_tokens, own.num_seqs, own.blocks)
         return RankLoad(

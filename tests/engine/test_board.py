@@ -173,6 +173,6 @@ def test_ranks_and_front_ends_have_places_of_their_own() -> None:
     for number, (board, rank) in enumerate(itertools.product(found, range(4)), 1):
         board.sent(rank, (number, 10 * number, 100 * number))
         board.reported(rank, LoadReport(step=number, num_running=number, steps=number))
-    assert found[0].others_sent(2) == (7 + 11, 70 + 110, 700 + 1100)
+    assert found[0].others_sent()[2] == [7 + 11, 70 + 110, 700 + 1100]
     assert found[0].newest(3, LoadReport(num_blocks=5)) == LoadReport(step=12, num_running=12, steps=12, num_blocks=5)
     assert found[1].others_num_waiting == 0
