@@ -19,7 +19,7 @@ import pytest
 from moe_serve.cli.random_model import make_model
 from tests.support.server import Server, serving
 
-pytestmark = [pytest.mark.ranks]
+pytestmark = [pytest.mark.ranks, pytest.mark.long]
 
 COUNT = 3
 OPTIONS = ("-dp", "2", "-ep", "--dtype", "float32", "--max-model-len", "512", "--kv-cache-memory-bytes", str(2**24))
@@ -105,7 +105,6 @@ def test_configuration_and_orders_are_the_same_from_each(server: Server) -> None
     assert server.log().count("curl http") == 1
 
 
-@pytest.mark.long
 def test_what_may_wait_is_limited_over_all_of_them_and_refusals_are_counted_once(model: Path) -> None:
     limits = ("--max-num-seqs", str(SEQS), "--max-num-queued-reqs", str(QUEUED))
     admitted = 2 * SEQS + QUEUED
@@ -124,7 +123,6 @@ def test_what_may_wait_is_limited_over_all_of_them_and_refusals_are_counted_once
         assert len(who_answered(running, "POST /v1/completions")) == COUNT
 
 
-@pytest.mark.long
 def test_orders_work_through_any_of_them(model: Path) -> None:
     balanced = ("--enable-eplb", "--eplb-config.num-redundant-experts", "2", "--eplb-config.step-interval", "1000000")
     with serving(str(model), *OPTIONS, *balanced, "-asc", "2") as running:
@@ -135,7 +133,6 @@ def test_orders_work_through_any_of_them(model: Path) -> None:
         assert set(who_answered(running, "POST /eplb/record/start")) == {"api 0", "api 1"}
 
 
-@pytest.mark.long
 def test_one_that_is_killed_ends_the_world_by_name(model: Path) -> None:
     with serving(str(model), *OPTIONS, "-asc", str(COUNT)) as running:
         victims = [each for each in running.family() if "moe_serve.api.server" in each.cmdline()]
@@ -146,7 +143,6 @@ def test_one_that_is_killed_ends_the_world_by_name(model: Path) -> None:
         assert running.wait_gone(ENDED_SECONDS) == []
 
 
-@pytest.mark.long
 def test_all_of_them_finish_what_they_have_before_the_world_ends(model: Path) -> None:
     with serving(str(model), *OPTIONS, "-asc", str(COUNT)) as running, ThreadPoolExecutor(12) as pool:
         under_way = [pool.submit(ask, running, f"request {number}", 200) for number in range(12)]
@@ -160,7 +156,6 @@ def test_all_of_them_finish_what_they_have_before_the_world_ends(model: Path) ->
         assert running.wait_gone(ENDED_SECONDS) == []
 
 
-@pytest.mark.long
 def test_a_stopped_one_keeps_no_new_connection_waiting_and_its_counts_are_still_shown(model: Path) -> None:
     with serving(str(model), *OPTIONS, "-asc", str(COUNT)) as running:
         for number in range(12):
@@ -176,7 +171,6 @@ def test_a_stopped_one_keeps_no_new_connection_waiting_and_its_counts_are_still_
             stopped.resume()
 
 
-@pytest.mark.long
 def test_a_port_that_is_taken_is_refused_before_anything_is_started(model: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
