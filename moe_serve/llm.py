@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe_serve.api.messages import checked_messages
 from moe_serve.base.config import Config
 from moe_serve.base.engine_messages import Generate, TokenEvent
+from moe_serve.base.errors import ConfigError
 from moe_serve.base.log import setup_logging
 from moe_serve.base.sampling import SamplingParams, with_defaults
 from moe_serve.engine.alone import OneEngine, OnEvent
@@ -47,6 +48,10 @@ class LLM:
     def __init__(self, model: str | None = None, **options: object) -> None:
         given = options if model is None else {"model": model, **options}
         asked = Config.from_flat({"log_level": "warning", **given})
+        if asked.server.api_server_count > 1:
+            raise ConfigError(
+                f"api_server_count ({asked.server.api_server_count}) is for `moe-serve serve`: LLM has no API server"
+            )
         setup_logging("llm", asked.server.log_level)
         config, model_config = resolve(asked)
         self.config = config

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_serve import LLM, RequestError, SamplingParams
-from moe_serve.base.errors import ContextTooLong
+from moe_serve.base.errors import ConfigError, ContextTooLong
 from moe_serve.cli.random_model import make_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -135,3 +135,8 @@ def test_in_a_world_of_several_ranks_too_a_failed_answer_ends_nobody_else(tmp_pa
         assert "finite" in (bad.outputs[0].error or "")
         with pytest.raises(RequestError, match=r"^prompts\[1\]: prompt holds token id -1"):
             llm.generate([TEXT, [-1]], GREEDY, show_progress=False)
+
+
+def test_api_servers_are_not_for_llm() -> None:
+    with pytest.raises(ConfigError, match=r"api_server_count \(2\) is for `moe-serve serve`"):
+        LLM(api_server_count=2)

@@ -27,7 +27,7 @@ from moe_serve.api.middleware import PACE
 from moe_serve.api.orders import OPEN_PATHS
 from moe_serve.base.config import ServerSection
 from moe_serve.base.errors import ConfigError, Overloaded, RefusalReason
-from moe_serve.base.site import with_port
+from moe_serve.base.site import bound_socket, naming_http_port
 
 ACCEPTED_AT_A_TIME = 64
 """asyncio accepts so many connections before any is counted, so there must be descriptors for them."""
@@ -221,9 +221,12 @@ class LimitedConnection(H11Protocol):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn with limited connections; many may wait for being accepted, few are accepted at a time."""
+    """uvicorn with limited connections; many may wait for being accepted, few are accepted at a time.
 
-    def __init__(self, app: ASGIApp, server: ServerSection, metrics: Metrics) -> None:
+    Where others accept at the same socket, one at a time: who is busy leaves the next to them.
+    """
+
+    def __init__(self, app: ASGIApp, server: ServerSection, metrics: Metrics, *, alone: bool = True) -> None:
         limit = most_connections(server.max_connections, raise_descriptor_limit())
         protocol: Any = partial(LimitedConnection, shared=Connections(server, limit, metrics))
         super().__init__(
@@ -236,7 +239,7 @@ class HttpServer(uvicorn.Server):
                 timeout_keep_alive=server.timeout_keep_alive,  # type: ignore[arg-type]
                 lifespan="off",
                 ws="none",
-                backlog=ACCEPTED_AT_A_TIME,
+                backlog=ACCEPTED_AT_A_TIME if alone else 1,
             )
         )
 
@@ -248,15 +251,7 @@ class HttpServer(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; ConfigError names the port that is taken or the address that is not ours."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(2048)
-    except OSError as error:
-        raise ConfigError(
-            f"the HTTP server cannot listen on {with_port(host, port)}: {error.strerror or error} "
-            "(options --host and --port)"
-        ) from error
+    made = bound_socket(host, port)
+    with naming_http_port(host, port):
+        made.listen(BACKLOG)
     return made

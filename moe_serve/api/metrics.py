@@ -1,14 +1,19 @@
-"""Prometheus objects made from the table in base/metrics.py, in a registry of their own."""
+"""Prometheus objects made from the table in base/metrics.py, in a registry of their own.
+
+The API servers of one launcher count into files of one folder (prometheus_client's multiprocess mode), and whoever is
+scraped shows the sums over all of them: also over one that is slow, stopped or gone.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from moe_serve.base import metrics as table
@@ -23,17 +28,25 @@ UNKNOWN_RANK = "unknown"
 class Metrics:
     """Request metrics are observed here; engine metrics are read from `reports()` when somebody scrapes.
 
-    `engines` are the DP ranks that this server serves: of others it knows nothing, and says so by silence.
+    `engines` are the DP ranks that this server serves: of others it knows nothing, and says so by silence. `folder`
+    of the counts, where it is not the only API server.
     """
 
     def __init__(
-        self, model_name: str, engines: Collection[int], reports: Callable[[], Mapping[int, LoadReport]]
+        self,
+        model_name: str,
+        engines: Collection[int],
+        reports: Callable[[], Mapping[int, LoadReport]],
+        *,
+        folder: str | None = None,
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(EngineCollector(model_name, engines, reports))
+        self._shown = self._registry if folder is None else CollectorRegistry(auto_describe=False)
+        self._shown.register(EngineCollector(model_name, engines, reports))
+        if folder is not None:
+            MultiProcessCollector(self._shown, folder)  # type: ignore[no-untyped-call]
+        self._folder = folder
         self._model_name = model_name
-        self.totals: defaultdict[Metric, float] = defaultdict(float)
-        """Of the counters, over all ranks."""
         self._counters = {m: self._counter(m) for m in table.REQUEST_METRICS if m.kind == "counter"}
         self._histograms = {m: self._histogram(m) for m in table.REQUEST_METRICS if m.kind == "histogram"}
         self._refused = Counter(
@@ -43,7 +56,11 @@ class Metrics:
             registry=self._registry,
         )
         self._connections = Gauge(
-            table.NUM_CONNECTIONS.full_name, table.NUM_CONNECTIONS.help, ("model_name",), registry=self._registry
+            table.NUM_CONNECTIONS.full_name,
+            table.NUM_CONNECTIONS.help,
+            ("model_name",),
+            registry=self._registry,
+            multiprocess_mode="livesum",
         ).labels(model_name)
         for reason in get_args(RefusalReason):
             self._refused.labels(model_name, reason)
@@ -52,10 +69,19 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text a scraper gets."""
-        return generate_latest(self._registry)
+        return generate_latest(self._shown)
+
+    def total(self, metric: Metric) -> float:
+        """Of a counter, over all labels."""
+        families = (family for family in self._shown.collect() if family.name == metric.full_name)
+        return sum(each.value for family in families for each in family.samples if each.name.endswith("_total"))
+
+    def close(self) -> None:
+        """This API server has no connections any more; what it counted stays."""
+        if self._folder is not None:
+            mark_process_dead(os.getpid(), self._folder)  # type: ignore[no-untyped-call]
 
     def add(self, metric: Metric, amount: float, rank: int | None, *labels: str) -> None:
-        self.totals[metric] += amount
         self._counters[metric].labels(self._model_name, _engine(rank), *labels).inc(amount)
 
     def refused(self, reason: RefusalReason) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 import os
 import socket
 import sys
@@ -16,23 +17,25 @@ from pathlib import Path
 
 from moe_serve.api.app import create_app
 from moe_serve.api.balance import CoordinatorBalance
-from moe_serve.api.connections import HttpServer, listen
+from moe_serve.api.connections import BACKLOG, HttpServer, listen
 from moe_serve.api.state import ApiState
 from moe_serve.api.throughput import Throughput, report_throughput
 from moe_serve.api.watching import log_sparingly
 from moe_serve.api.world import CoordinatorWorld
 from moe_serve.base.balance_messages import BalanceAnswer
+from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, RankTimeout
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, ToMember, WorldView
+from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, ToMember, WorldReady, WorldView
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
-from moe_serve.base.site import with_port
+from moe_serve.base.site import naming_http_port, with_port
 from moe_serve.base.world_messages import WorldAnswer
+from moe_serve.engine.board import Board, board_bytes
 from moe_serve.engine.client import EngineClient
 from moe_serve.text.tokenizer import load_tokenizer
 from moe_serve.world.link import Link
-from moe_serve.world.member import MemberSpec
+from moe_serve.world.member import METRICS_FOLDER, MemberSpec, SharedByServers
 
 FAREWELL_SECONDS = 1.5
 LINGER_SECONDS = 1.0
@@ -47,7 +50,10 @@ class ApiServer:
     def __init__(self, spec: MemberSpec) -> None:
         self._spec = spec
         self._config = spec.load_config()
-        self._engines = EngineClient(self._config, token=spec.token, serves=spec.serves)
+        self._board = None if spec.shared is None else open_board(spec.shared, self._config)
+        self._engines = EngineClient(self._config, token=spec.token, serves=spec.serves, board=self._board)
+        self._state: ApiState | None = None
+        self._world_ready = False
         self._orders: asyncio.Queue[Drain | Stop] = asyncio.Queue()
         self._balance = CoordinatorBalance()
         self._world = CoordinatorWorld()
@@ -65,6 +71,8 @@ class ApiServer:
                 loop.call_soon_threadsafe(self._world.hear, message)
             elif isinstance(message, WorldView):
                 loop.call_soon_threadsafe(self._engines.meet, message)
+            elif isinstance(message, WorldReady):
+                loop.call_soon_threadsafe(self._be_ready)
 
         def orphaned(why: str) -> None:
             log.error("%s; this API server ends", why)
@@ -82,6 +90,8 @@ class ApiServer:
             generation=spec.generation,
             essential=spec.essential,
             serves=spec.serves,
+            place=self._place,
+            places=self._places,
         )
         link = Link(
             spec.host,
@@ -96,14 +106,38 @@ class ApiServer:
         self._engines.meet(link.view)
         self._balance.send = self._world.send = link.send
         try:
-            listening = listen(self._config.server.host, self._config.server.port)
-            state = self._make_state()
-            server = HttpServer(create_app(state), state.config.server, state.metrics)
+            listening = self._listen()
+            self._state = state = self._make_state()
+            app, alone = create_app(state), self._places == 1
+            server = HttpServer(app, state.config.server, state.metrics, alone=alone)
         except ConfigError as error:
             link.send(Failure(str(error), config=True))
             await self._orders.get()
             return 2
         return await self._serve(link, listening, state, server)
+
+    @property
+    def _place(self) -> int:
+        return 0 if self._spec.shared is None else self._spec.shared.place
+
+    @property
+    def _places(self) -> int:
+        return 1 if self._spec.shared is None else self._spec.shared.places
+
+    def _listen(self) -> socket.socket:
+        """Where the launcher bound; else at a port of its own."""
+        server, shared = self._config.server, self._spec.shared
+        if shared is None:
+            return listen(server.host, server.port)
+        made = socket.socket(fileno=shared.listening)
+        with naming_http_port(server.host, server.port):  # bound is not yet ours alone
+            made.listen(BACKLOG)
+        return made
+
+    def _be_ready(self) -> None:
+        self._world_ready = True
+        if self._state is not None:
+            self._state.starting = False
 
     def _make_state(self) -> ApiState:
         folder = Path(self._config.model.model or "")
@@ -119,6 +153,9 @@ class ApiServer:
             vocab_size=model_config.vocab_size,
             balance=self._balance,
             world=self._world,
+            starting=not self._world_ready,
+            board=self._board,
+            metrics_folder=os.environ.get(METRICS_FOLDER) if self._places > 1 else None,
         )
 
     async def _serve(self, link: Link, listening: socket.socket, state: ApiState, server: HttpServer) -> int:
@@ -128,8 +165,9 @@ class ApiServer:
         tasks = {
             "receiving from engines": asyncio.create_task(self._engines.run()),
             "the announcement": asyncio.create_task(self._announce(link, listening)),
-            "reports of throughput": asyncio.create_task(report_throughput(throughput)),
         }
+        if self._place == 0:  # it speaks for all of them
+            tasks["reports of throughput"] = asyncio.create_task(report_throughput(throughput))
         order = await self._until_ordered(serving, tasks)
         if isinstance(order, Drain):
             order = await self._drain(order, state)
@@ -141,6 +179,7 @@ class ApiServer:
         state.conversations.close()
         await asyncio.gather(serving, *tasks.values(), return_exceptions=True)
         self._engines.close()
+        state.metrics.close()
         return code
 
     async def _until_ordered(
@@ -190,9 +229,19 @@ class ApiServer:
         return order.code
 
 
+def open_board(shared: SharedByServers, config: Config) -> Board:
+    """The memory that the launcher made for its API servers."""
+    ranks = config.parallel.data_parallel_size
+    memory = mmap.mmap(shared.board, board_bytes(shared.places, ranks))
+    os.close(shared.board)
+    return Board(memoryview(memory), num_slots=shared.places, slot=shared.place, num_ranks=ranks)
+
+
 def main() -> int:
     spec = MemberSpec.from_environment()
-    setup_logging("api", spec.load_config().server.log_level)
+    several = spec.shared is not None and spec.shared.places > 1
+    who = f"api {spec.shared.place}" if spec.shared is not None and several else "api"
+    setup_logging(who, spec.load_config().server.log_level)
     try:
         return asyncio.run(ApiServer(spec).run())
     except (ConfigError, RankTimeout) as error:

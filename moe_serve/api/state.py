@@ -14,13 +14,18 @@ from moe_serve.api.world import World
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, Overloaded, UnknownModel
 from moe_serve.engine.admission import Admission, QueueLimits
+from moe_serve.engine.board import Board
 from moe_serve.engine.streams import AsyncEngines
 from moe_serve.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
 class ApiState:
-    """What the routes work with. `vocab_size` the model's, where it is not the tokenizer's."""
+    """What the routes work with. `vocab_size` the model's, where it is not the tokenizer's.
+
+    `starting` until the world is ready, other API servers included. `board` and `metrics_folder` are shared with the
+    others of this launcher.
+    """
 
     config: Config
     model_name: str
@@ -33,6 +38,9 @@ class ApiState:
     vocab_size: int | None = None
     balance: Balance | None = None
     world: World | None = None
+    starting: bool = False
+    board: Board | None = None
+    metrics_folder: str | None = None
     admission: Admission = field(init=False)
     metrics: Metrics = field(init=False)
     conversations: Conversations = field(init=False)
@@ -40,7 +48,7 @@ class ApiState:
 
     def __post_init__(self) -> None:
         scheduler, engines = self.config.scheduler, self.engines
-        self.metrics = Metrics(self.model_name, engines.served, lambda: engines.reports)
+        self.metrics = Metrics(self.model_name, engines.served, lambda: engines.reports, folder=self.metrics_folder)
         self.conversations = Conversations(self.tokenizer.chat_templates, self.config.server.chat_template_timeout)
         self.unknown_fields = UnknownFields(strict=self.config.server.strict_fields)
         self.admission = Admission(
@@ -48,6 +56,7 @@ class ApiState:
             room=lambda: engines.room,
             piece=scheduler.max_num_batched_tokens,
             clock=time.monotonic,
+            board=self.board,
         )
 
     @property
@@ -64,7 +73,7 @@ class ApiState:
         """Why a request could not be served now; None when it could."""
         if not self.engines.alive:
             return self.engines.dead_reason or "the engines are gone"
-        if not self.engines.ready:
+        if self.starting or not self.engines.ready:
             return "the engines are still starting"
         return "the server is shutting down" if self.draining else None
 

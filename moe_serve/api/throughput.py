@@ -26,10 +26,9 @@ class Throughput:
     def line(self, seconds: float) -> str | None:
         """None where nothing was done and nothing is to do."""
         reports = list(self._reports().values())
-        totals = self._metrics.totals
         now = (
-            totals[PROMPT_TOKENS],
-            totals[GENERATION_TOKENS],
+            self._metrics.total(PROMPT_TOKENS),
+            self._metrics.total(GENERATION_TOKENS),
             sum(report.prefix_cache_queries for report in reports),
             sum(report.prefix_cache_hits for report in reports),
         )

@@ -17,7 +17,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.fingerprint import model_fingerprint
 from moe_serve.base.parallel_config import ParallelConfig
-from moe_serve.base.section import MAX_PORT, Host, Port, Section, Size
+from moe_serve.base.section import MAX_PORT, Host, Port, Section, Size, short
 from moe_serve.base.version import package_version
 
 
@@ -56,11 +56,11 @@ class SchedulerSection(Section):
     max_num_batched_tokens: Size = 2048
     """Most tokens in one step of an engine; longer prompts are cut into chunks."""
     max_num_queued_reqs: int | None = Field(None, ge=0)
-    """Requests that may wait before a new one is refused with 503, for each API server; two rounds of max_num_seqs of
-    its engines if not given, fewer while they would wait longer than 30 s."""
+    """Requests that may wait before a new one is refused with 503, for all API servers of one launcher; two rounds of
+    max_num_seqs of their engines if not given, fewer while they would wait longer than 30 s."""
     max_num_queued_tokens: int | None = Field(None, ge=0)
-    """Prompt tokens that may wait before a new request is refused with 503, for each API server; twice the KV cache of
-    its engines if not given, fewer while they would wait longer than 30 s."""
+    """Prompt tokens that may wait before a new request is refused with 503, for all API servers of one launcher; twice
+    the KV cache of their engines if not given, fewer while they would wait longer than 30 s."""
     step_timeout_seconds: float = Field(60, gt=0, allow_inf_nan=False)
     """A step that takes longer ends the server with a message that says which rank it waited for."""
 
@@ -80,6 +80,9 @@ class ServerSection(Section):
     """Address the HTTP server listens on; an IPv6 one with or without brackets, here and elsewhere."""
     port: Port = 8000
     """Port the HTTP server listens on."""
+    api_server_count: int = Field(1, ge=1, le=64, json_schema_extra=short("asc"))
+    """API server processes of this launcher. They share its port, its limits of requests and tokens that may wait, and
+    what they know of the engines; each of them shows the metrics of all."""
     api_key: SecretStr | None = Field(None, min_length=1)
     """Key that clients must send as a bearer token; given by its variable, it is in no command line."""
     admin_api_key: SecretStr | None = Field(None, min_length=1)
@@ -92,10 +95,11 @@ class ServerSection(Section):
     max_body_bytes: Size = 16 * 2**20
     """Largest request body; orders (POST /eplb/...) may have 8 MiB, everything that is not a POST 64 KiB."""
     max_unfinished_body_bytes: Size = 256 * 2**20
-    """Bytes of bodies that have not arrived whole, of all connections together, before more are refused with 503."""
+    """Bytes of bodies that have not arrived whole, of all connections of an API server, before more are refused with
+    503."""
     max_connections: Size | None = None
-    """HTTP connections held at once, before more are answered with 503; as many as the limit of open files allows if
-    not given."""
+    """HTTP connections held at once by an API server, before more are answered with 503; as many as the limit of open
+    files allows if not given."""
     timeout_keep_alive: float = Field(90, ge=0, allow_inf_nan=False)
     """Seconds that an idle connection is kept; more than a load balancer in front keeps its own."""
     timeout_headers: float = Field(20, gt=0, allow_inf_nan=False)
@@ -150,6 +154,11 @@ class Config(Section):
             )
         if self.parallel.data_parallel_multi_port_external_lb:
             self._check_ports()
+        if self.parallel.headless and self.server.api_server_count > 1:
+            raise ValueError(
+                f"api_server_count ({self.server.api_server_count}) does not go with headless, which is for a node "
+                "without an API server; give it to the node of rank 0"
+            )
         return self
 
     def _check_ports(self) -> None:

@@ -28,7 +28,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     its interpreter is busy with something else, since a stopped process answers on no line.
 
     `node` and `machine` as in Site. `generation` of the world that it was started for (0: it takes whichever it meets).
-    A launcher beside the coordinator's says which DP `ranks` it starts, and in how many worlds it has been.
+    A launcher beside the coordinator's says which DP `ranks` it starts, and in how many worlds it has been. An API
+    server is number `place` of the `places` that its launcher starts.
     """
 
     role: Role
@@ -46,6 +47,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     generation: int = 0
     ranks: list[int] = []
     worlds: int = 0
+    place: int = 0
+    places: int = 1
 
 
 class FrontendAt(msgspec.Struct, frozen=True):

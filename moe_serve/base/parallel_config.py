@@ -153,7 +153,7 @@ class ParallelConfig(Section):
 
     @property
     def num_frontends(self) -> int:
-        """API servers that the world waits for."""
+        """Launchers whose API servers the world waits for."""
         if self.load_balancing == "external":
             return self.data_parallel_size
         return 1 if self.load_balancing == "internal" else self.data_parallel_size // len(self.dp_ranks_here)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -58,3 +60,29 @@ def local_address(host: str, port: int) -> str:
             ) from error
         # With its scope, where it is an address of one link only.
         return socket.getnameinfo(probe.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """At the HTTP port (0: any free one), not listening yet: who connects is refused. ConfigError if it is taken."""
+    with naming_http_port(host, port):
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        except OSError:
+            made.close()
+            raise
+        return made
+
+
+@contextlib.contextmanager
+def naming_http_port(host: str, port: int) -> Iterator[None]:
+    """A port that is taken, or an address that is not ours, is the operator's mistake."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"the HTTP server cannot listen on {with_port(host, port)}: {error.strerror or error} "
+            "(options --host and --port)"
+        ) from error

@@ -1,4 +1,8 @@
-"""Whether one more HTTP request may wait for the engines: one front-end's books of what has not begun. Pure.
+"""Whether one more HTTP request may wait for the engines: the books of what has not begun. Pure.
+
+The front-ends of one launcher have limits together: each has its own books, and sees the others' on the board
+(engine/board.py). Two that look at the same moment do not see each other, so of N front-ends N - 1 requests may be
+admitted beyond a limit, and no more.
 
 Requests take turns at the engines (engine/turns.py), so what is before a newcomer is of each other request at most as
 much as it brings itself: a batch of thousands does not keep a short request out, but another such batch.
@@ -14,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moe_serve.base.errors import Overloaded, RefusalReason
+from moe_serve.engine.board import Board
 from moe_serve.engine.pace import MAX_WAIT_SECONDS, Pace
 
 ROUNDS = 2
@@ -51,13 +56,25 @@ class Admission:
     """`admit` before any work is done for a request, with what it probably brings; its Place tells the rest."""
 
     def __init__(
-        self, limits: QueueLimits, *, room: Callable[[], EngineRoom], piece: int, clock: Callable[[], float]
+        self,
+        limits: QueueLimits,
+        *,
+        room: Callable[[], EngineRoom],
+        piece: int,
+        clock: Callable[[], float],
+        board: Board | None = None,
     ) -> None:
-        """`piece`: tokens that a request computes before it is somebody else's turn (max_num_batched_tokens)."""
+        """`piece`: tokens that a request computes before it is somebody else's turn (max_num_batched_tokens).
+
+        `clock` is the same for all on the `board`.
+        """
         self._limits, self._room, self._piece, self._clock = limits, room, piece, clock
         self._waiting: dict[Place, float] = {}  # since when; oldest first
         self._num_begun = 0
         self._requests, self._tokens = Pace(clock()), Pace(clock())
+        self._board = Board.alone() if board is None else board
+        self._shown: dict[Place, tuple[int, int]] = {}
+        self._others_begun = self._board.others_begun
 
     def admit(self, num_seqs: int, num_tokens: int) -> Place:
         """A place for a request of so many sequences and prompt tokens. Raises Overloaded."""
@@ -67,8 +84,8 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have not begun."""
-        return sum(place.num_seqs for place in self._waiting)
+        """Sequences that have not begun, those of other front-ends on the board included."""
+        return sum(place.num_seqs for place in self._waiting) + self._board.others_num_waiting
 
     def check(self, num_seqs: int, num_tokens: int, *, asking: Place | None = None) -> None:
         """Raise Overloaded unless so much more may wait. `asking` is not in its own way."""
@@ -76,12 +93,14 @@ class Admission:
         others = [place for place in self._waiting if place is not asking]
         room = self._room()
         max_requests, max_tokens = self._limits.of(room)
-        before = sum(min(place.num_seqs, max(num_seqs, 1)) for place in others)
+        piece = max(num_tokens, self._piece)
+        elsewhere = self._board.others_waiting(seqs=max(num_seqs, 1), tokens=piece)
+        before = elsewhere[0] + sum(min(place.num_seqs, max(num_seqs, 1)) for place in others)
         # Who finds a place in a step does not wait.
-        ahead = before - max(0, room.num_seqs - self._num_begun)
+        ahead = before - max(0, room.num_seqs - self._num_begun - self._board.others_running)
         if ahead >= max_requests:
             raise _overloaded("queued_reqs", f"{ahead} requests wait before this one, of at most {max_requests}")
-        tokens = sum(min(place.num_tokens, max(num_tokens, self._piece)) for place in others)
+        tokens = elsewhere[1] + sum(min(place.num_tokens, piece) for place in others)
         if tokens and tokens >= max_tokens:
             raise _overloaded(
                 "queued_tokens", f"prompts of {tokens} tokens wait before this one, of at most {max_tokens}"
@@ -94,11 +113,13 @@ class Admission:
 
     def enter(self, place: Place) -> None:
         self._waiting.setdefault(place, self._clock())
+        self._show(place)
 
     def leave(self, place: Place) -> None:
         self._pass_time()
         self._waiting.pop(place, None)
         self._num_begun -= place.num_begun
+        self._show(place)
 
     def began(self, place: Place, num_tokens: int) -> None:
         """A sequence of a place, with so long a prompt, waits no more."""
@@ -106,20 +127,45 @@ class Admission:
             self._requests.began(1)
             self._tokens.began(num_tokens)
         self._num_begun += 1
+        self._board.began(num_tokens)
         if place.num_seqs <= 0:
             self._waiting.pop(place, None)
+        self._show(place)
 
     def finished(self) -> None:
         """A sequence that began is over."""
         self._num_begun -= 1
+        self._say()
+
+    def _show(self, place: Place) -> None:
+        """The others see what of this place waits."""
+        if (shown := self._shown.pop(place, None)) is not None:
+            self._board.waits(*shown, sign=-1)
+        if place in self._waiting:
+            self._shown[place] = place.num_seqs, place.num_tokens
+            self._board.waits(place.num_seqs, place.num_tokens)
+        self._say()
+
+    def _say(self) -> None:
+        self._board.says(oldest=next(iter(self._waiting.values()), 0.0), running=self._num_begun)
 
     def _pass_time(self) -> bool:
         """Whether somebody waits for others; and so it has been since the last call."""
         now = self._clock()
-        busy = now - next(iter(self._waiting.values()), now) > BUSY_SECONDS
+        oldest = min(next(iter(self._waiting.values()), now), self._board.others_oldest or now)
+        busy = now - oldest > BUSY_SECONDS
         for pace in (self._requests, self._tokens):
             pace.pass_time(now, busy=busy)
+        self._hear_others(busy)
         return busy
+
+    def _hear_others(self, busy: bool) -> None:
+        """What began elsewhere is at the same engines."""
+        before, now = self._others_begun, self._board.others_begun
+        self._others_begun = now
+        if busy and now != before:
+            self._requests.began(now.num_seqs - before.num_seqs)
+            self._tokens.began(now.num_tokens - before.num_tokens)
 
 
 class Place:

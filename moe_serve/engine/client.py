@@ -34,6 +34,7 @@ from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.site import with_port
 from moe_serve.base.sockets import prepare
 from moe_serve.engine.admission import EngineRoom
+from moe_serve.engine.board import Board
 from moe_serve.engine.overdue import LOOK_SECONDS, QUIET_SECONDS, Overdue
 from moe_serve.engine.router import Balancer
 from moe_serve.engine.streams import SubmittedStream
@@ -48,12 +49,20 @@ class EngineClient:
     """AsyncEngines over ZMQ. `bind()`, `meet()` the world, `run()` as a task, then `wait_ready()`.
 
     Requests go to the DP ranks in `serves` only (None: all); the engines of others do not connect. An engine is asked
-    after requests of which nothing is heard for `quiet` seconds (engine/overdue.py).
+    after requests of which nothing is heard for `quiet` seconds (engine/overdue.py). It shares the `board` with the
+    other front-ends of its launcher.
     """
 
     def __init__(
-        self, config: Config, *, token: str, serves: Sequence[int] | None = None, quiet: float = QUIET_SECONDS
+        self,
+        config: Config,
+        *,
+        token: str,
+        serves: Sequence[int] | None = None,
+        quiet: float = QUIET_SECONDS,
+        board: Board | None = None,
     ) -> None:
+        self._board = board
         self._serves = serves
         self._view: WorldView | None = None
         self._scheduler, self._block_size = config.scheduler, config.cache.block_size
@@ -86,7 +95,7 @@ class EngineClient:
         self._view = view
         served = set(self.served)
         sharing = [each for each in view.frontends if each.serves is None or served & set(each.serves)]
-        self._balancer.shared = len(sharing) > 1  # one of them is this
+        self._balancer.shared = len(sharing) > (1 if self._board is None else self._board.num_slots)
         self._count_engines()
 
     @property
@@ -116,7 +125,11 @@ class EngineClient:
 
     @property
     def reports(self) -> Mapping[int, LoadReport]:
-        return self._reports
+        board = self._board
+        if board is None:
+            return self._reports
+        known = {dp: self._reports.get(dp) or self._complete(dp, LoadReport()) for dp in self._hellos}
+        return {dp: board.newest(dp, each) for dp, each in known.items() if dp in self._reports or board.knows(dp)}
 
     @property
     def room(self) -> EngineRoom:
@@ -254,18 +267,24 @@ class EngineClient:
             block_size=self._block_size,
             serves=self._serves,
             clock=time.monotonic,
+            board=self._board,
         )
 
     def _deliver(self, message: Events) -> None:
-        hello, report = self._hellos[message.dp], message.report
-        constant = {"num_blocks": hello.num_blocks, "load_seconds": hello.load_seconds}
-        self._reports[message.dp] = msgspec.structs.replace(report, **constant)
+        self._reports[message.dp] = report = self._complete(message.dp, message.report)
+        if self._board is not None:
+            self._board.reported(message.dp, report)
         for event in message.events:
             self._balancer.progressed(event.request_id, len(event.token_ids))
             self._note(event)
             events = self._queues.get(event.request_id)
             if events is not None:
                 events.put_nowait(event)
+
+    def _complete(self, dp: int, report: LoadReport) -> LoadReport:
+        """With what never changes."""
+        hello = self._hellos[dp]
+        return msgspec.structs.replace(report, num_blocks=hello.num_blocks, load_seconds=hello.load_seconds)
 
     def _note(self, event: TokenEvent) -> None:
         """After its last event a stream may stay open for as long as a client reads."""

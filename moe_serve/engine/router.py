@@ -1,7 +1,8 @@
 """Which data-parallel rank gets the next request of one front-end. Pure bookkeeping: no sockets, no torch.
 
-What this front-end sent is counted exactly, from its own events. Engines' reports only refine the picture (free KV
-blocks; what other front-ends sent), and only while they are fresh: a report that is late or wrong can make a rank
+What this front-end sent is counted exactly, from its own events, and so is what the others of its launcher sent
+(engine/board.py). Engines' reports only refine the picture (free KV blocks; what front-ends elsewhere sent), and only
+while they are fresh: a report that is late or wrong can make a rank
 look emptier or, if other front-ends share the engines, fuller than it is, but not for longer than it is fresh.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from moe_serve.base.engine_messages import LoadReport
 from moe_serve.base.errors import RequestError
+from moe_serve.engine.board import Board
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class _Own:
 
 @dataclass(frozen=True, slots=True)
 class _Sighting:
-    """A report, when it was first seen, and what to add to this front-end's own books because of it.
+    """A report, when it was first seen, and what to add to the books because of it.
 
     `extra_blocks` is negative where requests share prefixes and so hold less than the sum of their blocks.
     """
@@ -122,6 +124,8 @@ class Balancer:
 
     `shared` says that other front-ends send to the same engines; it may change. Alone, a rank cannot be fuller than
     this front-end has made it, whatever a report says. This front-end `serves` these ranks only (None: all).
+
+    What those on the `board` have sent counts as its own; each of them begins with another rank.
     """
 
     def __init__(
@@ -134,6 +138,7 @@ class Balancer:
         block_size: int = 16,
         shared: bool = False,
         serves: Sequence[int] | None = None,
+        board: Board | None = None,
     ) -> None:
         self._limits = (max_num_seqs, max_num_batched_tokens)
         self._block_size = block_size
@@ -143,7 +148,8 @@ class Balancer:
         self._own = [_Own() for _ in range(num_ranks)]
         self._sent: dict[str, _Sent] = {}
         self._sightings: dict[int, _Sighting] = {}
-        self._start = 0
+        self._board = Board.alone(num_ranks) if board is None else board
+        self._start = self._board.slot % max(1, num_ranks)
 
     def choose(self, num_tokens: int, reports: Mapping[int, LoadReport], *, pinned: int | None = None) -> int:
         """The rank for a prompt of `num_tokens`; `reports` holds the newest report of each rank that sent one."""
@@ -174,7 +180,7 @@ class Balancer:
             block_size=self._block_size,
             num_blocks=max(blocks, default=0) or None,
         )
-        loads = [self._load(rank) for rank in range(len(self._own))]
+        loads = [self._load(rank, ours) for rank, ours in enumerate(self._ours())]
         choice = choose_rank(loads, num_tokens, capacity, self._start, among=self._serves)
         self._start = (choice.rank + 1) % len(self._own)
         return choice
@@ -186,6 +192,7 @@ class Balancer:
         own.queued_tokens += num_tokens
         own.num_seqs += 1
         own.blocks += _blocks(num_tokens, self._block_size)
+        self._show(rank)
 
     def progressed(self, request_id: str, num_tokens: int) -> None:
         """So many new tokens came, so the prompt is computed. Unknown requests are ignored."""
@@ -197,6 +204,7 @@ class Balancer:
             own.blocks -= _blocks(sent.num_tokens, self._block_size)
             sent.num_tokens += num_tokens
             own.blocks += _blocks(sent.num_tokens, self._block_size)
+            self._show(sent.rank)
 
     def on_rank(self, rank: int) -> list[str]:
         """Requests that were sent there and are not finished."""
@@ -210,13 +218,27 @@ class Balancer:
             own.queued_tokens -= sent.queued
             own.num_seqs -= 1
             own.blocks -= _blocks(sent.num_tokens, self._block_size)
+            self._show(sent.rank)
+
+    def _show(self, rank: int) -> None:
+        own = self._own[rank]
+        self._board.sent(rank, (own.queued_tokens, own.num_seqs, own.blocks))
+
+    def _ours(self) -> list[_Own]:
+        """What all on the board have sent to each rank."""
+        if self._board.num_slots == 1:
+            return self._own
+        return [
+            _Own(own.queued_tokens + queued, own.num_seqs + seqs, own.blocks + blocks)
+            for own, (queued, seqs, blocks) in zip(self._own, self._board.others_sent(), strict=True)
+        ]
 
     def _look_at(self, reports: Mapping[int, LoadReport]) -> None:
         """Note new reports. Requests go out only after this, so each is compared with what it could know of."""
-        for rank in range(len(self._own)):
+        for rank, ours in enumerate(self._ours()):
             report, known = reports.get(rank), self._sightings.get(rank)
             if report is not None and (known is None or known.report is not report):
-                self._sightings[rank] = self._compare(report, self._own[rank])
+                self._sightings[rank] = self._compare(report, ours)
 
     def _compare(self, report: LoadReport, own: _Own) -> _Sighting:
         tokens = max(0, report.waiting_tokens - own.queued_tokens)
@@ -228,8 +250,8 @@ class Balancer:
             tokens, seqs, blocks = 0, 0, min(0, blocks)
         return _Sighting(report, self._clock(), tokens, seqs, blocks)
 
-    def _load(self, rank: int) -> RankLoad:
-        own, seen = self._own[rank], self._sightings.get(rank)
+    def _load(self, rank: int, own: _Own) -> RankLoad:
+        seen = self._sightings.get(rank)
         if seen is None or not self._fresh(seen):
             return RankLoad(own.queued_tokens, own.num_seqs, own.blocks)
         return RankLoad(

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from moe_serve.base.interpreter import module_command
+from moe_serve.launch.shared import SharedThings
 from moe_serve.world.member import MemberSpec, end_all, started
 
 STOP_SECONDS = 3.0
@@ -43,11 +44,13 @@ class Children:
         self._token, self._node = token, node
         self._children: list[Child] = []
 
-    def start(self, name: str, module: str, spec: MemberSpec) -> None:
+    def start(self, name: str, module: str, spec: MemberSpec, shared: SharedThings | None = None) -> None:
+        """`shared` is for API servers."""
         # A session of its own: Ctrl-C in the terminal reaches the launcher only, which then drains.
         process = subprocess.Popen(
             module_command(module),
-            env=spec.to_environment(),
+            env=spec.to_environment() | ({} if shared is None else shared.environment),
+            pass_fds=() if shared is None else shared.pass_fds,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
         )

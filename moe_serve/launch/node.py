@@ -1,9 +1,9 @@
 """Which processes this node starts, in what order, and how they end.
 
-A launcher starts one process per engine of its own and, where asked to, an API server; one of the launchers of a
-world holds the coordinator. Children are told an address and a token, nothing else: they find each other through the
-coordinator, also on another machine. They are not tied to this process either: whoever loses the coordinator ends
-itself.
+A launcher starts one process per engine of its own and, where asked to, API servers; one of the launchers of a
+world holds the coordinator. Children are told an address and a token, and find each other through the coordinator,
+also on another machine; only the API servers of one launcher have more in common (shared.py). They are not tied to
+this process either: whoever loses the coordinator ends itself.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from moe_serve.eplb.build import make_rebalancer
 from moe_serve.eplb.first_placement import placement_digest
 from moe_serve.launch.children import Children
 from moe_serve.launch.part import NodePart, world_token
+from moe_serve.launch.shared import SharedThings
 from moe_serve.launch.site import make_site, name_of_this_node
 from moe_serve.launch.uplink import Uplink
 from moe_serve.world.coordinator import Coordinator
@@ -59,6 +60,7 @@ class Node:
         self._dp_ranks = tuple(range(dp_size)) if part.dp_ranks is None else part.dp_ranks
         self._worlds = worlds
         self._children = Children(token=self.token, node=self.name)
+        self._shared: SharedThings | None = None
         self._coordinator: Coordinator | None = None
         self._uplink: Uplink | None = None
         self._ended: Stop | None = None
@@ -85,6 +87,8 @@ class Node:
 
     async def start(self) -> None:
         """Open the coordinator or find it, then start the children. ConfigError if that cannot be."""
+        if self._part.serve_http:
+            self._shared = SharedThings(self.config)
         await self._until_resolved()
         if self._ended is not None:
             return
@@ -99,8 +103,11 @@ class Node:
             return
         for dp in self._dp_ranks:
             self._start_child(f"engine dp {dp}", "moe_serve.engine.process", dp=dp)
-        if self._part.serve_http:
-            self._start_child("API server", "moe_serve.api.server")
+        if self._shared is not None:
+            for place in range(self._shared.count):
+                name = "API server" if self._shared.count == 1 else f"API server {place}"
+                self._start_child(name, "moe_serve.api.server", place=place)
+            self._shared.let_go()
 
     async def _until_resolved(self) -> None:
         """In a cluster the name of rank 0 may be there later than we are; one machine has its names from the start."""
@@ -187,6 +194,8 @@ class Node:
         await self._children.close(None if self._coordinator is None else self._coordinator.fleet.welcomed)
         if self._coordinator is not None:
             await self._coordinator.close()
+        if self._shared is not None:
+            self._shared.close()
 
     def kill(self) -> None:
         """End what is left of this world on this node at once."""
@@ -202,7 +211,8 @@ class Node:
             return self._coordinator.fleet.generation
         return 0 if self._uplink is None else self._uplink.generation
 
-    def _start_child(self, name: str, module: str, *, dp: int | None = None) -> None:
+    def _start_child(self, name: str, module: str, *, dp: int | None = None, place: int = 0) -> None:
+        shared = self._shared if dp is None else None
         spec = MemberSpec(
             host=self.host,
             port=self.port,
@@ -214,8 +224,9 @@ class Node:
             serves=self._part.serves,
             generation=self._generation,
             connect_seconds=CONNECT_SECONDS,
+            shared=None if shared is None else shared.of(place),
         )
-        self._children.start(name, module, spec)
+        self._children.start(name, module, spec, shared)
 
     async def _watch_once(self) -> None:
         """Wait a moment; a child that ended although nobody told it to ends the world."""

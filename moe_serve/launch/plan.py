@@ -110,7 +110,7 @@ def plan_world(resolved: Config, model: ModelConfig, *, memory_bytes: int | None
                 node=node,
                 here=dp_ranks[0] == resolved.parallel.dp_ranks_here[0],
                 dp_ranks=list(dp_ranks),
-                processes=processes_of_node(resolved.parallel, dp_ranks),
+                processes=processes_of_node(resolved.parallel, dp_ranks, resolved.server.api_server_count),
                 ports=ports_of_node(resolved, dp_ranks),
             )
             for node, dp_ranks in enumerate(nodes)
@@ -130,17 +130,19 @@ def dp_ranks_of_nodes(parallel: ParallelConfig) -> list[range]:
     return [*before, range(first, first + size), *after]
 
 
-def processes_of_node(parallel: ParallelConfig, dp_ranks: Sequence[int]) -> list[ProcessPlan]:
+def processes_of_node(parallel: ParallelConfig, dp_ranks: Sequence[int], api_servers: int = 1) -> list[ProcessPlan]:
     """In the order in which they are started."""
     if not parallel.data_parallel_multi_port_external_lb:
-        return _launched(parallel, dp_ranks)
+        return _launched(parallel, dp_ranks, api_servers)
     found = [ProcessPlan(name="supervisor", ranks=[])]
     for dp in dp_ranks:
-        found += _launched(parallel, [dp], of=f" of rank {dp}")
+        found += _launched(parallel, [dp], api_servers, of=f" of rank {dp}")
     return found
 
 
-def _launched(parallel: ParallelConfig, dp_ranks: Sequence[int], *, of: str = "") -> list[ProcessPlan]:
+def _launched(
+    parallel: ParallelConfig, dp_ranks: Sequence[int], api_servers: int, *, of: str = ""
+) -> list[ProcessPlan]:
     """A launcher and what it starts."""
     holds = 0 in dp_ranks
     found = [ProcessPlan(name=f"launcher{of}{', with the coordinator' if holds else ''}", ranks=[])]
@@ -149,7 +151,8 @@ def _launched(parallel: ParallelConfig, dp_ranks: Sequence[int], *, of: str = ""
     for dp in dp_ranks:
         found += _engine(parallel, dp)
     if holds or parallel.load_balancing != "internal":
-        found.append(ProcessPlan(name=f"API server{of}", ranks=[]))
+        numbers = [""] if api_servers == 1 else [f" {place}" for place in range(api_servers)]
+        found += [ProcessPlan(name=f"API server{number}{of}", ranks=[]) for number in numbers]
     return found
 
 

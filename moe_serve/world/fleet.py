@@ -59,7 +59,7 @@ PEER_GRACE_SECONDS = 2.0
 
 @dataclass(slots=True)
 class Fleet:
-    """`has_workers`: engines have worker processes of their own. `num_frontends` essential API servers are expected.
+    """`has_workers`: engines have worker processes of their own. `num_frontends` launchers start API servers.
 
     `generation`, `number` and `placement` as in WorldView. `node` of the coordinator, whose launcher starts
     `ranks_here`.

@@ -20,11 +20,26 @@ from moe_serve.base.messages import UNREADABLE
 from moe_serve.base.site import Site
 
 ENVIRONMENT = "MOE_SERVE_MEMBER"
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Where prometheus_client keeps the counts of processes that are scraped as one; read when it is imported."""
+
+
+class SharedByServers(msgspec.Struct, frozen=True, kw_only=True):
+    """What one API server, number `place` of `places`, has together with the others of its launcher.
+
+    Descriptors that it inherits: the socket at the HTTP port, not `listening` yet, and the memory of the `board`
+    (engine/board.py).
+    """
+
+    place: int
+    places: int
+    listening: int
+    board: int
 
 
 class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
     """`host` and `port` of the coordinator; `connect_seconds` to keep trying it; `config` is Config.to_json().
-    Only an API server's has keys.
+    Only an API server's has keys, and what is `shared`: without that it opens a port of its own.
 
     `essential`, `generation` and, for a front-end, `serves` as in Hello.
     """
@@ -39,11 +54,13 @@ class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
     serves: list[int] | None = None
     generation: int = 0
     connect_seconds: float = 5.0
+    shared: SharedByServers | None = None
 
     def to_environment(self) -> dict[str, str]:
         """Environment for the child: this one's without keys, the spec and the share of the cores."""
+        inherited = {name: value for name, value in child_environment().items() if name.upper() != METRICS_FOLDER}
         return {
-            **child_environment(),
+            **inherited,
             ENVIRONMENT: msgspec.json.encode(self).decode(),
             **thread_environment(self.site.threads),
             **(heap_environment() if self.dp < 0 else {}),

@@ -43,7 +43,7 @@ class Member:
     def name(self) -> str:
         hello = self.hello
         if hello.role == "api":
-            who = "API server"
+            who = "API server" if hello.places == 1 else f"API server {hello.place}"
         elif hello.role == "launcher":
             who = f"launcher of {named_ranks(hello.ranks)}"
         elif hello.role == "engine":
@@ -99,7 +99,7 @@ def expected_places(topology: Topology, *, has_workers: bool) -> list[tuple[str,
 def missing_members(
     places: Iterable[tuple[str, int, int]], members: Collection[Member], topology: Topology, num_frontends: int
 ) -> list[str]:
-    """Members that have not come or are not ready, by name."""
+    """Members that have not come or are not ready, by name. `num_frontends`: launchers that start API servers."""
     arrived = {known.key: known for known in members}
     names = []
     for role, dp, worker in places:
@@ -113,7 +113,9 @@ def missing_members(
             names.append(f"{known.name} (phase {known.place!r})")
     servers = [each for each in members if each.hello.role == "api" and each.hello.essential]
     names += [f"{known.name} (not listening yet)" for known in servers if not known.ready]
-    return names + ["API server"] * (num_frontends - len(servers))
+    of_node = {each.hello.node: each.hello.places for each in servers}
+    absent = num_frontends - len(of_node) + sum(of_node.values()) - len(servers)
+    return names + ["API server"] * absent
 
 
 def frontends_at(members: Iterable[Member]) -> list[FrontendAt]:

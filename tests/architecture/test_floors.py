@@ -54,6 +54,7 @@ PURE = (
     "engine/flight.py",
     "engine/turns.py",
     "engine/admission.py",
+    "engine/board.py",
     "engine/overdue.py",
     "engine/pace.py",
     "deploy",

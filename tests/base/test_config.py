@@ -102,6 +102,12 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"data_parallel_size": 2, "data_parallel_size_local": 0}, "has nothing to do"),
     ({"data_parallel_size": 2, "headless": True}, "a node beside that of rank 0"),
     (
+        {"data_parallel_size": 2, "data_parallel_start_rank": 1, "headless": True, "api_server_count": 2},
+        r"api_server_count \(2\) does not go with headless",
+    ),
+    ({"api_server_count": 0}, r"api_server_count: .* greater than or equal to 1 \(given: 0\)"),
+    ({"api_server_count": 65}, r"api_server_count: .* less than or equal to 64 \(given: 65\)"),
+    (
         {"data_parallel_size": 2, "data_parallel_start_rank": 1},
         r"needs headless .*, data_parallel_hybrid_lb \(.* or data_parallel_multi_port_external_lb",
     ),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from moe_serve.base.config import Config
-from moe_serve.base.site import local_address, with_port, without_brackets
+from moe_serve.base.errors import ConfigError
+from moe_serve.base.site import bound_socket, local_address, with_port, without_brackets
 from tests.support.ipv6 import why_no_ipv6
 
 
@@ -31,3 +34,14 @@ def test_the_way_to_this_machine_begins_at_its_own_address(host: str) -> None:
     if host == "::1" and (why := why_no_ipv6()):
         pytest.skip(why)
     assert local_address(host, 0) == host
+
+
+def test_a_port_is_held_before_anybody_listens_and_one_that_is_taken_is_named() -> None:
+    with bound_socket("127.0.0.1", 0) as held:
+        port = held.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+        held.listen()
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port}: .* in use \(options --host and"):
+            bound_socket("127.0.0.1", port)

@@ -210,6 +210,13 @@ def test_a_supervisor_has_a_port_and_each_of_its_ranks_another() -> None:
     assert ports[1] == [("HTTP of rank 2", 8000), ("HTTP of rank 3", 8001), ("supervisor", 9256)]
 
 
+def test_several_api_servers_are_processes_at_one_port() -> None:
+    (node,) = plan(api_server_count=3).nodes
+    names = [process.name for process in node.processes]
+    assert names == [HOLDER, "engine dp 0", "API server 0", "API server 1", "API server 2"]
+    assert [port.what for port in node.ports] == ["coordinator", "store of rank 0", "HTTP"]
+
+
 def test_workers_are_processes_unless_an_executor_has_them_otherwise() -> None:
     two = {"data_parallel_size": 1, "tensor_parallel_size": 2}
     found = processes_of_node(parallel(distributed_executor_backend="mp", **two), [0])

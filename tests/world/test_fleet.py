@@ -268,6 +268,34 @@ def test_a_launcher_hears_when_its_own_server_can_serve() -> None:
     assert answers(sends, 20) == [WorldReady(front_door="there:1")]
 
 
+def test_each_launcher_may_have_another_number_of_api_servers_and_all_are_waited_for_by_name() -> None:
+    fleet = make_fleet()
+    fleet.num_frontends = 2
+    for dp in (0, 1):
+        fleet.hear(dp, engine(dp), 0)
+        fleet.hear(dp, Ready(), 0)
+    assert fleet.missing() == ["API server"] * 2
+    here = [msgspec.structs.replace(API, node="here", pid=90 + place, place=place, places=3) for place in range(3)]
+    fleet.hear(20, here[1], 0)
+    fleet.hear(20, Ready("here:1"), 0)
+    assert fleet.missing() == ["API server"] * 3, "two of this launcher, and one at least of the other"
+    fleet.hear(21, msgspec.structs.replace(API, node="there", pid=80), 0)
+    fleet.hear(22, here[0], 0)
+    fleet.hear(23, here[2], 0)
+    assert fleet.missing() == [
+        "API server (pid 80 on here) (not listening yet)",
+        "API server 0 (pid 90 on here) (not listening yet)",
+        "API server 2 (pid 92 on here) (not listening yet)",
+    ]
+    for member in (21, 22, 23):
+        assert not fleet.ready
+        fleet.hear(member, Ready("here:1"), 0)
+    assert fleet.ready
+    fleet.lost(23, 1)
+    assert fleet.ended is not None
+    assert fleet.ended.reason == "API server 2 (pid 92 on here) died"
+
+
 def test_whose_ranks_are_taken_is_refused_for_now_and_who_has_none_for_good() -> None:
     fleet = apart()
     for hello, words, patience in (
