@@ -219,7 +219,7 @@ def test_a_wrong_value_is_told_with_what_is_allowed(
 
 
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    known = "known are: serve, plan, chat, make-model, eplb, k8s, version"
+    known = "known are: serve, plan, doctor, chat, make-model, eplb, k8s, version"
     assert f"unknown command 'sevre'; {known}" in refused(capsys, "sevre")
 
 

@@ -15,7 +15,7 @@ from tests.support.manifests import Objects, objects_of
 from tests.support.pages import ROOT, blocks, commands
 
 PAGE = ROOT / "docs" / "kubernetes" / "README.md"
-DEPLOY, RESTART, UPDATE = blocks(PAGE)
+DEPLOY, NODES, RESTART, UPDATE = blocks(PAGE)
 
 
 def world_of(block: str) -> Objects:
@@ -46,7 +46,7 @@ def chosen(objects: Objects, words: list[str]) -> Iterator[Any]:
             yield each
 
 
-@pytest.mark.parametrize("block", [DEPLOY, UPDATE], ids=["deploy", "update"])
+@pytest.mark.parametrize("block", [DEPLOY, NODES, UPDATE], ids=["deploy", "nodes", "update"])
 def test_the_secret_that_the_page_makes_is_the_one_that_the_pods_read(block: str) -> None:
     objects, ((*_, kind, name), *_) = world_of(block), [words[:4] for words in kubectl(block, "create")]
     assert kind == "generic"
@@ -59,7 +59,7 @@ def test_the_secret_that_the_page_makes_is_the_one_that_the_pods_read(block: str
     assert f"--from-literal={reference['key']}=" in block
 
 
-@pytest.mark.parametrize("block", [DEPLOY, UPDATE], ids=["deploy", "update"])
+@pytest.mark.parametrize("block", [DEPLOY, NODES, UPDATE], ids=["deploy", "nodes", "update"])
 def test_the_page_waits_for_the_pods_of_the_world_that_it_applied(block: str) -> None:
     objects, (words,) = world_of(block), kubectl(block, "wait")
     assert labels_of(words).items() <= objects.template["metadata"]["labels"].items()
@@ -86,7 +86,7 @@ def test_an_update_deletes_the_old_world_whole_but_for_the_service_that_both_sha
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-@pytest.mark.parametrize("block", [DEPLOY, UPDATE], ids=["deploy", "update"])
+@pytest.mark.parametrize("block", [DEPLOY, NODES, UPDATE], ids=["deploy", "nodes", "update"])
 def test_kubectl_understands_how_the_page_makes_the_secret(block: str) -> None:
     (line,) = re.findall(r"^kubectl create secret .*$", block, re.MULTILINE)
     told = subprocess.run(
