@@ -31,7 +31,7 @@ from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Progress
 from moe_serve.base.site import naming_http_port, with_port
 from moe_serve.base.world_messages import WorldAnswer
-from moe_serve.engine.board import Board, board_bytes
+from moe_serve.engine.board import NoticeBoard, board_bytes
 from moe_serve.engine.client import EngineClient
 from moe_serve.text.tokenizer import load_tokenizer
 from moe_serve.world.link import Link
@@ -229,12 +229,12 @@ class ApiServer:
         return order.code
 
 
-def open_board(shared: SharedByServers, config: Config) -> Board:
+def open_board(shared: SharedByServers, config: Config) -> NoticeBoard:
     """The memory that the launcher made for its API servers."""
     ranks = config.parallel.data_parallel_size
     memory = mmap.mmap(shared.board, board_bytes(shared.places, ranks))
     os.close(shared.board)
-    return Board(memoryview(memory), num_slots=shared.places, slot=shared.place, num_ranks=ranks)
+    return NoticeBoard(memoryview(memory), num_slots=shared.places, slot=shared.place, num_ranks=ranks)
 
 
 def main() -> int:

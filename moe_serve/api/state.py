@@ -14,7 +14,7 @@ from moe_serve.api.world import World
 from moe_serve.base.config import Config
 from moe_serve.base.errors import EngineDead, Overloaded, UnknownModel
 from moe_serve.engine.admission import Admission, QueueLimits
-from moe_serve.engine.board import Board
+from moe_serve.engine.board import NoticeBoard
 from moe_serve.engine.streams import AsyncEngines
 from moe_serve.text.tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ class ApiState:
     balance: Balance | None = None
     world: World | None = None
     starting: bool = False
-    board: Board | None = None
+    board: NoticeBoard | None = None
     metrics_folder: str | None = None
     admission: Admission = field(init=False)
     metrics: Metrics = field(init=False)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moe_serve.base.errors import Overloaded, RefusalReason
-from moe_serve.engine.board import Board
+from moe_serve.engine.board import NoticeBoard
 from moe_serve.engine.pace import MAX_WAIT_SECONDS, Pace
 
 ROUNDS = 2
@@ -62,7 +62,7 @@ class Admission:
         room: Callable[[], EngineRoom],
         piece: int,
         clock: Callable[[], float],
-        board: Board | None = None,
+        board: NoticeBoard | None = None,
     ) -> None:
         """`piece`: tokens that a request computes before it is somebody else's turn (max_num_batched_tokens).
 
@@ -72,7 +72,7 @@ class Admission:
         self._waiting: dict[Place, float] = {}  # since when; oldest first
         self._num_begun = 0
         self._requests, self._tokens = Pace(clock()), Pace(clock())
-        self._board = Board.alone() if board is None else board
+        self._board = NoticeBoard.alone() if board is None else board
         self._shown: dict[Place, tuple[int, int]] = {}
         self._others_begun = self._board.others_begun
 

@@ -49,7 +49,7 @@ class Begun:
     num_tokens: int
 
 
-class Board:
+class NoticeBoard:
     """Of `num_slots` front-ends, this one being number `slot`, and the DP ranks that they send to.
 
     `memory` of board_bytes(), zero at first. Numbers are float64: whole ones are exact up to 2^53.
@@ -63,7 +63,7 @@ class Board:
         self._all = np.frombuffer(memory, np.float64).reshape(num_slots, size)
 
     @classmethod
-    def alone(cls, num_ranks: int = 0) -> Board:
+    def alone(cls, num_ranks: int = 0) -> NoticeBoard:
         """For a front-end that shares it with nobody."""
         return cls(memoryview(bytearray(board_bytes(1, num_ranks))), num_slots=1, slot=0, num_ranks=num_ranks)
 

@@ -34,7 +34,7 @@ from moe_serve.base.sampling import SamplingParams
 from moe_serve.base.site import with_port
 from moe_serve.base.sockets import prepare
 from moe_serve.engine.admission import EngineRoom
-from moe_serve.engine.board import Board
+from moe_serve.engine.board import NoticeBoard
 from moe_serve.engine.overdue import LOOK_SECONDS, QUIET_SECONDS, Overdue
 from moe_serve.engine.router import Balancer
 from moe_serve.engine.streams import SubmittedStream
@@ -60,7 +60,7 @@ class EngineClient:
         token: str,
         serves: Sequence[int] | None = None,
         quiet: float = QUIET_SECONDS,
-        board: Board | None = None,
+        board: NoticeBoard | None = None,
     ) -> None:
         self._board = board
         self._serves = serves

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from moe_serve.base.engine_messages import LoadReport
 from moe_serve.base.errors import RequestError
-from moe_serve.engine.board import Board
+from moe_serve.engine.board import NoticeBoard
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Balancer:
         block_size: int = 16,
         shared: bool = False,
         serves: Sequence[int] | None = None,
-        board: Board | None = None,
+        board: NoticeBoard | None = None,
     ) -> None:
         self._limits = (max_num_seqs, max_num_batched_tokens)
         self._block_size = block_size
@@ -148,7 +148,7 @@ class Balancer:
         self._own = [_Own() for _ in range(num_ranks)]
         self._sent: dict[str, _Sent] = {}
         self._sightings: dict[int, _Sighting] = {}
-        self._board = Board.alone(num_ranks) if board is None else board
+        self._board = NoticeBoard.alone(num_ranks) if board is None else board
         self._start = self._board.slot % max(1, num_ranks)
 
     def choose(self, num_tokens: int, reports: Mapping[int, LoadReport], *, pinned: int | None = None) -> int:

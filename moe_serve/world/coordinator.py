@@ -134,8 +134,8 @@ class Coordinator:
         except asyncio.CancelledError:
             return  # the loop ends; asyncio would report a cancelled handler as an error
         except Exception as error:  # noqa: BLE001 (whatever a stranger sends ends his own connection)
-            here = self.fleet.members.get(member)
-            if self.fleet.ended is None and not (here is not None and here.leaving):
+            who = self.fleet.members.get(member)
+            if self.fleet.ended is None and not (who is not None and who.leaving):
                 why = f"{type(error).__name__}: {error}"
                 log.warning("dropped a connection from %s: %s", writer.get_extra_info("peername"), why)
         finally:

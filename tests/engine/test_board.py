@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from moe_serve.base.engine_messages import LoadReport
 from moe_serve.base.errors import Overloaded
 from moe_serve.engine.admission import Admission, EngineRoom, QueueLimits
-from moe_serve.engine.board import COUNTERS, GAUGES, Board, board_bytes
+from moe_serve.engine.board import COUNTERS, GAUGES, NoticeBoard, board_bytes
 from moe_serve.engine.router import Balancer
 
 NOT_COUNTED = {"num_blocks", "load_seconds"}
 
 
-def boards(count: int, ranks: int = 2) -> list[Board]:
+def boards(count: int, ranks: int = 2) -> list[NoticeBoard]:
     """As separate processes see them."""
     memory = bytearray(board_bytes(count, ranks))
-    return [Board(memoryview(memory), num_slots=count, slot=slot, num_ranks=ranks) for slot in range(count)]
+    return [NoticeBoard(memoryview(memory), num_slots=count, slot=slot, num_ranks=ranks) for slot in range(count)]
 
 
 class Time:
