@@ -32,12 +32,12 @@ def test_what_a_rank_makes_of_its_nodes_table_is_what_was_worked_out_for_it_alon
     case: tuple[Split, Floats, Problem],
 ) -> None:
     split, _, problem = case
-    layers = list(range(problem.num_layers))[::-2][::-1]
-    tables = {node: table_of_node(split, node, layers).tobytes() for node in range(problem.num_nodes)}
+    tables = {node: table_of_node(split, node).tobytes() for node in range(problem.num_nodes)}
     order = SetShares(epoch=0, shares=tables, node_sizes=problem.node_sizes, local_first=split.prefer_local)
-    rows = [split.placement.physical_to_logical_LP[layer].tolist() for layer in layers]
+    assert {len(table) for table in tables.values()} == {split.placement.physical_to_logical_LP.size * 4}
+    rows = split.placement.physical_to_logical_LP.tolist()
     for rank in range(problem.num_ranks):
-        expected = cumulative(split, rank)[1][layers].astype(np.float32)
+        expected = cumulative(split, rank)[1].astype(np.float32)
         assert np.array_equal(table_of_rank(order, rows, split.placement, rank), expected)
 
 
@@ -53,3 +53,17 @@ def test_sources_that_are_not_known_count_as_if_every_rank_sent_the_same(case: t
     assert np.allclose(*peaks), "neither finds better shares than the other"
     assert np.allclose(split.anywhere_LP, by_source.anywhere_LP)
     assert np.allclose(split.on_node_LP, by_source.on_node_LP)
+
+
+@given(cases())
+def test_the_shares_of_some_layers_do_not_depend_on_the_others(case: tuple[Split, Floats, Problem]) -> None:
+    split, load_LE, problem = case
+    layers = list(range(problem.num_layers))[::-2][::-1]
+    some = solve_split(
+        split.placement.of_layers(layers),
+        load_LE[layers],
+        node_sizes=problem.node_sizes,
+        prefer_local=split.prefer_local,
+    )
+    assert np.array_equal(some.anywhere_LP, split.anywhere_LP[layers])
+    assert np.array_equal(some.on_node_LP, split.on_node_LP[layers])
