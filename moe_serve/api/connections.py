@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from moe_serve.api.metrics import Metrics
 from moe_serve.api.middleware import PACE
 from moe_serve.api.orders import OPEN_PATHS
 from moe_serve.base.config import ServerSection
+from moe_serve.base.descriptors import raise_descriptor_limit
 from moe_serve.base.errors import ConfigError, Overloaded, RefusalReason
 from moe_serve.base.site import bound_socket, naming_http_port
 
@@ -42,14 +42,6 @@ BACKLOG = 2048
 BUSY_ANSWER = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 LATE_ANSWER = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 log = logging.getLogger(__name__)
-
-
-def raise_descriptor_limit() -> int:
-    """Allow this process and its children as many open files as the system lets it; the number."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard if hard != resource.RLIM_INFINITY else 2**20
 
 
 def most_connections(asked: int | None, descriptors: int) -> int:

@@ -184,9 +184,10 @@ class StageExperts(msgspec.Struct, frozen=True, kw_only=True, tag="stage_experts
 class SetShares(msgspec.Struct, frozen=True, kw_only=True, tag="set_shares"):
     """Split the load over the copies of every expert anew; no weight moves. Ignored unless `epoch` is the one served.
 
-    `shares[node]` for rows whose source is on that node (`node_sizes` as in eplb/nodes.py): float32 (layers, experts,
-    most copies) as bytes, cumulative. `local_first`: a rank that holds copies of an expert gives its own rows to these
-    alike, and works that out itself (eplb/shares.py), so that what is sent does not grow with the number of ranks.
+    `shares[node]` for rows whose source is on that node (`node_sizes` as in eplb/nodes.py): float32 (layers x slots,)
+    as bytes, cumulative, by layer, expert and slot. `local_first`: a rank that holds copies of an expert gives its own
+    rows to these alike, and works that out itself (eplb/shares.py), so that what is sent does not grow with the number
+    of ranks.
     Answered with Done.
     """
 

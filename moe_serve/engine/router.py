@@ -77,7 +77,8 @@ def choose_rank(
     costs = tuple(_cost(load, capacity) for load in loads)
     short = tuple(capacity.num_blocks is not None and load.used_blocks + need > capacity.num_blocks for load in loads)
     turns = [(start + offset) % len(loads) for offset in range(len(loads))]
-    order = [rank for rank in turns if among is None or rank in among]
+    allowed = None if among is None else set(among)
+    order = [rank for rank in turns if allowed is None or rank in allowed]
     best = min(order, key=lambda rank: (short[rank], costs[rank]))
     equals = [rank for rank in order if (short[rank], costs[rank]) == (short[best], costs[best])]
     if all(short[rank] for rank in order):
@@ -180,7 +181,7 @@ class Balancer:
             block_size=self._block_size,
             num_blocks=max(blocks, default=0) or None,
         )
-        loads = [self._load(rank, ours) for rank, ours in enumerate(self._ours())]
+        loads = self._loads()
         choice = choose_rank(loads, num_tokens, capacity, self._start, among=self._serves)
         self._start = (choice.rank + 1) % len(self._own)
         return choice
@@ -250,9 +251,13 @@ class Balancer:
             tokens, seqs, blocks = 0, 0, min(0, blocks)
         return _Sighting(report, self._clock(), tokens, seqs, blocks)
 
-    def _load(self, rank: int, own: _Own) -> RankLoad:
+    def _loads(self) -> list[RankLoad]:
+        now, newest = self._clock(), max((seen.report.step for seen in self._sightings.values()), default=0)
+        return [self._load(rank, own, now, newest) for rank, own in enumerate(self._ours())]
+
+    def _load(self, rank: int, own: _Own, now: float, newest_step: int) -> RankLoad:
         seen = self._sightings.get(rank)
-        if seen is None or not self._fresh(seen):
+        if seen is None or not _fresh(seen, now, newest_step):
             return RankLoad(own.queued_tokens, own.num_seqs, own.blocks)
         return RankLoad(
             own.queued_tokens + seen.extra_tokens,
@@ -260,11 +265,10 @@ class Balancer:
             max(0, own.blocks + seen.extra_blocks),
         )
 
-    def _fresh(self, sighting: _Sighting) -> bool:
-        """Ranks step together, so a report that lags behind the others' steps is old whenever it came."""
-        newest = max(other.report.step for other in self._sightings.values())
-        recent = self._clock() - sighting.seen_at <= FRESH_SECONDS
-        return recent and newest - sighting.report.step <= FRESH_STEPS
+
+def _fresh(sighting: _Sighting, now: float, newest_step: int) -> bool:
+    """Ranks step together, so a report that lags behind the others' steps is old whenever it came."""
+    return now - sighting.seen_at <= FRESH_SECONDS and newest_step - sighting.report.step <= FRESH_STEPS
 
 
 def _cost(load: RankLoad, capacity: Capacity) -> float:

@@ -7,6 +7,7 @@ Several slots may hold the same expert: its copies. Files of placements are read
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,10 @@ class Placement:
         table = np.full((layers, self.num_logical, int(counts.max(initial=1))), -1, dtype=np.int64)
         table[np.arange(layers)[:, None], experts, nth] = order
         return table
+
+    def of_layers(self, layers: Sequence[int]) -> Placement:
+        """Some layers of it, in this order."""
+        return Placement(self.physical_to_logical_LP[list(layers)], self.offsets, self.num_logical)
 
     def holdings(self) -> Ints:
         """int64 (L, P): one number for each (layer, rank, expert), so that equal numbers are copies on one rank."""

@@ -1,7 +1,9 @@
 """Tables of shares as they travel: one for each node, and what a rank makes of its node's table. numpy only.
 
 A rank differs from its neighbours only in the experts that it holds itself, and those it can work out alone: so a table
-is sent for each node, not for each rank. Shape letters: L layers, E logical experts, C most copies of one expert.
+is sent for each node, not for each rank, and in it one number for each copy that there is: padded to the expert with
+most copies, tables for thousands of ranks would be ten times as large. Shape letters: L layers, E logical experts, P
+physical slots, C most copies of one expert.
 """
 
 from __future__ import annotations
@@ -19,9 +21,18 @@ from moe_serve.eplb.search.weights import Split, cumulated
 Table = npt.NDArray[np.float32]
 
 
-def table_of_node(split: Split, node: int, layers: Sequence[int]) -> Table:
-    """float32 (layers, E, C): cumulative shares of rows from a node, on whose rank no copy is or none is preferred."""
-    return split.cumulative_on_node(node)[layers].astype(np.float32)
+def table_of_node(split: Split, node: int) -> Table:
+    """float32 (L x P,): cumulative shares of rows from a node, on whose rank no copy is or none is preferred.
+
+    By layer, then expert, then slot.
+    """
+    return without_gaps(split.cumulative_on_node(node).astype(np.float32), split.placement)
+
+
+def without_gaps(table_LEC: Table, placement: Placement) -> Table:
+    """Of a table only the places of copies that there are, in order."""
+    found: Table = table_LEC[placement.logical_to_physical() >= 0]
+    return found
 
 
 def table_of_rank(
@@ -38,11 +49,15 @@ def table_of_rank(
     ranks own the same slots in all of them.
     """
     node = node_of_rank(order.node_sizes, rank)
-    whole_LEC = np.frombuffer(order.shares[node], dtype=np.float32).reshape(len(layers), placed.num_logical, -1)
-    table_LEC = whole_LEC[[layer in rows for layer in layers]]
-    if order.local_first and rows:
-        rows_LP = np.array([rows[layer] for layer in sorted(rows)], dtype=np.int64)
-        placement = Placement(rows_LP, placed.offsets, placed.num_logical)
+    own = [layer in rows for layer in layers]
+    rows_LP = np.array([rows[layer] for layer in sorted(rows)], dtype=np.int64).reshape(len(rows), placed.num_physical)
+    placement = Placement(rows_LP, placed.offsets, placed.num_logical)
+    there_LEC = placement.logical_to_physical() >= 0
+    table_LEC = np.ones(there_LEC.shape, dtype=np.float32)
+    # One number for each copy: as many for each layer as it has slots.
+    told_LP = np.frombuffer(order.shares[node], dtype=np.float32).reshape(len(layers), placed.num_physical)
+    table_LEC[there_LEC] = told_LP[own].ravel()
+    if order.local_first:
         _own_copies_first(table_LEC, placement, rank)
     return table_LEC
 
@@ -57,11 +72,4 @@ def _own_copies_first(table_LEC: Table, placement: Placement, rank: int) -> None
     slot_NC = placement.logical_to_physical()[layer_N, expert_N]
     here_NC = (slot_NC >= mine.start) & (slot_NC < mine.stop)
     own_NC = cumulated(here_NC / here_NC.sum(axis=1, keepdims=True)).astype(np.float32)
-    table_LEC[layer_N, expert_N] = _as_wide(own_NC, table_LEC.shape[2])
-
-
-def _as_wide(own_NC: Table, most: int) -> Table:
-    """The table may have places beyond the copies of these layers."""
-    wide = np.ones((len(own_NC), most), dtype=np.float32)
-    wide[:, : own_NC.shape[1]] = own_NC
-    return wide
+    table_LEC[layer_N, expert_N] = own_NC

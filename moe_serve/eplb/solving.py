@@ -96,14 +96,12 @@ def _checked(answer: object, served: Placement) -> Placement:
 
 def _orders(question: SharesQuestion) -> Answer:
     """One order for all engines whose ranks are on the same nodes."""
-    split = question.forecast.split(question.load_LE, question.placement)
+    split = question.forecast.split(question.load_LE[question.layers], question.placement.of_layers(question.layers))
     nodes = nodes_of_ranks(question.forecast.node_sizes or (question.placement.num_ranks,))
     engines: dict[tuple[int, ...], list[int]] = {}
     for dp, ranks in enumerate(nodes.reshape(-1, question.ranks_per_engine)):
         engines.setdefault(tuple(np.unique(ranks).tolist()), []).append(dp)
-    tables = {
-        node: table_of_node(split, node, question.layers).tobytes() for node in {n for key in engines for n in key}
-    }
+    tables = {node: table_of_node(split, node).tobytes() for node in {n for key in engines for n in key}}
     encode = msgspec.msgpack.Encoder().encode
     bodies = [encode(_order(question, {node: tables[node] for node in key})) for key in engines]
     return Ordered(list(engines.values())), bodies

@@ -17,6 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from moe_serve.base.config import Config
+from moe_serve.base.descriptors import raise_descriptor_limit
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import load_model_config
@@ -87,6 +88,7 @@ class Node:
 
     async def start(self) -> None:
         """Open the coordinator or find it, then start the children. ConfigError if that cannot be."""
+        raise_descriptor_limit()  # a line to every member of the world; engines have one to each other in each group
         if self._part.serve_http:
             self._shared = SharedThings(self.config)
         await self._until_resolved()

@@ -28,6 +28,9 @@ from moe_serve.world.status import answer_ask
 
 TICK_SECONDS = 0.5
 BIND_TRIES = 5
+BACKLOG = 4096
+"""Connections that the kernel may hold until they are taken: thousands come in one moment (net.core.somaxconn counts
+too), and whoever is not held waits for a second and longer before he tries again."""
 HELLO_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
 log = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ class Coordinator:
         """Listen on `host` only; the port in use. A taken port is tried five times, then a ConfigError."""
         for attempt in range(BIND_TRIES):
             try:
-                self._server = await asyncio.start_server(self._serve, host, port)
+                self._server = await asyncio.start_server(self._serve, host, port, backlog=BACKLOG)
                 break
             except OSError as error:
                 if port == 0 or attempt == BIND_TRIES - 1:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from moe_serve.base.balance_messages import BalanceAsk, StageReport, StepLoad
-from moe_serve.base.config import differing_fields
 from moe_serve.base.messages import (
     Ack,
     Drain,
@@ -38,22 +37,25 @@ from moe_serve.eplb.rebalancer import Rebalancer
 from moe_serve.eplb.surface import BalanceSurface
 from moe_serve.world.draining import Draining
 from moe_serve.world.members import (
-    QUIET_SECONDS,
+    Key,
     Member,
+    Place,
+    disagreement,
     expected_places,
+    front_doors,
     frontends_at,
     hear_line,
+    is_place,
     missing_members,
     slow_step,
     why_not,
 )
-from moe_serve.world.orders import dated, tell_nodes, to_engines
+from moe_serve.world.orders import dated, tell_nodes, tell_ready, to_engines
+from moe_serve.world.own_time import OwnTime
 from moe_serve.world.parcels import Send, answer_parcel
 
 LAST_SECONDS = 30.0
 """After which somebody else listens where a world has ended, or nobody."""
-OWN_GAP_SECONDS = 8.0
-"""A coordinator that was stopped for so long itself has been given up by all members."""
 PEER_GRACE_SECONDS = 2.0
 
 
@@ -85,14 +87,16 @@ class Fleet:
     draining: Draining | None = None
     _store: StoreAt | None = None
     _suspicion: tuple[float, Stop] | None = None
-    _now: float | None = None
-    _own_gap: str = ""
+    _time: OwnTime = field(default_factory=OwnTime)
     _log: list[str] = field(default_factory=list)
+    _taken: set[Key] = field(default_factory=set)
+    _num_ready: int = 0
+    _last_wake: int = 0
     _surface: BalanceSurface = field(default_factory=lambda: BalanceSurface(None))
 
     def hear(self, member: int, message: ForFleet, now: float) -> list[Send]:
         """A record from a connection; from somebody who knows the world's token; the first must be a Hello."""
-        self._pass_time(now)
+        self._time.pass_to(now, self.members.values())
         if isinstance(message, Hello):
             return self._hello(member, message, now)
         known = self.members.get(member)
@@ -107,12 +111,13 @@ class Fleet:
                 self._store = message
                 return [Send(other, message) for other in self._role("engine") if other != member]
             case Ready():
+                self._num_ready += not known.ready
                 known.ready, known.note = True, message.note
                 if self.rebalancer is not None and message.expert_bytes:
                     self.rebalancer.set_expert_bytes(message.expert_bytes)
                 return self._ready(now)
             case Wake():
-                return [Send(other, message) for other in self._role("engine") if other != member]
+                return self._woken(member, message)
             case Unfinished():
                 known.unfinished = message
                 return []
@@ -125,7 +130,7 @@ class Fleet:
                 known.leaving = True
                 return self._left(known, message.reason) if known.hello.role == "api" else []
             case Failure():
-                return self._failure(known, message, now)
+                return self._failure(member, known, message, now)
             case StageReport() if message.generation != self.generation:
                 return []
             case StageReport():
@@ -162,19 +167,20 @@ class Fleet:
 
     def lost(self, member: int, now: float) -> list[Send]:
         """A connection closed."""
-        self._pass_time(now)
+        self._time.pass_to(now, self.members.values())
         known = self.members.pop(member, None)
         if known is None or self.ended is not None:
             return []
+        self._taken.discard(known.key)
         if not known.hello.essential:
             return self._do_without(known, "left" if known.leaving else f"died{known.last_seen}")
         if known.leaving:
             return []
-        return self.end(Stop(self._own_gap or f"{known.name} died{known.last_seen}", 1, known.hello.node))
+        return self.end(Stop(self._time.excuse or f"{known.name} died{known.last_seen}", 1, known.hello.node))
 
     def tick(self, now: float) -> list[Send]:
         """Look for silence and for steps that take too long; call it about twice a second."""
-        self._pass_time(now)
+        self._time.pass_to(now, self.members.values())
         if self._suspicion is not None and now >= self._suspicion[0]:
             return self.end(self._suspicion[1])
         for member, known in list(self.members.items()):
@@ -198,10 +204,11 @@ class Fleet:
         return self._give_up(member, known, how)
 
     def end(self, stop: Stop) -> list[Send]:
-        """Tell everybody to stop; the first reason stays."""
-        if self.ended is None:
-            self.ended = stop
-        return [Send(member, self.ended) for member in self.members]
+        """Tell everybody to stop, once; the first reason stays."""
+        if self.ended is not None:
+            return []  # thousands may fail alike, and each would be told by each
+        self.ended = stop
+        return [Send(member, stop) for member in self.members]
 
     def drain(self, timeout: float, now: float, *, node: str = "") -> list[Send]:
         """Ask the front-ends of a node to finish what they have (all, where it has none).
@@ -217,12 +224,13 @@ class Fleet:
 
     def missing(self) -> list[str]:
         """Members that have not come or are not ready, by name."""
-        return missing_members(self._places, list(self.members.values()), self.topology, self.num_frontends)
+        places = expected_places(self.topology, has_workers=self.has_workers)
+        return missing_members(places, list(self.members.values()), self.topology, self.num_frontends)
 
     def front_door(self, node: str | None = None) -> str:
         """Where the API server of a node (of any, None) says it listens, as host:port; "" where there is none."""
-        servers = (each for each in self.members.values() if each.hello.role == "api" and each.hello.essential)
-        return next((each.note for each in servers if node in (None, each.hello.node)), "")
+        doors = front_doors(self.members.values())
+        return next(iter(doors.values()), "") if node is None else doors.get(node, "")
 
     @property
     def view(self) -> WorldView:
@@ -240,20 +248,6 @@ class Fleet:
         log, self._log = self._log, []
         return log
 
-    def _pass_time(self, now: float) -> None:
-        """Nobody else is to blame for seconds in which this process was stopped itself."""
-        gap = 0.0 if self._now is None else now - self._now
-        self._now = now
-        if gap > OWN_GAP_SECONDS:
-            self._own_gap = f"the coordinator itself was stopped for {gap:.0f} s, and the others gave it up"
-        if gap > QUIET_SECONDS:
-            for known in self.members.values():
-                known.heard += gap
-
-    @property
-    def _places(self) -> list[tuple[str, int, int]]:
-        return expected_places(self.topology, has_workers=self.has_workers)
-
     def _role(self, role: str) -> list[int]:
         return [member for member, known in self.members.items() if known.hello.role == role]
 
@@ -262,16 +256,17 @@ class Fleet:
         if self.ended is not None:
             return [Send(member, Refused(f"this world has ended: {self.ended.reason}", LAST_SECONDS), close=True)]
         others = list(self.members.values())
-        refused = why_not(newcomer, self._places, others, generation=self.generation, ranks_here=self.ranks_here)
+        has_place = is_place(newcomer.key, self.topology, has_workers=self.has_workers)
+        place: Place = "none" if not has_place else "taken" if newcomer.key in self._taken else "free"
+        refused = why_not(newcomer, place, others, generation=self.generation, ranks_here=self.ranks_here)
         if refused is not None:
             return [Send(member, refused, close=True)]
-        differences = differing_fields(self.agreement, hello.agreement) if hello.agreement else []
-        if differences:
-            reason = f"{newcomer.name} was started with other options than rank 0: {'; '.join(differences)}"
+        if reason := disagreement(newcomer, self.agreement):
             told = [Send(member, Refused(reason), close=True)]
             alone = self.ready or not hello.essential or hello.role == "launcher"  # which can be started again
             return told if alone else told + self.end(Stop(reason, 2))
         self.members[member] = newcomer
+        self._taken.add(newcomer.key)
         self.number = max(self.number, hello.worlds + 1)
         self.welcomed.add((hello.host, hello.pid))
         return [Send(member, Welcome(self.view)), *self._introductions(member, hello)]
@@ -282,8 +277,8 @@ class Fleet:
         return self._tell_view(but=member) if hello.role == "api" else []
 
     def _tell_view(self, *, but: int = -1) -> list[Send]:
-        told = [member for member in (*self._role("engine"), *self._role("api")) if member != but]
-        return [Send(member, self.view) for member in told]
+        view = self.view
+        return [Send(member, view) for member in (*self._role("engine"), *self._role("api")) if member != but]
 
     def _left(self, known: Member, reason: str) -> list[Send]:
         """A front-end left on purpose. Drained, the world ends with the last of them."""
@@ -308,17 +303,23 @@ class Fleet:
     def _ready(self, now: float) -> list[Send]:
         if self.ready:  # a front-end that came later
             return [Send(member, WorldReady()) for member in self._role("api")]
-        if self.missing():
+        if self._num_ready < self.topology.dp + self.num_frontends or self.missing():
             return []
         self.ready, self.ready_since = True, now
         tell_nodes(self.rebalancer, self.members.values(), self.topology.tp)
-        return [Send(at, WorldReady(front_door=self.front_door(each.hello.node))) for at, each in self.members.items()]
+        return tell_ready(self.members)
 
-    def _failure(self, known: Member, failure: Failure, now: float) -> list[Send]:
+    def _woken(self, member: int, wake: Wake) -> list[Send]:
+        """The first who wakes wakes all; after a stage all ranks wake each other in the same moment."""
+        if wake.generation != self.generation or wake.nap <= self._last_wake:
+            return []
+        self._last_wake = wake.nap
+        return [Send(other, wake) for other in self._role("engine") if other != member]
+
+    def _failure(self, member: int, known: Member, failure: Failure, now: float) -> list[Send]:
         known.leaving = True
         reason = f"{known.name}: {failure.message}"
         if not known.hello.essential:
-            member = next(member for member, each in self.members.items() if each is known)
             self._log.append(f"{reason}; the others go on")
             return [Send(member, Stop(reason, 2 if failure.config else 1))]
         if failure.suspects_peer:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+from moe_serve.base.config import differing_fields
 from moe_serve.base.messages import FrontendAt, Heartbeat, Hello, LineTo, Refused, Unfinished
 from moe_serve.base.progress import Phase
 from moe_serve.base.topology import Topology
@@ -12,6 +14,10 @@ from moe_serve.base.topology import Topology
 SILENCE_SECONDS = 7.0
 QUIET_SECONDS = 1.8
 """Beats come every second: when a step is slow, whoever has been quiet for so long is the first to suspect."""
+Key = tuple[str, int, int]
+"""Role, DP rank, worker: what a rank of a world is known by."""
+
+Place = Literal["none", "taken", "free"]
 
 
 @dataclass(slots=True)
@@ -53,7 +59,7 @@ class Member:
         return f"{who} (pid {hello.pid} on {hello.host})"
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> Key:
         return self.hello.role, self.hello.dp, self.hello.worker
 
     @property
@@ -70,11 +76,11 @@ class Member:
     def last_seen(self) -> str:
         return f"; last seen in step {self.step}, phase {self.place!r}" if self.is_rank else ""
 
-    def beat(self, heartbeat: Heartbeat, now: float) -> None:
-        """It says where it is."""
-        self.step, self.since = heartbeat.step, now - heartbeat.seconds
-        self.phase, self.layer = heartbeat.phase, heartbeat.layer
-        self.num_unfinished = heartbeat.unfinished
+    def beat(self, beat: Heartbeat, now: float) -> None:
+        """Where it says that it is."""
+        self.step, self.since = beat.step, now - beat.seconds
+        self.phase, self.layer = beat.phase, beat.layer
+        self.num_unfinished = beat.unfinished
 
     def is_quiet(self, now: float) -> bool:
         return now - self.heard > QUIET_SECONDS
@@ -89,15 +95,22 @@ def named_ranks(ranks: Collection[int]) -> str:
     return "no rank" if not ranks else f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
 
-def expected_places(topology: Topology, *, has_workers: bool) -> list[tuple[str, int, int]]:
+def expected_places(topology: Topology, *, has_workers: bool) -> list[Key]:
     """Member.key of all ranks of a world."""
     per_engine = topology.num_workers if has_workers else 0
     engines = [("engine", dp, -1) for dp in range(topology.dp)]
     return engines + [("worker", dp, worker) for dp in range(topology.dp) for worker in range(per_engine)]
 
 
+def is_place(key: Key, topology: Topology, *, has_workers: bool) -> bool:
+    """Whether a rank of a world is known by this key, as expected_places() lists them."""
+    role, dp, worker = key
+    workers = range(topology.num_workers if has_workers else 0) if role == "worker" else (-1,)
+    return role in ("engine", "worker") and 0 <= dp < topology.dp and worker in workers
+
+
 def missing_members(
-    places: Iterable[tuple[str, int, int]], members: Collection[Member], topology: Topology, num_frontends: int
+    places: Iterable[Key], members: Collection[Member], topology: Topology, num_frontends: int
 ) -> list[str]:
     """Members that have not come or are not ready, by name. `num_frontends`: launchers that start API servers."""
     arrived = {known.key: known for known in members}
@@ -118,6 +131,15 @@ def missing_members(
     return names + ["API server"] * absent
 
 
+def front_doors(members: Iterable[Member]) -> dict[str, str]:
+    """Where the first API server of each node that has one says it listens, as host:port."""
+    doors: dict[str, str] = {}
+    for known in members:
+        if known.hello.role == "api" and known.hello.essential:
+            doors.setdefault(known.hello.node, known.note)
+    return doors
+
+
 def frontends_at(members: Iterable[Member]) -> list[FrontendAt]:
     """Where front-ends listen that have not left."""
     hellos = [known.hello for known in members if known.hello.role == "api" and not known.leaving]
@@ -126,13 +148,13 @@ def frontends_at(members: Iterable[Member]) -> list[FrontendAt]:
 
 def why_not(
     newcomer: Member,
-    places: Collection[tuple[str, int, int]],
+    place: Place,
     members: Iterable[Member],
     *,
     generation: int,
     ranks_here: Collection[int],
 ) -> Refused | None:
-    """Why somebody who said hello cannot become a member. `places` as Member.key.
+    """Why somebody who said hello cannot become a member. How its `place` stands counts for ranks.
 
     `ranks_here` are those that the coordinator's own launcher starts.
     """
@@ -142,9 +164,9 @@ def why_not(
     if hello.role == "launcher":
         return _why_no_launcher(newcomer, members, ranks_here)
     if newcomer.is_rank:
-        if newcomer.key not in places:
+        if place == "none":
             return Refused(f"{newcomer.name} has no place in {topology}")
-        if any(known.key == newcomer.key for known in members):
+        if place == "taken":
             return Refused(f"{newcomer.name} is here already")
         if not hello.essential:
             return Refused(f"{newcomer.name} must be essential: every step needs every rank")
@@ -152,6 +174,13 @@ def why_not(
     if outside or hello.serves == []:
         return Refused(f"{newcomer.name} must serve DP ranks in [0, {topology.dp}), not {hello.serves}")
     return None
+
+
+def disagreement(newcomer: Member, agreement: Mapping[str, str]) -> str:
+    """In what its options differ from those of rank 0, if in anything."""
+    differences = differing_fields(agreement, newcomer.hello.agreement) if newcomer.hello.agreement else []
+    shown = "; ".join(differences)
+    return f"{newcomer.name} was started with other options than rank 0: {shown}" if differences else ""
 
 
 def _why_no_launcher(newcomer: Member, members: Iterable[Member], ranks_here: Collection[int]) -> Refused | None:

@@ -1,4 +1,4 @@
-"""What load balancing decides, as the fleet passes it on: orders to engines, questions of this generation. No I/O."""
+"""What the fleet passes on to many: that the world is ready, and what load balancing decides for engines. No I/O."""
 
 from __future__ import annotations
 
@@ -6,16 +6,26 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from moe_serve.base.messages import WorldReady
 from moe_serve.eplb.nodes import nodes_of_engines
 from moe_serve.eplb.questions import Question, SharesQuestion
 from moe_serve.eplb.rearrangement import ForEngine
 from moe_serve.eplb.rebalancer import Rebalancer
-from moe_serve.world.members import Member
+from moe_serve.world.members import Member, front_doors
 from moe_serve.world.parcels import Send
+
+
+def tell_ready(members: Mapping[int, Member]) -> list[Send]:
+    """To each where the API server of its node listens; those of a node are told by one record."""
+    told = {node: WorldReady(front_door=door) for node, door in front_doors(members.values()).items()}
+    nowhere = WorldReady()
+    return [Send(member, told.get(known.hello.node, nowhere)) for member, known in members.items()]
 
 
 def to_engines(members: Mapping[int, Member], orders: Sequence[ForEngine]) -> list[Send]:
     """Each order to its engine; engines that are gone get none."""
+    if not orders:
+        return []  # as after most news, of which every engine has some
     engines = {known.hello.dp: member for member, known in members.items() if known.hello.role == "engine"}
     return [Send(engines[each.dp], each.order) for each in orders if each.dp in engines]
 

@@ -17,8 +17,8 @@ from moe_serve.api.connections import (
     OTHER_DESCRIPTORS,
     OVERFLOW,
     most_connections,
-    raise_descriptor_limit,
 )
+from moe_serve.base.descriptors import raise_descriptor_limit
 from moe_serve.base.errors import ConfigError
 from tests.support.http_server import make_state, serving
 

@@ -101,8 +101,8 @@ def test_while_a_policy_takes_its_time_everything_else_goes_on() -> None:
         assert heard_too.get(timeout=1) == Wake(1), "admitted, and orders travel"
         report(first, 20, first=2)
         until(lambda: rebalancer.window.num_steps == 21, 1)
-        ticked = world.coordinator.fleet._now
-        until(lambda: world.coordinator.fleet._now != ticked, 1)
+        ticked = world.coordinator.fleet._time.now
+        until(lambda: world.coordinator.fleet._time.now != ticked, 1)
         assert heard.empty()
         assert time.monotonic() - began < policies.SLOW_SECONDS, "all that while it was being decided"
         orders = [each.get(timeout=15) for each in (heard, heard_too)]

@@ -18,6 +18,7 @@ from moe_serve.base.model_config import RouterConfig
 from moe_serve.base.tables import ALL2ALL
 from moe_serve.base.topology import Topology, split_range
 from moe_serve.eplb.placement import Placement
+from moe_serve.eplb.shares import without_gaps
 from moe_serve.model.all2all.base import Arrived, RankMajor
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.model.context import ForwardContext
@@ -69,7 +70,9 @@ class Scene:
             raw[placement.logical_to_physical() < 0] = 0
             raw[:, :, 0] += 1e-3
             cumulative = np.cumsum(raw, axis=2)
-            tables[rank] = (cumulative / cumulative[:, :, -1:]).astype(np.float32)[list(layers)].tobytes()
+            table = (cumulative / cumulative[:, :, -1:]).astype(np.float32)
+            of_layers = placement.of_layers(layers)
+            tables[rank] = without_gaps(table[list(layers), :, : of_layers.copies().max()], of_layers).tobytes()
         return tables
 
     def rows(self, step: int) -> list[int]:
