@@ -112,16 +112,3 @@ def test_a_taken_port_is_a_clear_error(running: RunningCoordinator) -> None:
 
     with pytest.raises(ConfigError, match=f"127.0.0.1:{running.port}"):
         asyncio.run(start_another())
-
-
-def test_three_hundred_that_connect_while_the_coordinator_is_busy_are_all_held() -> None:
-    world = RunningCoordinator(Topology(dp=2), AGREEMENT)
-    made: list[socket.socket] = []
-    try:
-        world.call(lambda: time.sleep(1.0))
-        for _ in range(300):
-            made.append(socket.create_connection((HOST, world.port), timeout=0.5))
-    finally:
-        for each in made:
-            each.close()
-        world.close()
