@@ -112,3 +112,21 @@ def test_a_taken_port_is_a_clear_error(running: RunningCoordinator) -> None:
 
     with pytest.raises(ConfigError, match=f"127.0.0.1:{running.port}"):
         asyncio.run(start_another())
+
+
+def test_three_hundred_that_connect_while_the_coordinator_is_busy_are_all_held(running: RunningCoordinator) -> None:
+    made: list[socket.socket] = []
+    running.call(lambda: time.sleep(0.5))
+    try:
+        for _ in range(300):
+            made.append(socket.create_connection(("127.0.0.1", running.port), timeout=0.4))
+        for each in made:
+            each.settimeout(5)
+            each.recv(1)  # its nonce, or the end of a line for which there is no room at the door
+    finally:
+        for each in made:
+            each.close()
+    deadline = time.monotonic() + 5
+    while running.coordinator._tasks and running.coordinator._door._strangers:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
