@@ -57,7 +57,7 @@ print(ended.stderr)
 """
 
 
-@pytest.mark.parametrize("name", TRAPS)
+@pytest.mark.parametrize("name", [TRAPS[0], *(pytest.param(name, marks=pytest.mark.long) for name in TRAPS[1:])])
 def test_what_lies_in_the_current_folder_is_not_run_by_children(name: str, tmp_path: Path) -> None:
     """The whole start of a child, from a folder with a trap in it."""
     trap = tmp_path / name

@@ -320,11 +320,15 @@ def summed(process_group: Any, rank: int, size: int) -> float:
     return float(group.all_reduce(torch.tensor([float(rank + 1)]))[0])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextlib.contextmanager
+def ports(count: int) -> Iterator[tuple[int, ...]]:
+    """Free ones, kept from being given to a connection of somebody else before the ranks listen there."""
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in held:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.bind((HOST, 0))
+        yield tuple(each.getsockname()[1] for each in held)
 
 
 def overlapping(seat: Seat, ports: tuple[int, int, int]) -> list[float]:
@@ -364,13 +368,15 @@ def trio() -> Iterator[Ranks]:
 
 @pytest.mark.ranks
 def test_overlapping_groups_work_side_by_side(trio: Ranks) -> None:
-    seen = trio.run(overlapping, (free_port(), free_port(), free_port()))
+    with ports(3) as three:
+        seen = trio.run(overlapping, three)
     assert seen == [[6, 3] * 3, [6, 3, 3] * 3, [6, 3] * 3]
 
 
 @pytest.mark.ranks
 def test_a_destroyed_group_is_formed_again_at_the_same_address(trio: Ranks) -> None:
-    assert trio.run(formed_again, free_port()) == [[6, 6, 6]] * 3
+    with ports(1) as (port,):
+        assert trio.run(formed_again, port) == [[6, 6, 6]] * 3
 
 
 def formed_again_by_name(seat: Seat) -> list[int]:
@@ -399,7 +405,8 @@ def joins_without_its_peer(seat: Seat, port: int) -> str:
 
 @pytest.mark.ranks
 def test_a_group_that_cannot_form_names_who_is_missing(trio: Ranks) -> None:
-    message = trio.run(joins_without_its_peer, free_port())[0]
+    with ports(1) as (port,):
+        message = trio.run(joins_without_its_peer, port)[0]
     assert "forming group 'group' in its rank 0: waited 1 s for ranks 1, 2" in message
 
 
