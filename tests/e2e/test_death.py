@@ -58,7 +58,10 @@ def is_in_use(file: Path) -> bool:
     ("sizes", "module", "place", "name"),
     [
         (("-dp", "2"), "engine.process", {"dp": 1}, "engine dp 1"),
-        (("-tp", "2"), "worker.process", {"dp": 0, "worker": 0}, "worker dp 0 tp 0"),
+        pytest.param(
+            *(("-tp", "2"), "worker.process", {"dp": 0, "worker": 0}, "worker dp 0 tp 0"),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             *(("-dp", "2", "-tp", "2"), "worker.process", {"dp": 1, "worker": 1}, "worker dp 1 tp 1"),
             marks=pytest.mark.long,
@@ -87,7 +90,7 @@ def test_a_killed_rank_ends_every_stream_with_an_error_and_the_server_names_it(
         assert "Traceback" not in server.log()
 
 
-@pytest.mark.parametrize("victim", ["API server", "launcher"])
+@pytest.mark.parametrize("victim", ["API server", pytest.param("launcher", marks=pytest.mark.long)])
 def test_nothing_outlives_a_killed_api_server_or_launcher(model: str, victim: str) -> None:
     with serving(model, "-dp", "2", "--enable-expert-parallel", *SMALL) as server:
         load = Load(server).start()
@@ -271,7 +274,7 @@ def test_a_drain_that_the_api_server_does_not_hear_of_ends_at_its_deadline(model
         assert not load.wait_ended(1)
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_second_signal_ends_at_once(model: str, second: signal.Signals) -> None:
     with serving(model, *SMALL, "--shutdown-timeout", "600") as server:
         load = Load(server, count=2).start()
@@ -284,7 +287,7 @@ def test_a_second_signal_ends_at_once(model: str, second: signal.Signals) -> Non
         assert "Traceback" not in server.log()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 def test_a_server_that_is_ended_while_starting_leaves_nothing(model: str, how: signal.Signals) -> None:
     server = Server(model, "-tp", "2", *SMALL)
     try:

@@ -209,6 +209,7 @@ def port_of(world: World) -> int:
     return int(world._common[world._common.index("-dpp") + 1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", REFUSED)
 def test_who_does_not_belong_is_refused_by_name_and_the_others_wait_on(waiting: World, name: str) -> None:
     options, sentence, token = REFUSED[name]

@@ -28,7 +28,7 @@ from moe_serve.world.member import ENVIRONMENT, MemberSpec, started
 from tests.support import second_launcher
 from tests.support import watched as watched_executor
 
-pytestmark = [pytest.mark.ranks]
+pytestmark = [pytest.mark.ranks, pytest.mark.long]
 
 READY_SECONDS = 60.0
 END_SECONDS = 15.0

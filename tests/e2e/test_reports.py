@@ -11,7 +11,7 @@ from moe_serve.cli.random_model import make_model
 from tests.support.load import Load
 from tests.support.server import Server, serving
 
-pytestmark = [pytest.mark.ranks]
+pytestmark = [pytest.mark.ranks, pytest.mark.long]
 
 OPTIONS = (
     "-dp",
