@@ -34,7 +34,7 @@ pytestmark = [
 PAGE = ROOT / "docs" / "deploying.md"
 MACHINES = ("HOST0", "HOST1")
 READY_SECONDS = 120.0
-ONE, SECRET, EXTERNAL, *_ = blocks(PAGE)
+ONE, _SEVERAL_SERVERS, SECRET, EXTERNAL, *_ = blocks(PAGE)
 
 
 class Machines:
