@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol, Self, cast
@@ -18,11 +19,15 @@ from moe_serve.api.messages import checked_messages
 from moe_serve.base.config import Config
 from moe_serve.base.engine_messages import Generate, TokenEvent
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.launched import LaunchedProcess, launched_process, with_spmd_variables
 from moe_serve.base.log import setup_logging
+from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.sampling import SamplingParams, with_defaults
 from moe_serve.engine.alone import OneEngine, OnEvent
+from moe_serve.engine.launched import LaunchedEngine
 from moe_serve.engine.request import check_request
 from moe_serve.launch.embedded import EngineWorld
+from moe_serve.launch.part import given_token, world_token
 from moe_serve.launch.resolve import resolve
 from moe_serve.text.outputs import PendingCompletion, PendingOutput, RequestOutput
 from moe_serve.text.prompts import GivenPrompt, as_conversations, as_params, as_prompts, naming
@@ -46,7 +51,7 @@ class LLM:
     """A model ready to generate. Use as a context manager, or call close(). Raises ConfigError."""
 
     def __init__(self, model: str | None = None, **options: object) -> None:
-        given = options if model is None else {"model": model, **options}
+        given = with_spmd_variables(options if model is None else {"model": model, **options}, os.environ)
         asked = Config.from_flat({"log_level": "warning", **given})
         if asked.server.api_server_count > 1:
             raise ConfigError(
@@ -64,8 +69,12 @@ class LLM:
             eos_token_ids=model_config.eos_token_ids,
         )
         self._ids = itertools.count()
-        alone = config.parallel.world_size_across_dp == 1
-        self._engines: Engines = OneEngine(config, model_config) if alone else EngineWorld(config)
+        process = launched_process(config.parallel, os.environ)
+        self.process_number = 0 if process is None else process.number
+        """Of this process among those that are one world, where each was started by itself."""
+        self.data_parallel_rank = 0 if process is None else process.dp_rank(config.parallel.topology)
+        """Whose requests this process brings, where each was started by itself; else 0, and it brings those of all."""
+        self._engines = _engines(config, model_config, process)
 
     def generate(
         self, prompts: Prompt | Iterable[Prompt], params: Params = None, *, show_progress: bool = True
@@ -128,7 +137,7 @@ class LLM:
 
     def _run(self, answers: list[PendingOutput], show_progress: bool) -> list[RequestOutput]:
         choices = {choice.request.request_id: choice for answer in answers for choice in answer.choices}
-        with _bar(len(choices), show_progress) as advance:
+        with _bar(len(choices), show_progress and self.process_number == 0) as advance:
 
             def on_event(event: TokenEvent) -> bool:
                 choice = choices[event.request_id]
@@ -139,6 +148,17 @@ class LLM:
 
             self._engines.run([choice.request for choice in choices.values()], on_event)
         return [answer.output() for answer in answers]
+
+
+def _engines(config: Config, model: ModelConfig, process: LaunchedProcess | None) -> Engines:
+    """This process's part of a world whose processes others start, one rank here, or a world that this one starts."""
+    if process is not None:
+        several = process.holds_engine and config.parallel.world_size > 1  # its workers are reached over sockets
+        file = config.parallel.world_token_file
+        return LaunchedEngine(
+            config, model, process, token=world_token(config.parallel) if several else given_token(file)
+        )
+    return OneEngine(config, model) if config.parallel.world_size_across_dp == 1 else EngineWorld(config)
 
 
 @contextlib.contextmanager

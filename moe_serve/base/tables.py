@@ -24,8 +24,9 @@ EXECUTORS = Registry(
     {
         "uni": "moe_serve.executor.uni:UniExecutor",
         "mp": "moe_serve.executor.mp:MultiprocessExecutor",
+        "external_launcher": "moe_serve.executor.external_launcher:ExternalLauncherExecutor",
     },
-    planned=("ray", "external_launcher"),
+    planned=("ray",),
 )
 EPLB_POLICIES = Registry(
     "EPLB policy",

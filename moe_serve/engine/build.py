@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moe_serve.base.commands import AllocateKV, WorkerFacts
 from moe_serve.base.config import Config
 from moe_serve.base.engine_messages import EngineHello
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.engine.block_pool import BlockPool
-from moe_serve.engine.core import EngineCore
+from moe_serve.engine.core import EngineCore, draw_seed
 from moe_serve.executor.base import Executor
 
 ALLOCATE_SECONDS = 300.0
 
 
 def build_core(
-    executor: Executor, config: Config, model: ModelConfig, facts: WorkerFacts, *, num_blocks: int
+    executor: Executor,
+    config: Config,
+    model: ModelConfig,
+    facts: WorkerFacts,
+    *,
+    num_blocks: int,
+    draw_seed: Callable[[], int] = draw_seed,
 ) -> EngineCore:
     """`facts` as `executor.start()` gave them; `num_blocks` what all engines agreed on, at most `facts.kv_blocks`.
 
     Raises ConfigError if so many blocks cannot hold one sequence, EngineError if a worker fails.
+    `draw_seed` for requests that come without a seed.
     """
     executor.submit(AllocateKV(num_blocks)).result(timeout=ALLOCATE_SECONDS)
     return EngineCore(
@@ -28,6 +37,7 @@ def build_core(
         max_model_len=config.model.max_model_len or model.max_position_embeddings,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
+        draw_seed=draw_seed,
     )
 
 

@@ -151,8 +151,9 @@ class EngineProcess:
         self._expert_bytes = facts.expert_bytes
         self._progress.enter(Phase.MEET_ENGINES)
         votes = control_group(
+            "engines",
             spec.dp,
-            self._view.engines,
+            range(self._view.engines),
             store_host=store.host,
             store_port=store.port,
             token=spec.token,

@@ -112,7 +112,7 @@ class _Meeting:
 
 
 class ControlGroup:
-    """The DP ranks' engines: one small exchange of integers per step. Used by one thread."""
+    """Ranks that exchange a few integers, such as the DP ranks' engines once per step. Used by one thread."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -142,8 +142,9 @@ class ControlGroup:
 
 
 def control_group(
-    dp_rank: int,
-    dp_size: int,
+    name: str,
+    rank: int,
+    ranks: Sequence[int],
     *,
     store_host: str,
     store_port: int,
@@ -151,9 +152,9 @@ def control_group(
     timeout_seconds: float = 300.0,
     generation: int = 1,
 ) -> ControlGroup:
-    """The gloo group over the DP ranks' engines, one member per engine, met at the world's store."""
-    if dp_size == 1:
-        return ControlGroup(alone("engines", dp_rank, CPU))
+    """A gloo group over these ranks (of engines, or of processes), this `rank` among them, met at the world's store."""
+    if len(ranks) == 1:
+        return ControlGroup(alone(name, rank, CPU))
     store, _ = open_store(store_host, store_port, is_master=False, token=token, timeout_seconds=timeout_seconds)
-    meeting = _Meeting(store, dp_rank, local_address(store_host, store_port), timeout_seconds, generation)
-    return ControlGroup(meeting.join("engines", range(dp_size), CPU))
+    meeting = _Meeting(store, rank, local_address(store_host, store_port), timeout_seconds, generation)
+    return ControlGroup(meeting.join(name, ranks, CPU))

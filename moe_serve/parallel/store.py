@@ -17,7 +17,7 @@ from moe_serve.base.errors import ConfigError, EngineError, RankTimeout
 from moe_serve.base.secret import world_name
 from moe_serve.base.site import local_address, resolve_host, with_port
 
-__all__ = ["PrefixStore", "Store", "first_line", "local_address", "open_store", "wait_for_ranks"]
+__all__ = ["PrefixStore", "Store", "first_line", "found_world", "local_address", "open_store", "wait_for_ranks"]
 
 BIND_ATTEMPTS = 5
 HELLO_SECONDS = 10.0
@@ -41,21 +41,34 @@ def open_store(
         world = PrefixStore(f"world {world_name(token)}", tcp)
         world.set("hello", "moe-serve")
         return world, port
+    found = _reach(host, port, token, timeout_seconds)
     try:
-        tcp = TCPStore(host, port, None, False, limit, wait_for_workers=False)
-    except (DistNetworkError, RuntimeError) as error:
-        raise RankTimeout(
-            f"cannot reach rank 0's store at {with_port(host, port)} within {timeout_seconds:g} s: {first_line(error)}"
-        ) from error
-    world = PrefixStore(f"world {world_name(token)}", tcp)
-    try:
-        world.wait(["hello"], timedelta(seconds=min(HELLO_SECONDS, timeout_seconds)))
+        found.wait(["hello"], timedelta(seconds=min(HELLO_SECONDS, timeout_seconds)))
     except RuntimeError as error:
         raise ConfigError(
             f"the store at {with_port(host, port)} belongs to another world (its token differs); "
             "choose another address with --data-parallel-address or --data-parallel-master-port"
         ) from error
-    return world, port
+    return found, port
+
+
+def found_world(host: str, port: int, *, token: str, timeout_seconds: float = 300.0) -> Store:
+    """A world in a store that stands already, opened by somebody else (torchrun's agent): from now on open_store()
+    finds it there. Any rank may call this, or all."""
+    world = _reach(host, port, token, timeout_seconds)
+    world.set("hello", "moe-serve")
+    return world
+
+
+def _reach(host: str, port: int, token: str, timeout_seconds: float) -> Store:
+    """What lies under this world's name in somebody else's store; RankTimeout if nobody is there."""
+    try:
+        tcp = TCPStore(host, port, None, False, timedelta(seconds=timeout_seconds), wait_for_workers=False)
+    except (DistNetworkError, RuntimeError) as error:
+        raise RankTimeout(
+            f"cannot reach rank 0's store at {with_port(host, port)} within {timeout_seconds:g} s: {first_line(error)}"
+        ) from error
+    return PrefixStore(f"world {world_name(token)}", tcp)
 
 
 def _listen(host: str, port: int) -> socket.socket:

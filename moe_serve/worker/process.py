@@ -135,8 +135,11 @@ class WorkerProcess:
         self._line.flush()
         return 1
 
-    def _join_world(self, joined: wire.Joined) -> Link:
+    def _join_world(self, joined: wire.Joined) -> Link | None:
+        """None where the world has no coordinator; then the engine's line alone tells of its end."""
         meeting = joined.meeting
+        if not meeting.coordinator_host:
+            return None
         hello = Hello(
             role="worker",
             dp=meeting.dp_rank,

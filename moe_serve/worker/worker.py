@@ -50,18 +50,28 @@ class Worker:
     """`config` is resolved: its model is a folder. Raises ConfigError, or EngineError after which it is of no use.
 
     `worker` is the index within the engine (Topology.worker_index).
+    `all_tensor_ranks_sample`: not only Topology.sampling_worker, but all ranks of the last stage (they have the same
+    logits) answer with tokens.
     `watches_load`: count expert load even where no experts move (it needs --enable-expert-parallel).
     """
 
     def __init__(
-        self, config: Config, meeting: Meeting, worker: int, progress: Progress, *, watches_load: bool = False
+        self,
+        config: Config,
+        meeting: Meeting,
+        worker: int,
+        progress: Progress,
+        *,
+        watches_load: bool = False,
+        all_tensor_ranks_sample: bool = False,
     ) -> None:
         self._config = config
         self._watches_load = watches_load or config.parallel.enable_eplb
         self._meeting = meeting
         self._topology = config.parallel.topology
         self._worker = worker
-        self._samples = worker == self._topology.sampling_worker
+        first = self._topology.sampling_worker
+        self._samples = worker >= first if all_tensor_ranks_sample else worker == first
         self._rank = self._topology.worker_rank(meeting.dp_rank, worker)
         self._progress = progress
         self._seconds: dict[str, float] = {}

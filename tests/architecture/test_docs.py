@@ -37,6 +37,7 @@ OTHERS = {
     "tag",
     "file",
     "pid",
+    "nproc-per-node",
 }
 """Flags of other programs, and one that waits for a second backend."""
 NOT_FILES = re.compile(r"^owner/|^path/|/x\.py$|MACHINE")

@@ -24,6 +24,7 @@ FLOORS = {
     "doctor": 8,
     "llm": 9,
     "cli": 10,
+    "examples": 10,
     "__main__": 11,
     "__init__": 11,
 }
@@ -42,6 +43,7 @@ BASES = {
     "subprocesses",
     "seats",
     "starting",
+    "stage_results",
     "__init__",
 }
 PURE = (
@@ -61,6 +63,7 @@ PURE = (
     "doctor/judge",
     "doctor/finding.py",
     "world/status.py",
+    "base/launched.py",
 )
 IMPURE = {"socket", "threading", "time", "asyncio", "torch", "zmq", "subprocess"}
 LATE_IMPORTS = {"base/registry.py"}

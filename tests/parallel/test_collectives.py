@@ -121,9 +121,8 @@ def test_groups_join_the_ranks_of_their_axis(ranks: Ranks) -> None:
 
 
 def engines_agree(seat: Seat, opinions: list[int]) -> tuple[list[list[int]], int, float]:
-    group = control_group(
-        seat.rank, seat.size, store_host=seat.host, store_port=seat.port, token=seat.token, timeout_seconds=20
-    )
+    ranks, where = range(seat.size), {"store_host": seat.host, "store_port": seat.port, "token": seat.token}
+    group = control_group("engines", seat.rank, ranks, timeout_seconds=20, **where)
     votes = [group.all_gather_ints([step, seat.rank, 7]) for step in range(3)][-1]
     blocks = group.sync_kv_cache_blocks(opinions[seat.rank])
     started = time.perf_counter()
@@ -189,8 +188,9 @@ def test_a_collective_somebody_misses_times_out_and_says_what_was_done() -> None
 def joins_as_a_generation_of_its_own(seat: Seat) -> str:
     with pytest.raises(RankTimeout) as caught:
         control_group(
+            "engines",
             seat.rank,
-            seat.size,
+            range(seat.size),
             store_host=seat.host,
             store_port=seat.port,
             token=seat.token,
