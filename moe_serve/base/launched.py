@@ -80,6 +80,15 @@ class LaunchedProcess:
         return tuple(range(self.size)) if self.holds_engine else topology.dp_group(self.number)
 
 
+def check_served(parallel: ParallelConfig) -> None:
+    """ConfigError for options of processes that a server cannot have."""
+    if parallel.distributed_executor_backend == EXTERNAL_LAUNCHER:
+        raise ConfigError(
+            "distributed_executor_backend external_launcher is for LLM in processes that torchrun starts (such as "
+            "moe_serve.examples.torchrun); a server starts its ranks itself: leave it out"
+        )
+
+
 def launched_process(parallel: ParallelConfig, environment: Mapping[str, str]) -> LaunchedProcess | None:
     """What this process was told, where its options say that somebody else started it as one of several; else None.
 

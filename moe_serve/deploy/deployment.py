@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.launched import check_served
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.secret import check_token
 from moe_serve.deploy.options import ClusterOptions
@@ -154,6 +155,7 @@ def make_deployment(
         check_token(token)
     if placement is not None:
         _check_placement(placement, config.parallel.topology.ep)
+    check_served(config.parallel)
     for pod in range(deployment.num_pods):
         pod_config(deployment, pod).parallel.check_built()
     return deployment

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.launched import EXTERNAL_LAUNCHER
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.parallel_config import ParallelConfig
+from moe_serve.base.topology import Topology
 from moe_serve.launch.ports import PortPlan, check_ports, ports_of_node
 from moe_serve.launch.serve import describe
 from moe_serve.model.footprint import Footprint, footprints
@@ -132,12 +134,23 @@ def dp_ranks_of_nodes(parallel: ParallelConfig) -> list[range]:
 
 def processes_of_node(parallel: ParallelConfig, dp_ranks: Sequence[int], api_servers: int = 1) -> list[ProcessPlan]:
     """In the order in which they are started."""
+    if parallel.distributed_executor_backend == EXTERNAL_LAUNCHER:
+        return [rank for dp in dp_ranks for rank in _ranks_launched_elsewhere(parallel.topology, dp)]
     if not parallel.data_parallel_multi_port_external_lb:
         return _launched(parallel, dp_ranks, api_servers)
     found = [ProcessPlan(name="supervisor", ranks=[])]
     for dp in dp_ranks:
         found += _launched(parallel, [dp], api_servers, of=f" of rank {dp}")
     return found
+
+
+def _ranks_launched_elsewhere(topology: Topology, dp: int) -> list[ProcessPlan]:
+    """Each is engine and worker at once."""
+    ranks = enumerate(topology.worker_rank(dp, worker) for worker in range(topology.num_workers))
+    return [
+        ProcessPlan(name=f"LLM of rank {rank}, {topology.describe_worker(dp, worker)}", ranks=[rank])
+        for worker, rank in ranks
+    ]
 
 
 def _launched(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.launched import EXTERNAL_LAUNCHER
 
 ANY_FREE = 0
 EVERY_ADDRESS = ("0.0.0.0", "::", "")
@@ -24,6 +25,8 @@ class PortPlan:
 
 def ports_of_node(config: Config, dp_ranks: Sequence[int]) -> list[PortPlan]:
     """Of the node that starts these ranks."""
+    if config.parallel.distributed_executor_backend == EXTERNAL_LAUNCHER:
+        return []  # torchrun's affair
     parallel, server = config.parallel, config.server
     host, found = parallel.data_parallel_address, []
     if 0 in dp_ranks:

@@ -164,6 +164,7 @@ def hub_at(address: str, cache: Path) -> dict[str, str]:
         (["-dp", "2", "-dph"], "data_parallel_hybrid_lb needs data_parallel_size_local"),
         (["--data-parallel-backend", "ray"], "data_parallel_backend='ray' is known but not built yet"),
         (["--distributed-executor-backend", "ray"], "executor 'ray' is known but not built yet"),
+        (["--distributed-executor-backend", "external_launcher"], "is for LLM in processes that torchrun starts"),
         (["--enable-dbo"], "enable_dbo=True is known but not built yet"),
         (["-tp", "2", "--decode-context-parallel-size", "2"], "decode_context_parallel_size=2 is known but not built"),
         (["--max-parallel-loading-workers", "2"], "max_parallel_loading_workers=2 is known but not built yet"),

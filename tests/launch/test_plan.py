@@ -217,6 +217,20 @@ def test_several_api_servers_are_processes_at_one_port() -> None:
     assert [port.what for port in node.ports] == ["coordinator", "store of rank 0", "HTTP"]
 
 
+def test_ranks_that_torchrun_starts_are_all_the_processes_there_are() -> None:
+    config = Config.from_flat(
+        {"data_parallel_size": 2, "tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+    )
+    found = processes_of_node(config.parallel, [0, 1])
+    assert [(each.name, each.ranks) for each in found] == [
+        ("LLM of rank 0, worker dp 0 tp 0", [0]),
+        ("LLM of rank 1, worker dp 0 tp 1", [1]),
+        ("LLM of rank 2, worker dp 1 tp 0", [2]),
+        ("LLM of rank 3, worker dp 1 tp 1", [3]),
+    ]
+    assert ports_of_node(config, [0, 1]) == []
+
+
 def test_workers_are_processes_unless_an_executor_has_them_otherwise() -> None:
     two = {"data_parallel_size": 1, "tensor_parallel_size": 2}
     found = processes_of_node(parallel(distributed_executor_backend="mp", **two), [0])
