@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,39 +17,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 import torch
 
-from moe_serve.base.commands import Meeting, WorkerFacts
-from moe_serve.base.config import Config, differing_fields
+from moe_serve.base.commands import WorkerFacts
+from moe_serve.base.config import Config
 from moe_serve.base.engine_messages import Generate
-from moe_serve.base.errors import ConfigError, EngineError, RankTimeout
+from moe_serve.base.errors import ConfigError, EngineError
 from moe_serve.base.launched import LaunchedProcess
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Progress
-from moe_serve.base.site import Site, local_address, with_port
 from moe_serve.engine.alone import OnEvent
 from moe_serve.engine.build import build_core
 from moe_serve.engine.core import EngineCore
 from moe_serve.engine.dp import DPRank
+from moe_serve.engine.gathering import REMIND_SECONDS, SEED_BITS, Gathering
 from moe_serve.eplb.first_placement import placement_digest
 from moe_serve.executor.choose import choose_executor
-from moe_serve.parallel.groups import ControlGroup, control_group
-from moe_serve.parallel.listeners import deafen, listeners
-from moe_serve.parallel.stateless import ObjectGroup
-from moe_serve.parallel.store import Store, found_world, open_store, wait_for_ranks
-from moe_serve.world.member import threads_per_rank
 
-SEED_BITS = 63
-REMIND_SECONDS = 15.0
 log = logging.getLogger(__name__)
 _worlds = itertools.count(1)
 """Of this process: every process makes as many, in the same order."""
-
-
-class Introduction(msgspec.Struct, frozen=True, kw_only=True):
-    """What each process tells all others first. `run_seed` counts of process 0 only."""
-
-    agreement: dict[str, str]
-    host: str
-    run_seed: int
 
 
 class LaunchedEngine:
@@ -63,23 +46,25 @@ class LaunchedEngine:
     def __init__(self, config: Config, model: ModelConfig, process: LaunchedProcess, *, token: str) -> None:
         self._process = process
         self._topology = config.parallel.topology
-        self._dp = process.dp_rank(self._topology)
-        self._token = f"{token} {process.run} {next(_worlds)}"
-        self._patience = config.parallel.start_timeout_seconds
-        doors = listeners()
-        self._store: Store | None = self._open_store()  # which lives as long as process 0 keeps it
-        doors = listeners() - doors
-        placement = placement_digest(config.parallel, model)
-        told = self._introduce(self._store, config.agreement() | {"expert_placement": placement})
-        meeting = self._meeting(config, told)
-        self._executor = choose_executor(config)(config, meeting, Progress())
-        facts = self._executor.start()
-        self._votes = self._group(
-            "engines", process.voters(self._topology), config.scheduler.step_timeout_seconds * 1.5
+        patience = config.parallel.start_timeout_seconds
+        gathering = self._gathering = Gathering(
+            process,
+            self._topology,
+            config.agreement() | {"expert_placement": placement_digest(config.parallel, model)},
+            token=f"{token} {process.run} {next(_worlds)}",
+            patience=patience,
         )
-        self._calls = self._group("calls", range(process.size), self._patience)
-        self._rank = self._make_rank(config, model, facts, told[0].run_seed)
-        deafen(doors)  # all have met
+        self._executor = choose_executor(config)(config, gathering.meeting(), Progress())
+        try:
+            facts = self._executor.start()
+            voters = process.voters(self._topology)
+            self._votes = gathering.group("engines", voters, config.scheduler.step_timeout_seconds * 1.5)
+            self._calls = gathering.group("calls", range(process.size), patience)
+            self._rank = self._make_rank(config, model, facts)
+        except BaseException:
+            self._executor.close()
+            raise
+        gathering.shut_doors()
 
     def run(self, sequences: list[Generate], on_event: OnEvent) -> None:
         """See OneEngine.run; returns when all processes are done. ConfigError, in all of them, if ranks of one engine
@@ -114,108 +99,16 @@ class LaunchedEngine:
         self._executor.close()
         self._votes.close()
         self._calls.close()
-        self._store = None
+        self._gathering.close()
 
-    # -- coming together --
-
-    def _open_store(self) -> Store:
-        """Open it, or find it; who waits for process 0 says so now and then."""
-        process, begun = self._process, time.monotonic()
-        where = with_port(process.host, process.port)
-        while True:
-            try:
-                if process.store_stands:
-                    return found_world(process.host, process.port, token=self._token, timeout_seconds=REMIND_SECONDS)
-                return open_store(
-                    process.host,
-                    process.port,
-                    is_master=process.opens_store,
-                    token=self._token,
-                    timeout_seconds=REMIND_SECONDS,
-                )[0]
-            except RankTimeout as error:
-                waited = time.monotonic() - begun
-                if waited > self._patience:
-                    raise RankTimeout(f"{error} (tried for {waited:.0f} s, --start-timeout-seconds)") from error
-                log.warning("waiting for the store at %s, %.0f s: %s", where, waited, error)
-
-    def _await_all(self, store: Store) -> None:
-        """Until every process has come to the store; who is missing is said now and then."""
-        begun = time.monotonic()
-        store.set(f"came/{self._process.number}", "1")
-        keys = {number: f"came/{number}" for number in range(self._process.size)}
-        while True:
-            waited = time.monotonic() - begun
-            left = self._patience - waited
-            try:
-                wait_for_ranks(
-                    store, keys, timeout=min(left, REMIND_SECONDS), what="meeting all processes of this world"
-                )
-                return
-            except RankTimeout as error:
-                if left <= REMIND_SECONDS:
-                    raise
-                log.warning("%s, %.0f s in all", error, waited)
-
-    def _introduce(self, store: Store, agreement: dict[str, str]) -> list[Introduction]:
-        """Everybody's, by process; ConfigError if the options differ."""
-        process = self._process
-        self._await_all(store)
-        group = ObjectGroup(
-            store, rank=process.number, world_size=process.size, name="introductions", store_timeout=self._patience
-        )
-        own = Introduction(agreement=agreement, host=socket.gethostname(), run_seed=secrets.randbits(SEED_BITS))
-        told: list[Introduction] = group.all_gather_obj(own, Introduction)
-        for number, each in enumerate(told):
-            if differing := differing_fields(told[0].agreement, each.agreement):
-                raise ConfigError(
-                    f"process {number} was given other options than process 0: {'; '.join(differing)}; all of one "
-                    "world need the same"
-                )
-        return told
-
-    def _meeting(self, config: Config, told: Sequence[Introduction]) -> Meeting:
-        process, topology = self._process, self._topology
-        neighbours = [number for number, each in enumerate(told) if each.host == told[process.number].host]
-        per_process = topology.num_workers if process.holds_engine else 1
-        ranks_here = len(neighbours) * per_process
-        place = neighbours.index(process.number) if process.local_number is None else process.local_number
-        # Of this engine's first worker, which may be another process.
-        first = place * per_process - (0 if process.holds_engine else topology.worker_index(process.number))
-        return Meeting(
-            dp_rank=self._dp,
-            store_host=process.host,
-            store_port=process.port,
-            coordinator_host="",
-            coordinator_port=0,
-            token=self._token,
-            site=Site(
-                address=local_address(process.host, process.port),
-                ranks_here=ranks_here,
-                local_rank=first,
-                threads=threads_per_rank(ranks_here),
-            ),
-        )
-
-    def _group(self, name: str, members: Sequence[int], timeout_seconds: float) -> ControlGroup:
-        return control_group(
-            name,
-            self._process.number,
-            members,
-            store_host=self._process.host,
-            store_port=self._process.port,
-            token=self._token,
-            timeout_seconds=timeout_seconds,
-        )
-
-    def _make_rank(self, config: Config, model: ModelConfig, facts: WorkerFacts, run_seed: int) -> DPRank:
+    def _make_rank(self, config: Config, model: ModelConfig, facts: WorkerFacts) -> DPRank:
         core = build_core(
             self._executor,
             config,
             model,
             facts,
             num_blocks=self._calls.sync_kv_cache_blocks(facts.kv_blocks),
-            draw_seed=seeds(run_seed, self._dp),
+            draw_seed=seeds(self._gathering.run_seed, self._process.dp_rank(self._topology)),
         )
         return DPRank(core, self._votes, progress=Progress())
 
@@ -225,7 +118,7 @@ class LaunchedEngine:
         """Wait until every process has come with its sequences; those of one engine must have the same."""
         own = digest(sequences)
         digests = {self._process.number: own}
-        with _reminding(lambda: next(number for number in range(self._process.size) if number not in digests)):
+        with _reminding(lambda: min(set(range(self._process.size)) - set(digests), default=self._process.number)):
             for number, answer in self._ask_all(own):
                 if isinstance(answer, EngineError):
                     raise type(answer)(
