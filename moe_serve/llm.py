@@ -22,9 +22,9 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.base.launched import LaunchedProcess, launched_process, with_spmd_variables
 from moe_serve.base.log import setup_logging
 from moe_serve.base.model_config import ModelConfig
+from moe_serve.base.registry import import_target
 from moe_serve.base.sampling import SamplingParams, with_defaults
 from moe_serve.engine.alone import OneEngine, OnEvent
-from moe_serve.engine.launched import LaunchedEngine
 from moe_serve.engine.request import check_request
 from moe_serve.launch.embedded import EngineWorld
 from moe_serve.launch.part import given_token, world_token
@@ -33,6 +33,7 @@ from moe_serve.text.outputs import PendingCompletion, PendingOutput, RequestOutp
 from moe_serve.text.prompts import GivenPrompt, as_conversations, as_params, as_prompts, naming
 from moe_serve.text.tokenizer import load_tokenizer
 
+LAUNCHED = "moe_serve.engine.launched:LaunchedEngine"
 Ids = Sequence[int]
 Prompt = str | Ids | Mapping[str, object]
 Message = Mapping[str, object]
@@ -155,9 +156,10 @@ def _engines(config: Config, model: ModelConfig, process: LaunchedProcess | None
     if process is not None:
         several = process.holds_engine and config.parallel.world_size > 1  # its workers are reached over sockets
         file = config.parallel.world_token_file
-        return LaunchedEngine(
-            config, model, process, token=world_token(config.parallel) if several else given_token(file)
-        )
+        token = world_token(config.parallel) if several else given_token(file)
+        # Not at the top: a front-end whose engines are elsewhere needs no torch.
+        launched = cast(Callable[..., Engines], import_target(LAUNCHED, "engine", "launched"))
+        return launched(config, model, process, token=token)
     return OneEngine(config, model) if config.parallel.world_size_across_dp == 1 else EngineWorld(config)
 
 

@@ -12,7 +12,9 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 import torch
@@ -37,6 +39,10 @@ _worlds = itertools.count(1)
 """Of this process: every process makes as many, in the same order."""
 
 
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
 class LaunchedEngine:
     """`process` what this one was told; `token` the secret that all of them know, "" where there is none.
 
@@ -55,15 +61,17 @@ class LaunchedEngine:
             patience=patience,
         )
         self._executor = choose_executor(config)(config, gathering.meeting(), Progress())
-        try:
-            facts = self._executor.start()
-            voters = process.voters(self._topology)
-            self._votes = gathering.group("engines", voters, config.scheduler.step_timeout_seconds * 1.5)
-            self._calls = gathering.group("calls", range(process.size), patience)
-            self._rank = self._make_rank(config, model, facts)
-        except BaseException:
-            self._executor.close()
-            raise
+        owned: list[Closable] = [self._executor]
+        # torch ends the process by a signal where its groups outlive the interpreter, as in a script that keeps its LLM
+        # in a global and never closes it.
+        self.close = weakref.finalize(self, _close_all, owned)
+        facts = self._executor.start()
+        voters = process.voters(self._topology)
+        self._votes = gathering.group("engines", voters, config.scheduler.step_timeout_seconds * 1.5)
+        owned.append(self._votes)
+        self._calls = gathering.group("calls", range(process.size), patience)
+        owned += [self._calls, gathering]
+        self._rank = self._make_rank(config, model, facts)
         gathering.shut_doors()
 
     def run(self, sequences: list[Generate], on_event: OnEvent) -> None:
@@ -94,12 +102,6 @@ class LaunchedEngine:
     def core(self) -> EngineCore:
         """For whoever wants to look."""
         return self._rank.core
-
-    def close(self) -> None:
-        self._executor.close()
-        self._votes.close()
-        self._calls.close()
-        self._gathering.close()
 
     def _make_rank(self, config: Config, model: ModelConfig, facts: WorkerFacts) -> DPRank:
         core = build_core(
@@ -158,6 +160,11 @@ class LaunchedEngine:
         for pending in sent:
             with contextlib.suppress(EngineError):
                 pending.wait()
+
+
+def _close_all(owned: Sequence[Closable]) -> None:
+    for each in owned:
+        each.close()
 
 
 def seeds(run_seed: int, dp: int) -> Callable[[], int]:

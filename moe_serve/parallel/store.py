@@ -107,7 +107,7 @@ def wait_for_ranks(store: Store, keys: Mapping[int, str], *, timeout: float, wha
         if missing:
             names = ", ".join(str(rank) for rank in missing)
             raise RankTimeout(
-                f"{what}: waited {timeout:g} s for rank{'s' if len(missing) > 1 else ''} {names}"
+                f"{what}: waited {round(timeout, 1):g} s for rank{'s' if len(missing) > 1 else ''} {names}"
             ) from error
         if isinstance(error, DistNetworkError):
             raise EngineError(f"{what}: the store is gone ({first_line(error)})") from error

@@ -25,6 +25,7 @@ FREE = [
     *(f"moe_serve.cli.{name}" for name in ("main", "chat", "spawn", "flags", "eplb", "plan", "k8s", "doctor")),
     "moe_serve.deploy",
     "moe_serve.doctor",
+    "moe_serve.llm",
 ]
 
 

@@ -151,6 +151,21 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named(checkpoint: Check
         assert "process 1 did not come to this call of generate()" in processes.log(0)
 
 
+def test_a_script_with_its_llm_in_a_global_ends_with_code_0_without_closing_it(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from moe_serve import LLM\n"
+        f"llm = LLM({str(checkpoint.folder)!r}, **{options(tp=2)!r})\n"
+        "print(len(llm.generate([[3, 4, 5]])[0].outputs[0].token_ids))\n"
+    )
+    with Processes(script, tmp_path, torch_variables(2)) as processes:
+        outcome = processes.wait()
+    assert outcome.code == 0, outcome.output
+    assert outcome.output.count("16\n") == 2
+
+
 def test_the_line_of_the_page_about_deploying_answers_in_every_process() -> None:
     (line,) = (block for block in blocks(DEPLOYING) if block.startswith("torchrun"))
     lines = typed(line)

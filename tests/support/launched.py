@@ -65,17 +65,19 @@ def torchrun(job: Job, folder: Path, size: int) -> Outcome:
 
 
 class Processes:
-    """The job in processes of the test's own; `told[process]` their environment. A context manager."""
+    """The job, or a script, in processes of the test's own; `told[process]` their environment. A context manager."""
 
-    def __init__(self, job: Job, folder: Path, told: Sequence[Mapping[str, str]]) -> None:
-        (folder / "job.json").write_text(json.dumps(asdict(job)))
+    def __init__(self, job: Job | Path, folder: Path, told: Sequence[Mapping[str, str]]) -> None:
+        arguments = [str(job)] if isinstance(job, Path) else ["-m", "tests.support.launched", str(folder)]
+        if isinstance(job, Job):
+            (folder / "job.json").write_text(json.dumps(asdict(job)))
         self.folder = folder
         self.started = []
         for number, variables in enumerate(told):
             with (folder / f"log-{number}").open("w") as log:
                 self.started.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "tests.support.launched", str(folder)],
+                        [sys.executable, *arguments],
                         env=os.environ | import_environment() | dict(variables) | {"TEST_PROCESS": str(number)},
                         stdout=log,
                         stderr=log,
