@@ -11,18 +11,34 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
 from scripts.kubernetes_examples import KEPT
-from tests.support.crds import PUBLISHED, check, key_of, leaves, own_schemas, published_schemas
+from tests.support.crds import (
+    PUBLISHED,
+    Place,
+    Schema,
+    closed,
+    dotted,
+    faults,
+    key_of,
+    leaves,
+    own_schemas,
+    places,
+    published_schemas,
+)
 from tests.support.manifests import Objects
 
 VERSIONS = ("1.28", "1.31", "1.34", "1.37")
 """1.28 is the first that labels a StatefulSet's pods with their index."""
 OURS = own_schemas()
+WRONG = 1.5
+"""No field of ours is a fraction."""
+needs_published = pytest.mark.skipif(
+    not PUBLISHED, reason="KUBERNETES_CRDS names no folder with the published definitions"
+)
 
 
 def core(objects: Objects) -> Iterator[dict[str, Any]]:
@@ -50,7 +66,7 @@ def test_what_others_define_fits_their_schemas(objects: Objects) -> None:
     assert kinds or not objects.deployment.options.monitoring
     for document in objects.documents:
         if key_of(document) in OURS:
-            check(document, OURS[key_of(document)])
+            assert not faults(document, OURS[key_of(document)])
 
 
 @pytest.mark.parametrize("name", ["everything", "group"])
@@ -61,26 +77,83 @@ def test_a_field_that_does_not_exist_is_noticed_in_every_kind(name: str) -> None
         if "spec" not in broken:
             continue
         broken["spec"]["noSuchField"] = 1
-        with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
-            _check_any(broken)
+        if key_of(broken) in OURS:
+            assert any("noSuchField" in fault for fault in faults(broken, OURS[key_of(broken)]))
+            continue
+        with pytest.raises(kubernetes_validate.ValidationError, match="noSuchField"):
+            kubernetes_validate.validate(broken, VERSIONS[0], strict=True)
 
 
-def _check_any(document: dict[str, Any]) -> None:
-    if key_of(document) in OURS:
-        check(document, OURS[key_of(document)])
+@pytest.mark.parametrize("published", [False, pytest.param(True, marks=needs_published)], ids=["ours", "published"])
+@pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.rpartition("/")[2])
+def test_each_field_is_refused_by_name_when_it_is_misspelt_or_of_a_wrong_type(kind: str, published: bool) -> None:
+    schema = (published_schemas() if published else OURS)[kind]
+    document = _kept(kind)
+    assert not faults(document, schema)
+    tried = [(place, named) for place, named in places(document, schema) if place[0] == "spec" and len(place) > 1]
+    assert any(named for _, named in tried)
+    for place, named in tried:
+        wrong = faults(_changed(document, place, value=WRONG), schema)
+        assert any(fault.startswith(f"{dotted(place)}: ") for fault in wrong), place
+        if named:
+            misspelt = faults(_changed(document, place, name=f"{place[-1]}X"), schema)
+            assert any(f"'{place[-1]}X' was unexpected" in fault for fault in misspelt), place
+
+
+def _kept(kind: str) -> dict[str, Any]:
+    for name in ("everything", "group"):
+        for document in yaml.safe_load_all((KEPT / f"{name}.yaml").read_text()):
+            if key_of(document) == kind:
+                return dict(document)
+    raise AssertionError(f"no kept manifest has a {kind}")
+
+
+def _changed(document: dict[str, Any], place: Place, *, value: Any = None, name: str | None = None) -> dict[str, Any]:
+    """A copy with another value at a place, or with the field there renamed."""
+    changed = copy.deepcopy(document)
+    parent: Any = changed
+    for step in place[:-1]:
+        parent = parent[step]
+    if name is None:
+        parent[place[-1]] = value
     else:
-        kubernetes_validate.validate(document, VERSIONS[0], strict=True)
+        parent[name] = parent.pop(place[-1])
+    return changed
 
 
-@pytest.mark.skipif(not PUBLISHED, reason="KUBERNETES_CRDS names no folder with the published definitions")
+def test_what_an_api_server_would_prune_is_closed_and_what_it_keeps_is_open() -> None:
+    schema: Schema = closed(
+        {
+            "type": "object",
+            "properties": {
+                "bare": {"type": "object"},
+                "kept": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+                "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+                "port": {"x-kubernetes-int-or-string": True},
+            },
+        }
+    )
+    assert not faults({"bare": {}, "kept": {"any": 1}, "labels": {"any": "text"}, "port": "http"}, schema)
+    assert not faults({"port": 80}, schema)
+    for broken, place in (
+        ({"other": 1}, ""),
+        ({"bare": {"any": 1}}, "bare"),
+        ({"labels": {"any": 1}}, "labels.any"),
+        ({"port": 1.5}, "port"),
+    ):
+        (fault,) = faults(broken, schema)
+        assert fault.startswith(f"{place}: ")
+
+
+@needs_published
 def test_what_others_define_fits_the_definitions_that_they_publish(objects: Objects) -> None:
     published = published_schemas()
     for document in objects.documents:
         if key_of(document) in OURS:
-            check(document, published[key_of(document)])
+            assert not faults(document, published[key_of(document)])
 
 
-@pytest.mark.skipif(not PUBLISHED, reason="KUBERNETES_CRDS names no folder with the published definitions")
+@needs_published
 @pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.rpartition("/")[2])
 def test_our_schemas_list_nothing_that_the_published_definitions_do_not(kind: str) -> None:
     published = dict(leaves(published_schemas()[kind]["properties"]["spec"]))

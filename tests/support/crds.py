@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ PUBLISHED = os.environ.get("KUBERNETES_CRDS", "")
 """Folder with CustomResourceDefinitions, from the projects that publish them."""
 OPEN = ("x-kubernetes-preserve-unknown-fields", "additionalProperties", "x-kubernetes-embedded-resource")
 Schema = dict[str, Any]
+Place = tuple[str | int, ...]
 
 
 @cache
@@ -46,12 +47,33 @@ def key_of(manifest: Mapping[str, Any]) -> str:
     return f"{manifest['apiVersion']}/{manifest['kind']}"
 
 
-def check(manifest: Mapping[str, Any], schema: Schema) -> None:
-    jsonschema.Draft202012Validator(schema).validate(dict(manifest))
+def faults(manifest: Mapping[str, Any], schema: Schema) -> list[str]:
+    """What is wrong, each with the path of its place; nothing where the manifest fits."""
+    found = jsonschema.Draft202012Validator(schema).iter_errors(dict(manifest))
+    return [f"{dotted(error.absolute_path)}: {error.message}" for error in found]
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    return ".".join(str(step) for step in path)
+
+
+def places(value: Any, schema: Schema, path: Place = ()) -> Iterator[tuple[Place, bool]]:
+    """Every place of a value that a schema speaks of, and whether its name is the schema's, not a free key of a map."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from places(item, schema.get("items", {}), (*path, number))
+    elif isinstance(value, dict):
+        fields = schema.get("properties", {})
+        rest = schema.get("additionalProperties")
+        for name, inner in value.items():
+            part = fields.get(name, rest)
+            if isinstance(part, dict):
+                yield (*path, name), name in fields
+                yield from places(inner, part, (*path, name))
 
 
 def closed(schema: Schema) -> Schema:
-    """Fields that are not listed are errors; a number or a text is either."""
+    """As a strict API server takes it: unlisted fields are errors, an int-or-string is either of the two."""
     made: Schema = {}
     for name, value in schema.items():
         if name == "properties":
@@ -60,8 +82,10 @@ def closed(schema: Schema) -> Schema:
             made[name] = closed(value)
         else:
             made[name] = value
-    if "properties" in schema and not any(name in schema for name in OPEN):
+    if schema.get("type") == "object" and not any(name in schema for name in OPEN):
         made["additionalProperties"] = False
+    if schema.get("x-kubernetes-int-or-string"):
+        made.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])
     return made
 
 
