@@ -113,6 +113,7 @@ def run(module: str, *arguments: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_offline_measures_both_and_finds_the_same_tokens(tmp_path: Path) -> None:
     sizes = ("--num-requests", "3", "--input-len", "12", "--output-len", "6", "--repetitions", "1")
     run("bench.offline", *sizes, "--label", "try", "--out", str(tmp_path))

@@ -16,7 +16,7 @@ from moe_serve.api.schemas import ChatBody, CompletionBody, DetokenizeBody, Toke
 from tests.support.http_server import MODEL, make_state, serving
 
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # no example database in the repository
-FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES, database=None)
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES, database=None)
 CONTEXT = 40
 
 NUMBERS = st.one_of(
@@ -130,13 +130,13 @@ def test_a_nearly_right_body_never_breaks_the_server(http: httpx.Client, path: s
     check(http, path, json.dumps(data.draw(bodies(path))).encode())
 
 
-@settings(FUZZ, max_examples=100)
+@FUZZ
 @given(path=st.sampled_from(sorted(FIELDS)), body=VALUES | st.dictionaries(TEXTS, VALUES, max_size=4))
 def test_any_json_never_breaks_the_server(http: httpx.Client, path: str, body: object) -> None:
     check(http, path, json.dumps(body).encode())
 
 
-@settings(FUZZ, max_examples=100)
+@FUZZ
 @given(path=st.sampled_from(sorted(FIELDS)), content=st.binary(max_size=60), cut=st.integers(0, 60))
 def test_any_bytes_never_break_the_server(http: httpx.Client, path: str, content: bytes, cut: int) -> None:
     right = b'{"prompt": "x", "stream": true, "max_tokens": 2}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ IMPURE = {"socket", "threading", "time", "asyncio", "torch", "zmq", "subprocess"
 LATE_IMPORTS = {"base/registry.py"}
 
 
+@cache
 def modules() -> list[Path]:
     return sorted(ROOT.rglob("*.py"))
 
@@ -83,9 +85,15 @@ def room_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
+@cache
+def module_names() -> frozenset[str]:
+    return frozenset(map(name_of, modules()))
+
+
+@cache
 def imports_of(path: Path) -> set[str]:
     """Modules of ours that a file imports, anywhere in it; `from package import module` names the module."""
-    known = {name_of(module) for module in modules()}
+    known = module_names()
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

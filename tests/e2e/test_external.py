@@ -89,6 +89,7 @@ def answers(server: Server) -> list[str]:
     return [server.complete(prompt, max_tokens=24, ignore_eos=True)["choices"][0]["text"] for prompt in PROMPTS]
 
 
+@pytest.mark.long
 def test_ranks_started_in_any_order_meet_and_answer_alike_each_under_its_own_name(model: str) -> None:
     with world_of(model, 1, 0) as world:
         given = {rank: answers(server) for rank, server in world.ranks.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -171,12 +170,6 @@ def padding_of(seat: Seat, size: int, backend: str) -> list[int]:
         if isinstance(arrived, Batched):
             assert arrived.rows.shape[1] == sum(CASES[1].rows_by_rank[:size]) + sum(PADDED)
     return said
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4) as world:
-        yield world
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

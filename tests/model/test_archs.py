@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +124,6 @@ def test_a_rope_theta_that_is_not_read_would_be_noticed(tmp_path: Path) -> None:
     path.write_text(json.dumps(values))
     with pytest.raises(AssertionError):
         check_alone(tmp_path, oracle)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 def check_world(

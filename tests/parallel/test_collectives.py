@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,12 +16,6 @@ from tests.support.ranks import RankFailed, Ranks, Seat
 SIZES = ([3, 0, 5, 2], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 7])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 pytestmark = pytest.mark.ranks
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 def rows_of(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:

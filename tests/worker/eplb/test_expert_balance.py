@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -223,12 +223,6 @@ def chosen(scene: Scene, step: int) -> Tensor:
                 for row, ids in enumerate(ids_TK.tolist()):
                     counts[layer, row % 2, ids] += 1
     return counts
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(RANKS) as world:
-        yield world
 
 
 @pytest.mark.parametrize("tp", [1, 2])

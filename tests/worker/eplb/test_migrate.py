@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -174,12 +174,6 @@ def corrupt(seat: Seat) -> str:
     poll_until(migrator, "gone")
     assert same(experts, load(placements(0), seat.rank), seat.rank)
     return failed
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(4) as world:
-        yield world
 
 
 @pytest.mark.ranks
