@@ -10,7 +10,7 @@ import ast
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from bench.report import RESULTS, markdown_table, read_reports
 from moe_serve.base.config import SECTIONS, Config
-from moe_serve.base.section import Section, dashed
+from moe_serve.base.section import Section, dashed, planned_values
 from moe_serve.base.tables import ALL2ALL, EXECUTORS
 from scripts.kubernetes_examples import kept_manifests
 from scripts.measurements import results
@@ -116,8 +116,7 @@ def configuration() -> str:
         "`LLM` (`block_size=32`). The first that is given wins: command line, environment, file, default. Underscores "
         "in flags are fine too (`--block_size`). An option marked with = must be equal on every rank; ranks compare "
         "them when they meet, and a difference ends the start with a sentence that names it.",
-        "An option that is known but not built yet is refused with a sentence that says so. Which those are stands in "
-        "`ParallelConfig.check_built` and in the `planned` names of the tables.",
+        "An option that is known but not built yet is refused with a sentence that says so; below it is marked.",
     ]
     for name, section in SECTIONS.items():
         parts += [f"## {ABOUT[name]}", option_table(section, agreed)]
@@ -138,22 +137,31 @@ def option_row(name: str, info: FieldInfo, agreed: set[str], prefix: str = "") -
     extra: Mapping[str, Any] = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     option = "MODEL" if name == "model" else f"--{prefix}{name}".replace("_", "-")
     default = info.default
+    waiting = planned_values(info)
+    values = TABLES[option] if option in TABLES else kind_of(info.annotation, info.metadata)
+    if isinstance(waiting, list):
+        built = [choice for choice in get_args(info.annotation) if choice not in waiting]
+        values = f"{named(built)}; not built yet: {named(waiting)}"
     shown = "" if default is None else "{}" if isinstance(default, Section) else str(default).lower()
     return (
         f"`{option}`",
         ", ".join(f"`{dashed(short)}`" for short in extra.get("short", [])),
-        TABLES[option] if option in TABLES else kind_of(info.annotation, info.metadata),
+        values,
         f"`{shown}`" if shown else "",
         "=" if name in agreed else "",
-        " ".join((info.description or "").split()).replace("|", "\\|"),
+        " ".join((info.description or "").split()).replace("|", "\\|") + (" Not built yet." if waiting is True else ""),
     )
+
+
+def named(values: Iterable[str]) -> str:
+    return ", ".join(f"`{value}`" for value in values)
 
 
 def kind_of(annotation: Any, metadata: list[Any]) -> str:
     """A type as a reader of options wants it: names of choices, or a number with its bounds."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return ", ".join(f"`{choice}`" for choice in inner)
+        return named(inner)
     if origin in (Union, types.UnionType):
         return " or ".join(kind_of(part, metadata) for part in inner if part is not type(None))
     if origin is Annotated:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.section import Host, Port, Section, Size, short
+from moe_serve.base.section import Host, Port, Section, Size, planned, short
 from moe_serve.base.tables import ALL2ALL, EPLB_POLICIES, EXECUTORS
 from moe_serve.base.topology import Topology
 
@@ -60,7 +60,7 @@ class ParallelConfig(Section):
     port)."""
     data_parallel_master_port: Port = 0
     """Port of the store on rank 0; 0 for any free one, which the others are told."""
-    data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb"))
+    data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb") | planned("ray"))
     """How data-parallel ranks are started."""
     data_parallel_external_lb: bool = Field(False, json_schema_extra=short("dpe"))
     """One server per rank behind somebody else's load balancer; data_parallel_rank says it already."""
@@ -92,17 +92,17 @@ class ParallelConfig(Section):
     """Watch expert load and move redundant experts."""
     eplb_config: EPLBConfig = EPLBConfig()
     """The load balancer's own options, as JSON or dotted."""
-    max_parallel_loading_workers: Size | None = None
+    max_parallel_loading_workers: Size | None = Field(None, json_schema_extra=planned())
     """Ranks of one engine that read weights at the same time."""
-    enable_dbo: bool = False
+    enable_dbo: bool = Field(False, json_schema_extra=planned())
     """Overlap two half batches, one computing while the other travels."""
-    dbo_decode_token_threshold: Size = 32
+    dbo_decode_token_threshold: Size = Field(32, json_schema_extra=planned())
     """Fewest tokens of a decode-only step that is cut in two."""
-    dbo_prefill_token_threshold: Size = 512
+    dbo_prefill_token_threshold: Size = Field(512, json_schema_extra=planned())
     """Fewest tokens of a step with prefill that is cut in two."""
     distributed_executor_backend: str | None = None
     """uni, mp, ray, external_launcher or package.module:Class; uni for one rank per engine, else mp."""
-    decode_context_parallel_size: Size = 1
+    decode_context_parallel_size: Size = Field(1, json_schema_extra=planned())
     """Ranks that share one sequence's KV cache while decoding; divides tensor_parallel_size."""
 
     @property
@@ -292,20 +292,7 @@ class ParallelConfig(Section):
             raise ConfigError(
                 f"distributed_executor_backend uni holds one rank, but pipeline x tensor is {self.world_size}; use mp"
             )
-        waiting = {
-            "decode_context_parallel_size": self.decode_context_parallel_size > 1,
-            "enable_dbo": self.enable_dbo,
-            "data_parallel_backend": self.data_parallel_backend != "mp",
-            "max_parallel_loading_workers": self.max_parallel_loading_workers is not None,
-        }
-        for name, asked in waiting.items():
-            if asked:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is known but not built yet; leave {flag} at its default"
-                )
+        self.check_planned()
         EPLB_POLICIES.check(self.eplb_config.policy)
         if self.eplb_config != EPLBConfig() and not self.enable_eplb:
             raise ConfigError("eplb_config has no effect without load balancing; add --enable-eplb")
-        if {"dbo_decode_token_threshold", "dbo_prefill_token_threshold"} & self.model_fields_set:
-            raise ConfigError("dbo thresholds are known but --enable-dbo is not built yet; leave them out")

@@ -26,7 +26,7 @@ from pydantic_settings import (
 
 from moe_serve.base.config import explain
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.section import ENVIRONMENT_PREFIX, dashed
+from moe_serve.base.section import ENVIRONMENT_PREFIX, dashed, planned_values
 
 FLAG = re.compile(r"^--?([A-Za-z][A-Za-z0-9_.-]*)(=.*)?$", re.DOTALL)
 POSITIONAL = get_args(CliPositionalArg[str])[-1]
@@ -217,19 +217,26 @@ def _origin(error: ValidationError) -> str:
 def _entry(name: str, info: FieldInfo) -> str:
     flag = f"no-{name}" if info.default is True else name
     names = ", ".join([f"--{flag}", *map(dashed, short_forms(info))])
-    told = [info.description or ""]
+    told = [info.description or "", *(["(not built yet)"] if planned_values(info) is True else [])]
     if info.default is True:
         told.append("Without this flag: on.")
     elif info.default is not None and info.default is not False and not isinstance(info.default, BaseModel):
         told.append(f"[{info.default}]")
-    return f"  {names} {_value(info.annotation, _extra(info, 'names'))}".rstrip() + "\n" + _indented(" ".join(told))
+    values = _extra(info, "names") or [value for value in _choices(info) if value not in _extra(info, "planned")]
+    return f"  {names} {_value(info.annotation, values)}".rstrip() + "\n" + _indented(" ".join(told))
+
+
+def _choices(info: FieldInfo) -> list[str]:
+    return list(map(str, get_args(info.annotation))) if get_origin(info.annotation) is Literal else []
 
 
 def _value(annotation: Any, names: Sequence[str] = ()) -> str:
     """What follows a flag."""
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-    if names or get_origin(annotation) is Literal:
-        return "|".join(map(str, names or get_args(annotation)))
+    if names:
+        return "|".join(names)
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
     if get_origin(annotation) is Annotated:
         return _value(kinds[0])
     if kinds:

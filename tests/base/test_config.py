@@ -444,7 +444,6 @@ def test_every_option_is_read_somewhere_or_refused(section: str, field: str) -> 
         ({"dbo_prefill_token_threshold": 256}, "dbo.*not built yet"),
         ({"max_parallel_loading_workers": 2}, "max_parallel_loading_workers=2 is known but not built yet"),
         ({"distributed_executor_backend": "ray"}, "executor 'ray' is known but not built yet; built are: uni, mp"),
-        ({"distributed_executor_backend": "external_launcher"}, "known but not built yet"),
         ({"distributed_executor_backend": "thread"}, "unknown executor 'thread'; known are: uni, mp"),
         ({"distributed_executor_backend": "uni", "tensor_parallel_size": 2}, "uni holds one rank.*use mp"),
         ({"all2all_backend": "carrier_pigeon"}, "unknown all2all backend 'carrier_pigeon'; known are: naive"),

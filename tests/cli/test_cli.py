@@ -14,6 +14,7 @@ import pytest
 from moe_serve.base.config import SECTIONS
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.parallel_config import EPLBConfig
+from moe_serve.base.section import planned_values
 from moe_serve.cli.main import main
 from moe_serve.cli.serve import parse_serve
 
@@ -247,6 +248,21 @@ def test_help_lists_every_option_once_with_its_description(
     assert "--tensor-parallel-size, -tp N\n        Ranks that share" in text
     assert "--dtype auto|float32|bfloat16|float16" in text
     assert "--all2all-backend naive|allgather_reducescatter|torch_a2a" in text
+
+
+def test_help_offers_nothing_that_would_be_refused_as_not_built(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    entries = {entry.split()[0].rstrip(","): entry for entry in re.split(r"\n(?=  --)", capsys.readouterr().out)}
+    seen = 0
+    for section in SECTIONS.values():
+        for name, info in section.model_fields.items():
+            entry, waiting = " ".join(entries.get("--" + name.replace("_", "-"), "").split()), planned_values(info)
+            assert ("(not built yet)" in entry) == (waiting is True), name
+            if isinstance(waiting, list):
+                assert waiting
+                assert not set(waiting) & set(re.split(r"[| ]", entry)), name
+            seen += bool(waiting)
+    assert seen > 4
 
 
 @pytest.mark.parametrize("command", ["make-model", "chat"])
