@@ -214,6 +214,7 @@ class Config(Section):
                 "enable_eplb",
                 "eplb_config",
                 "expert_placement_file",
+                "max_parallel_loading_workers",
                 "enable_dbo",
                 "dbo_decode_token_threshold",
                 "dbo_prefill_token_threshold",

@@ -62,6 +62,9 @@ class ParallelConfig(Section):
     """Port of the store on rank 0; 0 for any free one, which the others are told."""
     data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb") | planned("ray"))
     """How data-parallel ranks are started."""
+    disable_nccl_for_dp_synchronization: bool = True
+    """Data-parallel ranks agree on their steps over gloo, on the CPU: always so here, as their engines hold no device.
+    Known for the start lines of other servers; off is refused."""
     data_parallel_external_lb: bool = Field(False, json_schema_extra=short("dpe"))
     """One server per rank behind somebody else's load balancer; data_parallel_rank says it already."""
     data_parallel_hybrid_lb: bool = Field(False, json_schema_extra=short("dph"))
@@ -92,8 +95,9 @@ class ParallelConfig(Section):
     """Watch expert load and move redundant experts."""
     eplb_config: EPLBConfig = EPLBConfig()
     """The load balancer's own options, as JSON or dotted."""
-    max_parallel_loading_workers: Size | None = Field(None, json_schema_extra=planned())
-    """Ranks of one engine that read weights at the same time."""
+    max_parallel_loading_workers: Size | None = None
+    """Most ranks of one engine that read weights at the same time, where memory or disks bear no more; all if not
+    given. The others wait for their turn."""
     enable_dbo: bool = Field(False, json_schema_extra=planned())
     """Overlap two half batches, one computing while the other travels."""
     dbo_decode_token_threshold: Size = Field(32, json_schema_extra=planned())
@@ -293,6 +297,12 @@ class ParallelConfig(Section):
                 f"distributed_executor_backend uni holds one rank, but pipeline x tensor is {self.world_size}; use mp"
             )
         self.check_planned()
+        if not self.disable_nccl_for_dp_synchronization:
+            raise ConfigError(
+                "disable_nccl_for_dp_synchronization=False is not built: data-parallel ranks agree over gloo, on the "
+                "CPU, as their votes are a few integers of processes that hold no device; leave out "
+                "--no-disable-nccl-for-dp-synchronization"
+            )
         EPLB_POLICIES.check(self.eplb_config.policy)
         if self.eplb_config != EPLBConfig() and not self.enable_eplb:
             raise ConfigError("eplb_config has no effect without load balancing; add --enable-eplb")

@@ -18,6 +18,7 @@ class Phase(enum.Enum):
     START_WORKERS = "start the workers"
     MEET_RANKS = "meet the other ranks"
     BUILD = "build model"
+    AWAIT_READERS = "wait for others to load weights"
     LOAD = "load weights"
     MEASURE = "measure memory"
     ALLOCATE = "allocate KV cache"
@@ -55,7 +56,7 @@ class Phase(enum.Enum):
 
 _WAITING = frozenset(
     {
-        *(Phase.FIND_STORE, Phase.MEET_ENGINES, Phase.MEET_RANKS, Phase.VOTE, Phase.REPLY),
+        *(Phase.FIND_STORE, Phase.MEET_ENGINES, Phase.MEET_RANKS, Phase.AWAIT_READERS, Phase.VOTE, Phase.REPLY),
         *(Phase.DISPATCH, Phase.COMBINE, Phase.TENSOR_PARALLEL, Phase.COLLECT_LOAD),
         *(Phase.RECEIVE_HIDDEN, Phase.SEND_HIDDEN),
     }

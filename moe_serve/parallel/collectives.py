@@ -8,6 +8,7 @@ ranks) and float32 inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -86,11 +87,14 @@ class Group:
         work = self._launch("send", self._process_group.send, [x], to, 0)
         return self._pending("send", work, lambda: x)  # which keeps it alive
 
-    def receive(self, out: Tensor, source: int) -> Tensor:
-        """What `source` sends, of the shape and type of `out`, in the order in which it sends."""
+    def receive(self, out: Tensor, source: int, *, timeout_seconds: float | None = None) -> Tensor:
+        """What `source` sends, of the shape and type of `out`, in the order in which it sends.
+
+        `timeout_seconds` to wait for it, where those of the group are too few or too many.
+        """
         assert self._process_group is not None
         work = self._launch("receive", self._process_group.recv, [out], source, 0)
-        return self._pending("receive", work, lambda: out).wait()
+        return self._pending("receive", work, lambda: out, timeout_seconds).wait()
 
     # -- ragged sizes --
 
@@ -146,13 +150,13 @@ class Group:
 
     # -- life --
 
-    def failure(self, what: str, error: RuntimeError) -> EngineError:
+    def failure(self, what: str, error: RuntimeError, timeout_seconds: float | None = None) -> EngineError:
         """The error to raise for a collective that failed: what was done, with whom, and what torch says of it."""
         others = ", ".join(str(rank) for rank in self.ranks if rank != self.ranks[self.rank])
         reason = (str(error).splitlines() or ["unknown"])[0]
         message = (
             f"{what} in group {self.name!r} failed on rank {self.ranks[self.rank]}: one of ranks {others} "
-            f"is gone or did not come within {self._timeout:g} s ({reason})"
+            f"is gone or did not come within {timeout_seconds or self._timeout:g} s ({reason})"
         )
         timed_out = "timed out" in reason.lower() or "timeout" in reason.lower()
         return RankTimeout(message) if timed_out else EngineError(message)
@@ -170,14 +174,19 @@ class Group:
         work = self._launch(what, self._process_group.allreduce, [x], options)
         return self._pending(what, work, lambda: x).wait()
 
-    def _pending(self, what: str, work: Work, finish: Callable[[], Value]) -> Pending[Value]:
+    def _pending(
+        self, what: str, work: Work, finish: Callable[[], Value], timeout_seconds: float | None = None
+    ) -> Pending[Value]:
         """A collective under way; its failure names the ranks."""
 
         def wait() -> Value:
             try:
-                work.wait()
+                if timeout_seconds is None:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=timeout_seconds))
             except RuntimeError as error:
-                raise self.failure(what, error) from error
+                raise self.failure(what, error, timeout_seconds) from error
             return finish()
 
         return Pending(wait, work.is_completed)

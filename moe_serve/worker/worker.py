@@ -37,6 +37,7 @@ from moe_serve.worker.handover import Handover
 from moe_serve.worker.kv_cache import KVShape, cuda_room
 from moe_serve.worker.kv_room import blocks_for, cpu_room, fitting_blocks
 from moe_serve.worker.loading.loader import load_weights
+from moe_serve.worker.loading.reading_order import ReadingOrder, reading_place
 from moe_serve.worker.loading.tied_head import settle_head
 from moe_serve.worker.runner import Runner, rehearse
 
@@ -153,7 +154,7 @@ class Worker:
                 device=device,
                 max_tokens=config.scheduler.max_num_batched_tokens,
             )
-        with self._phase(Phase.LOAD):
+        with self._turn_to_read(self._groups), self._phase(Phase.LOAD):
             loaded = load_weights(decoder, folder, load_format=config.model.load_format, show_progress=self._rank == 0)
         self._decoder = decoder
         if self._watches_load:
@@ -256,11 +257,28 @@ class Worker:
         )
 
     @contextmanager
+    def _turn_to_read(self, groups: Groups) -> Iterator[None]:
+        """While at most `max_parallel_loading_workers` ranks of this engine read; afterwards all have."""
+        parallel, topology = self._config.parallel, self._topology
+        place = reading_place(self._worker, topology.num_workers, parallel.max_parallel_loading_workers)
+        if place is None:
+            yield
+            return
+        ranks = [topology.worker_rank(self._meeting.dp_rank, worker) for worker in range(topology.num_workers)]
+        order = ReadingOrder(place, groups.control, ranks, timeout_seconds=parallel.start_timeout_seconds)
+        with self._phase(Phase.AWAIT_READERS):
+            order.await_turn()
+        yield
+        with self._phase(Phase.AWAIT_READERS):
+            order.pass_on()
+
+    @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:
         self._progress.enter(phase)
         started = time.perf_counter()
         yield
-        self._seconds[phase.value] = round(time.perf_counter() - started, 3)
+        seconds = self._seconds.get(phase.value, 0.0) + time.perf_counter() - started
+        self._seconds[phase.value] = round(seconds, 3)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -44,6 +44,7 @@ DEFAULTS = {
     "expert_placement_strategy": "linear",
     "all2all_backend": "allgather_reducescatter",
     "max_parallel_loading_workers": None,
+    "disable_nccl_for_dp_synchronization": True,
     "enable_dbo": False,
     "dbo_decode_token_threshold": 32,
     "dbo_prefill_token_threshold": 512,
@@ -415,7 +416,7 @@ def other_value(info: FieldInfo) -> Any:
 
 
 def is_refused(section: str, field: str) -> bool:
-    """Whether start-up refuses the field's other value with a sentence that says that this is not built yet."""
+    """Whether start-up refuses the field's other value with a sentence that says that this is not built."""
     info = (EPLBConfig if section == "eplb_config" else SECTIONS[section]).model_fields[field]
     value = other_value(info)
     asked: dict[str, object] = {"eplb_config": {field: value}} if section == "eplb_config" else {field: value}
@@ -423,7 +424,7 @@ def is_refused(section: str, field: str) -> bool:
     try:
         config.parallel.check_built()
     except ConfigError as error:
-        return "not built yet" in str(error)
+        return "not built" in str(error)
     return False
 
 
@@ -442,7 +443,10 @@ def test_every_option_is_read_somewhere_or_refused(section: str, field: str) -> 
         ),
         ({"enable_dbo": True}, "enable_dbo=True is known but not built yet"),
         ({"dbo_prefill_token_threshold": 256}, "dbo.*not built yet"),
-        ({"max_parallel_loading_workers": 2}, "max_parallel_loading_workers=2 is known but not built yet"),
+        (
+            {"disable_nccl_for_dp_synchronization": False},
+            "disable_nccl_for_dp_synchronization=False is not built: .* gloo.*leave out --no-disable-nccl",
+        ),
         ({"distributed_executor_backend": "ray"}, "executor 'ray' is known but not built yet; built are: uni, mp"),
         ({"distributed_executor_backend": "thread"}, "unknown executor 'thread'; known are: uni, mp"),
         ({"distributed_executor_backend": "uni", "tensor_parallel_size": 2}, "uni holds one rank.*use mp"),

@@ -20,7 +20,7 @@ WAYS = [
     ("-pp", "2"),
     ("-pp", "3"),
     ("-pp", "2", "-tp", "2"),
-    ("-pp", "2", "-dp", "2", "-ep"),
+    ("-pp", "2", "-dp", "2", "-ep", "--max-parallel-loading-workers", "1", "--disable-nccl-for-dp-synchronization"),
     ("-pp", "2", "-dp", "2", "--all2all-backend", "torch_padded"),
     ("-pp", "2", "--max-num-batched-tokens", "64", "--max-num-seqs", "4"),
 ]

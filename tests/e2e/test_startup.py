@@ -167,7 +167,7 @@ def hub_at(address: str, cache: Path) -> dict[str, str]:
         (["--distributed-executor-backend", "external_launcher"], "is for LLM in processes that torchrun starts"),
         (["--enable-dbo"], "enable_dbo=True is known but not built yet"),
         (["-tp", "2", "--decode-context-parallel-size", "2"], "decode_context_parallel_size=2 is known but not built"),
-        (["--max-parallel-loading-workers", "2"], "max_parallel_loading_workers=2 is known but not built yet"),
+        (["--no-disable-nccl-for-dp-synchronization"], "disable_nccl_for_dp_synchronization=False is not built: data-"),
         (["-dp", "2", "--enable-eplb"], "enable_eplb needs enable_expert_parallel"),
         (["-ep", "--enable-eplb"], "enable_eplb needs data_parallel_size x tensor_parallel_size > 1"),
         (["--eplb-config.num-redundant-experts", "2"], r"num_redundant_experts \(2\) needs enable_eplb"),

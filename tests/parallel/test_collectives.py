@@ -178,6 +178,36 @@ def test_a_collective_somebody_misses_times_out_and_says_what_was_done() -> None
     assert "one of ranks 1 is gone or did not come within 2 s" in message
 
 
+def hears_late(seat: Seat) -> tuple[list[int], str]:
+    """Rank 1 sends once, later than its group has patience for, and then no more."""
+    groups = build_groups(
+        Topology(dp=2),
+        seat.rank,
+        store_host=seat.host,
+        store_port=seat.port,
+        token=seat.token,
+        device=torch.device("cpu"),
+        timeout_seconds=1,
+    )
+    group = groups.control
+    if seat.rank == 1:
+        time.sleep(1.5)
+        group.start_send(torch.tensor([7]), 0).wait()
+        time.sleep(0.5)
+        return [], ""
+    heard = group.receive(torch.tensor([0]), 1, timeout_seconds=15).tolist()
+    with pytest.raises(RankTimeout) as caught:
+        group.receive(torch.tensor([0]), 1, timeout_seconds=0.2)
+    return heard, str(caught.value)
+
+
+def test_one_that_waits_for_another_may_have_more_or_less_patience_than_its_group(ranks: Ranks) -> None:
+    heard, message = ranks.run(hears_late, only=2)[0]
+    assert heard == [7]
+    assert "receive in group 'world' failed on rank 0: one of ranks 1 " in message
+    assert "did not come within 0.2 s" in message
+
+
 def joins_as_a_generation_of_its_own(seat: Seat) -> str:
     with pytest.raises(RankTimeout) as caught:
         control_group(
