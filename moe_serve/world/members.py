@@ -14,6 +14,7 @@ from moe_serve.base.topology import Topology
 SILENCE_SECONDS = 7.0
 QUIET_SECONDS = 1.8
 """Beats come every second: when a step is slow, whoever has been quiet for so long is the first to suspect."""
+SHOWN_WORKERS = 4
 Key = tuple[str, int, int]
 """Role, DP rank, worker: what a rank of a world is known by."""
 
@@ -123,12 +124,23 @@ def missing_members(
         if known is None:
             names.append(f"engine dp {dp}" if role == "engine" else topology.describe_worker(dp, worker))
         elif not known.ready and role != "worker":
-            names.append(f"{known.name} (phase {known.place!r})")
+            names.append(f"{known.name} (phase {known.place!r}{_busy_workers(known, arrived)})")
     servers = [each for each in members if each.hello.role == "api" and each.hello.essential]
     names += [f"{known.name} (not listening yet)" for known in servers if not known.ready]
     of_node = {each.hello.node: each.hello.places for each in servers}
     absent = num_frontends - len(of_node) + sum(of_node.values()) - len(servers)
     return names + ["API server"] * absent
+
+
+def _busy_workers(engine: Member, arrived: Mapping[Key, Member]) -> str:
+    """For whom an engine waits while it starts: those of its workers that do not wait for others themselves."""
+    if engine.phase is not Phase.REPLY:
+        return ""
+    own = (arrived.get(("worker", engine.hello.dp, worker)) for worker in range(engine.topology.num_workers))
+    busy = [each for each in own if each is not None and not (each.phase.waits_for_others or each.phase.rests)]
+    shown = [f"{each.name} in {each.place!r}" for each in busy[:SHOWN_WORKERS]]
+    more = [f"{len(busy) - SHOWN_WORKERS} more"] if len(busy) > SHOWN_WORKERS else []
+    return f": {', '.join(shown + more)}" if busy else ""
 
 
 def front_doors(members: Iterable[Member]) -> dict[str, str]:

@@ -167,6 +167,25 @@ def test_workers_of_a_pipeline_are_told_by_stage_and_each_has_one_place() -> Non
     assert fleet.ended.reason.startswith(f"{names[2]} (pid 202 on here) died")
 
 
+def test_an_engine_that_waits_while_it_starts_names_the_workers_that_do_not_wait_themselves() -> None:
+    fleet = make_fleet(dp=1, tp=8)
+    fleet.hear(20, engine(0), 0)
+    for index in range(8):
+        fleet.hear(index, worker(index), 0)
+        beat(fleet, index, 1, phase=Phase.LOAD if index == 3 else Phase.AWAIT_READERS)
+    beat(fleet, 20, 1, phase=Phase.REPLY)
+    waits = 'engine dp 0 (pid 100 on here) (phase "wait for the workers\' reply"'
+    reader = "worker dp 0 tp {} (pid 20{} on here) in 'load weights'"
+    assert fleet.missing() == [f"{waits}: {reader.format(3, 3)})", "API server"]
+    for index in range(1, 7):
+        beat(fleet, index, 1, phase=Phase.LOAD)
+    named = ", ".join(reader.format(index, index) for index in range(1, 5))
+    assert fleet.missing() == [f"{waits}: {named}, 2 more)", "API server"]
+    for index in range(8):
+        beat(fleet, index, 1, phase=Phase.ASLEEP)
+    assert fleet.missing() == [f"{waits})", "API server"]
+
+
 def test_an_engine_that_is_ready_needs_no_workers_that_join() -> None:
     """An executor of somebody else's may have none."""
     fleet = make_fleet(dp=1, tp=2)
