@@ -267,8 +267,30 @@ def pods_part(report: Report) -> str:
     )
 
 
+def pipeline_part(report: Report) -> str:
+    """One flight beside as many as stages."""
+    config, numbers = report.config, _numbers(report)
+    rows = [
+        (
+            "one" if flights == "1" else f"{flights}, as many as stages",
+            speed["median"],
+            ", ".join(f"{share:.2f}" for share in numbers["busy_share_of_stages"][flights]),
+        )
+        for flights, speed in numbers["output_tokens_per_second"].items()
+    ]
+    ratio, quartiles = numbers["ratio"], " to ".join(f"{each:.2f}" for each in numbers["ratio"]["quartiles"])
+    return (
+        f"Pipeline stages, `{report.label}`, each on a core of its own: {config['num_requests']} requests of "
+        f"{config['input_len']} tokens in, {config['output_len']} out, {config['turns']} turns of each, commit "
+        f"`{report.commit}`. Ratio {ratio['median']:.2f} ({quartiles}); "
+        f"{numbers['equal_answers']} of {numbers['answers']} answers equal.\n\n"
+        + markdown_table(["flights", "output tokens/s", "share of the time that each stage computes"], rows)
+    )
+
+
 PARTS = {
     "startup": startup_part,
+    "pipeline": pipeline_part,
     "pods": pods_part,
     "serve": serve_part,
     "eplb_stall": stall_part,

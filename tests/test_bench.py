@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from bench.http_stream import Address
 from bench.offline import Run, alternate, compare_tokens, numbers_of, random_prompts
 from bench.report import Report, describe_machine, markdown_table, percentiles, read_reports
 from bench.serve import Timing, draw, poisson, summary
-from scripts.measurements import compared_table
+from scripts.measurements import compared_table, pipeline_part
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,3 +151,20 @@ def test_a_checkout_beside_itself_computes_experts_with_equal_bits(tmp_path: Pat
     report.write(tmp_path / "machine")
     (line,) = (line for line in compared_table(read_reports(tmp_path)).splitlines() if "5 rows" in line)
     assert line.startswith("| experts of tiny in bfloat16, 1 threads | 5 rows | ")
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two stages need a core each")
+def test_as_many_flights_as_stages_give_the_answers_of_one_on_stages_that_have_a_core_each(tmp_path: Path) -> None:
+    sizes = ("--num-requests", "6", "--input-len", "12", "--output-len", "8", "--turns", "2")
+    run("bench.pipeline", *sizes, "--label", "try", "--out", str(tmp_path))
+    (report,) = read_reports(tmp_path)
+    numbers: Any = report.numbers
+    assert (numbers["answers"], numbers["equal_answers"]) == (12, 12)
+    assert {flights: len(speed["all"]) for flights, speed in numbers["output_tokens_per_second"].items()} == {
+        "1": 2,
+        "2": 2,
+    }
+    assert all(0 < share <= 1.1 for shares in numbers["busy_share_of_stages"].values() for share in shares)
+    assert "| 2, as many as stages | " in pipeline_part(report)
