@@ -47,7 +47,7 @@ def test_every_process_has_the_tokens_of_transformers(
     parts = [slice(0, None)] if dp == 1 else [slice(0, 1), slice(1, None)]
     job = Job(
         model=str(checkpoint.folder),
-        options=options(dp, tp, pp),
+        options=options(dp, tp, pp, max_parallel_loading_workers=1),
         prompts=[prompts[part] for part in parts],
         sampling=GREEDY,
         calls=2,
