@@ -19,7 +19,6 @@ from pathlib import Path
 from moe_serve.base.config import Config
 from moe_serve.base.descriptors import raise_descriptor_limit
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.launched import check_served
 from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.secret import check_token
@@ -53,7 +52,6 @@ class Node:
     """
 
     def __init__(self, config: Config, part: NodePart, *, token: str = "", worlds: int = 0) -> None:
-        check_served(config.parallel)
         self.config = config
         self.token = check_token(token) if token else world_token(config.parallel)
         self.host, self.port = config.parallel.data_parallel_address, config.parallel.coordinator_port

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.launched import check_served
 from moe_serve.base.log import setup_logging
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.launch.endings import Pauses, exit_code
@@ -40,6 +41,7 @@ def run_resolved(config: Config, name: str, run: Callable[[Config, ModelConfig],
     setup_logging(name, config.server.log_level)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
     try:
+        check_served(config.parallel)
         resolved, model = resolve(config)
         return asyncio.run(run(resolved, model))
     except ConfigError as error:
