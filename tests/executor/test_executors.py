@@ -320,6 +320,7 @@ def test_workers_that_somebody_else_started_serve_as_well_and_go_when_the_engine
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_a_killed_worker_of_somebody_elses_is_named_by_its_closed_connection(model):
     with Elsewhere(model) as elsewhere:
         elsewhere.executor.start()

@@ -255,6 +255,7 @@ def disagree(seat: Seat) -> None:
     assert got.tolist() == [1, 0]
 
 
+@pytest.mark.long
 def test_a_wrong_expectation_on_a_rank_fails_the_test() -> None:
     with Ranks(2) as pair, pytest.raises(RankFailed, match=r"rank 0:(.|\n)*got.tolist\(\) == \[1, 0\]"):
         pair.run(disagree)
