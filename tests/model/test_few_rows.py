@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_serve.model.all2all.base import Sorted
 from moe_serve.model.all2all.rows import add_to_rows, sort_gathered
 from moe_serve.model.all2all.shape import ExpertLayout
-from moe_serve.model.moe.experts import Experts, grouped_linear, padding_pays
+from moe_serve.model.moe.experts import Experts, grouped_linear, padding_pays, rounded_rows
 from tests.support.oracle import random_experts
 
 CPU = torch.device("cpu")
@@ -123,6 +123,36 @@ def test_products_without_the_empty_ones_have_the_bits_of_the_grouped_product(co
     ends = counts_e.cumsum(0).to(torch.int32)
     grouped = functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
     assert torch.equal(grouped_linear(rows, weights, counts_e), grouped)
+
+
+class Products(TorchDispatchMode):
+    """Notes how many rows each product has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "grouped" not in str(func), "whose products cannot be seen"
+        if func is torch.ops.aten.mm.default:
+            self.sizes.add(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_in_bfloat16_have_few_sizes_because_each_costs_a_kernel_that_is_kept() -> None:
+    weights = torch.randn((2, 8, 16), generator=torch.Generator().manual_seed(1)).bfloat16()
+    with Products() as products:
+        for count in range(1, 1200):
+            rows = torch.full((count + 9, 16), 0.5, dtype=torch.bfloat16)
+            out = grouped_linear(rows, weights, torch.tensor([count, 9]))
+            assert out.shape == (count + 9, 8)
+    assert max(products.sizes) >= 1200
+    assert len(products.sizes) <= 50
+
+
+@given(count=st.integers(1, 1 << 20))
+def test_sizes_are_little_more_than_the_rows_that_there_are(count: int) -> None:
+    assert count <= rounded_rows(count) < count + max(8, count // 8 + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -149,6 +149,8 @@ def padding_pays(counts: Sequence[int], expert_bytes: int) -> bool:
 
 def grouped_linear(rows: Tensor, weights: Tensor, counts_e: Tensor) -> Tensor:
     """The next counts_e[i] rows times weights[i].T: (R, in), (e, out, in) -> (R, out)."""
+    if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
+        return _in_few_sizes(rows, weights, counts_e.tolist())
     if _known_to_torch(weights) and not _mostly_empty(counts_e):
         return functional.grouped_mm(rows, weights.transpose(1, 2), offs=counts_e.cumsum(0).to(torch.int32))
     out = rows.new_empty((rows.shape[0], weights.shape[1]))
@@ -158,6 +160,31 @@ def grouped_linear(rows: Tensor, weights: Tensor, counts_e: Tensor) -> Tensor:
             part, first = slice(first, first + count), first + count
             torch.mm(rows[part], weights[expert].t(), out=out[part])
     return out
+
+
+def _in_few_sizes(rows: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
+    """The same, with rows of other experts beside an expert's own until there are as many as some products have.
+
+    oneDNN compiles a kernel for each number of rows that it meets and keeps the last 1,024: a gigabyte, and time.
+    """
+    out, first = rows.new_empty((rows.shape[0], weights.shape[1])), 0
+    for expert, count in enumerate(counts):
+        if count:
+            part, size = slice(first, first + count), rounded_rows(count)
+            start = min(first, rows.shape[0] - size)
+            if start < 0:  # fewer rows than that in all
+                beside, start = functional.pad(rows[part], (0, 0, 0, size - count)), first
+            else:
+                beside = rows[start : start + size]
+            out[part] = (beside @ weights[expert].t())[first - start : first - start + count]
+            first += count
+    return out
+
+
+def rounded_rows(count: int) -> int:
+    """At least so many: a multiple of 8 and, from 128 on, of a sixteenth of the next power of two."""
+    step = max(8, 1 << max(0, (count - 1).bit_length() - 4))
+    return -(-count // step) * step
 
 
 def _known_to_torch(weights: Tensor) -> bool:
