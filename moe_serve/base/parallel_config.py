@@ -105,7 +105,14 @@ class ParallelConfig(Section):
     dbo_prefill_token_threshold: Size = Field(512, json_schema_extra=planned())
     """Fewest tokens of a step with prefill that is cut in two."""
     distributed_executor_backend: str | None = None
-    """uni, mp, ray, external_launcher or package.module:Class; uni for one rank per engine, else mp."""
+    """uni, mp, ray, external_launcher or package.module:Class; uni for one rank per engine, ray inside a Ray placement
+    group, else mp."""
+    ray_address: str | None = None
+    """HOST:PORT of the Ray cluster; the surrounding one, RAY_ADDRESS, or the one of this machine, if not given."""
+    ray_placement_group: str | None = None
+    """Id of the Ray placement group whose bundles the workers take; the surrounding one, or one of their own."""
+    ray_bundle_indices: str | None = None
+    """Its bundles for the ranks, such as 0,1,4,5; the first that hold the device, if not given."""
     decode_context_parallel_size: Size = Field(1, json_schema_extra=planned())
     """Ranks that share one sequence's KV cache while decoding; divides tensor_parallel_size."""
 

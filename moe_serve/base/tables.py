@@ -25,8 +25,8 @@ EXECUTORS = Registry(
         "uni": "moe_serve.executor.uni:UniExecutor",
         "mp": "moe_serve.executor.mp:MultiprocessExecutor",
         "external_launcher": "moe_serve.executor.external_launcher:ExternalLauncherExecutor",
+        "ray": "moe_serve.executor.ray:RayExecutor",
     },
-    planned=("ray",),
 )
 EPLB_POLICIES = Registry(
     "EPLB policy",

@@ -180,6 +180,11 @@ def host_of(config: Config) -> str:
 
 def _check_shape(parallel: ParallelConfig, options: ClusterOptions) -> None:
     dp, local = parallel.data_parallel_size, parallel.data_parallel_size_local
+    if parallel.distributed_executor_backend == "ray":
+        raise ConfigError(
+            "distributed_executor_backend ray needs nodes of a Ray cluster, and these pods are none; leave it out, or "
+            "start moe-serve serve on a node of that cluster"
+        )
     if options.shape == "rank":
         if parallel.data_parallel_multi_port_external_lb:
             raise ConfigError(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from moe_serve.base.commands import Meeting
 from moe_serve.base.config import Config
 from moe_serve.base.engine_messages import Generate, TokenEvent
+from moe_serve.base.errors import ConfigError
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Progress
 from moe_serve.engine.build import build_core
@@ -18,9 +19,18 @@ OnEvent = Callable[[TokenEvent], bool]
 
 
 class OneEngine:
-    """Nobody to meet, no sockets; `core` is there for whoever wants to look at each step."""
+    """Nobody to meet, no sockets; `core` is there for whoever wants to look at each step.
+
+    ConfigError for an executor whose workers would have to meet somebody.
+    """
 
     def __init__(self, config: Config, model: ModelConfig) -> None:
+        asked = config.parallel.distributed_executor_backend
+        if asked in ("mp", "ray"):
+            raise ConfigError(
+                f"the {asked} executor is for the engines of a world, and one rank alone lives in this process; leave "
+                "out distributed_executor_backend, or ask for several ranks"
+            )
         meeting = Meeting.of_nobody(threads_per_rank(1))
         self._executor = choose_executor(config)(config, meeting, Progress())
         facts = self._executor.start()

@@ -6,17 +6,39 @@ from typing import cast
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.registry import import_target
 from moe_serve.base.tables import EXECUTORS
 from moe_serve.executor.base import Executor
+from moe_serve.executor.ray_settings import Surroundings, refuse_ray_options, settle_ray, surroundings
 
 METHODS = ("start", "submit", "close")
 
 
+def settle_executor(parallel: ParallelConfig) -> dict[str, object]:
+    """Options of the executor as they will be run, also in processes that this one's Ray does not surround.
+
+    MissingExtra or ConfigError for what cannot be.
+    """
+    around = surroundings()
+    name = parallel.distributed_executor_backend or default_executor(parallel, around)
+    settled: dict[str, object] = {"distributed_executor_backend": name}
+    if name == "ray":
+        return settled | settle_ray(parallel, around)
+    refuse_ray_options(parallel, name)
+    return settled
+
+
+def default_executor(parallel: ParallelConfig, around: Surroundings) -> str:
+    """uni for one rank per engine; of several, ray for those inside a Ray placement group, else mp."""
+    if parallel.world_size == 1:
+        return "uni"
+    return "ray" if around.placement_group else "mp"
+
+
 def choose_executor(config: Config) -> type[Executor]:
-    """uni for one rank per engine and mp for several, unless distributed_executor_backend says otherwise."""
-    asked = config.parallel.distributed_executor_backend
-    name = asked or ("uni" if config.parallel.world_size == 1 else "mp")
+    """What distributed_executor_backend says, or default_executor()."""
+    name = config.parallel.distributed_executor_backend or default_executor(config.parallel, surroundings())
     if ":" not in name:
         return cast(type[Executor], EXECUTORS.load(name))
     try:

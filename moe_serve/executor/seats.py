@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -32,11 +31,7 @@ class Seat:
 
     def death(self, when: str) -> WorkerDied | None:
         """How it came to its end, if that is known."""
-        code = self.started.poll()
-        if code is None:
-            return None
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return WorkerDied(f"{self.who} {how} {when}")
+        return None if self.started.poll() is None else WorkerDied(f"{self.who} {self.started.fate()} {when}")
 
 
 def name_missing(seats: Sequence[Seat], came: Collection[int]) -> str:

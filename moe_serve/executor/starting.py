@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from moe_serve.worker.wire import Invitation
+
+
+def describe_code(code: int) -> str:
+    """A process's end by its exit code, or minus the signal that killed it."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 class Started(Protocol):
@@ -19,6 +25,10 @@ class Started(Protocol):
 
     def poll(self) -> int | None:
         """Its exit code, or minus the signal that killed it. None while it runs, and always where nobody can know."""
+        ...
+
+    def fate(self) -> str:
+        """How it ended, for people, where poll() gave a code: `was killed by SIGKILL`."""
         ...
 
     def kill(self) -> None:
@@ -49,6 +59,9 @@ class StartedElsewhere:
 
     def poll(self) -> None:
         return None
+
+    def fate(self) -> str:
+        return "is gone"
 
     def kill(self) -> None:
         pass

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from moe_serve.base.interpreter import module_command
+from moe_serve.executor.starting import describe_code
 from moe_serve.worker.wire import Invitation
 
 GONE_SECONDS = 3.0
@@ -25,6 +26,9 @@ class WorkerChild:
 
     def poll(self) -> int | None:
         return self._process.poll()
+
+    def fate(self) -> str:
+        return describe_code(self._process.returncode)
 
     def kill(self) -> None:
         self._process.kill()

@@ -16,6 +16,7 @@ from moe_serve.base.checkpoint_size import check_size
 from moe_serve.base.config import Config
 from moe_serve.base.errors import CheckpointError, ConfigError
 from moe_serve.base.model_config import ModelConfig, load_model_config
+from moe_serve.executor.choose import settle_executor
 from moe_serve.model.all2all.shape import check_dispatch, dispatch_shape, expert_layout
 from moe_serve.model.partition import make_partition
 
@@ -30,10 +31,11 @@ log = logging.getLogger(__name__)
 def resolve(config: Config, *, weights: bool = True) -> tuple[Config, ModelConfig]:
     """A config in which the model is a folder and sizes are settled, and what that folder says.
 
-    Without `weights` a model on the hub is not fetched whole, only what describes it. Raises ConfigError for
-    everything that can be known before a process is started.
+    Without `weights` a model on the hub is not fetched whole, only what describes it. Raises ConfigError or
+    MissingExtra for everything that can be known before a process is started.
     """
     config.parallel.check_built()
+    executor = settle_executor(config.parallel)
     folder = model_folder(config.model.model, config.model.revision, HUB_FILES if weights else DESCRIPTIONS)
     model = load_model_config(folder)
     if weights and config.model.load_format == "auto":
@@ -56,11 +58,7 @@ def resolve(config: Config, *, weights: bool = True) -> tuple[Config, ModelConfi
             served_model_name=config.model.served_model_name or config.model.model or DEFAULT_MODEL,
             max_model_len=asked or limit,
             dtype=dtype,
-        ).with_(
-            "parallel",
-            distributed_executor_backend=parallel.distributed_executor_backend
-            or ("uni" if parallel.world_size == 1 else "mp"),
-        ),
+        ).with_("parallel", **executor),
         model,
     )
 

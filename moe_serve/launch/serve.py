@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine
 
 from moe_serve.base.config import Config
-from moe_serve.base.errors import ConfigError
+from moe_serve.base.errors import ConfigError, MissingExtra
 from moe_serve.base.launched import check_served
 from moe_serve.base.log import setup_logging
 from moe_serve.base.model_config import ModelConfig
@@ -44,7 +44,7 @@ def run_resolved(config: Config, name: str, run: Callable[[Config, ModelConfig],
         check_served(config.parallel)
         resolved, model = resolve(config)
         return asyncio.run(run(resolved, model))
-    except ConfigError as error:
+    except (ConfigError, MissingExtra) as error:
         log.error("%s", error)
         return 2
     except KeyboardInterrupt:

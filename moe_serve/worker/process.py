@@ -63,7 +63,8 @@ class EngineLine:
             raise EngineError(f"{where} answered a hello with {type(answer).__name__}")
         host, _, _ = invitation.address.rpartition(":")
         self._answers.connect(f"{host}:{answer.replies}")
-        return msgspec.structs.replace(answer, meeting=replace(answer.meeting, token=invitation.token))
+        site = invitation.site or answer.meeting.site
+        return msgspec.structs.replace(answer, meeting=replace(answer.meeting, token=invitation.token, site=site))
 
     def _await_answer(self, where: str) -> None:
         poller = zmq.Poller()
@@ -213,14 +214,14 @@ def _place(topology: Topology, dp: int, worker: int) -> str:
     return f"worker dp={dp}" + (f" pp={pp}" if topology.pp > 1 else "") + f" tp={tp}"
 
 
-def main() -> int:
-    invitation = wire.Invitation.from_environment(os.environ)
+def run_worker(invitation: wire.Invitation) -> int:
+    """This process's main thread as a worker; see WorkerProcess.run."""
     setup_logging(f"worker {invitation.worker}")
     return WorkerProcess(invitation).run()
 
 
 if __name__ == "__main__":
-    code = main()
+    code = run_worker(wire.Invitation.from_environment(os.environ))
     logging.shutdown()
     sys.stderr.flush()
     os._exit(code)  # threads of torch and of the link must not keep a failed worker

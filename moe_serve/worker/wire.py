@@ -13,6 +13,7 @@ import msgspec
 
 from moe_serve.base.commands import Command, Meeting, Reply
 from moe_serve.base.interpreter import child_environment
+from moe_serve.base.site import Site
 from moe_serve.world.member import thread_environment
 
 ENVIRONMENT = "MOE_SERVE_WORKER"
@@ -23,7 +24,8 @@ MAX_REPLY_BYTES = 1 << 30
 class Invitation(msgspec.Struct, frozen=True, kw_only=True):
     """Enough to be started and to join an engine from anywhere; `connect_seconds` to keep trying until it is reached.
 
-    `worker` is the index within the engine (Topology.worker_index), here and in all records below.
+    `worker` is the index within the engine (Topology.worker_index), here and in all records below. `site` is the
+    worker's own, where it shares its machine and devices with others than the engine's site says.
     """
 
     address: str
@@ -31,6 +33,7 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
     worker: int
     threads: int = 1
     connect_seconds: float = 5.0
+    site: Site | None = None
 
     def to_environment(self) -> dict[str, str]:
         """Environment of the worker: this one's, the invitation and the threads, which torch reads when imported."""

@@ -38,6 +38,8 @@ OTHERS = {
     "file",
     "pid",
     "nproc-per-node",
+    "head",
+    "address",
 }
 """Flags of other programs, and one that waits for a second backend."""
 NOT_FILES = re.compile(r"^owner/|^path/|/x\.py$|MACHINE")

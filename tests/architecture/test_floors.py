@@ -45,12 +45,15 @@ BASES = {
     "seats",
     "starting",
     "stage_results",
+    "ray_placement",
+    "ray_settings",
     "__init__",
 }
 PURE = (
     "eplb",
     "world/fleet.py",
     "world/members.py",
+    "executor/ray_placement.py",
     "engine/scheduler.py",
     "engine/lockstep.py",
     "engine/router.py",

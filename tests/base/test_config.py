@@ -447,7 +447,6 @@ def test_every_option_is_read_somewhere_or_refused(section: str, field: str) -> 
             {"disable_nccl_for_dp_synchronization": False},
             "disable_nccl_for_dp_synchronization=False is not built: .* gloo.*leave out --no-disable-nccl",
         ),
-        ({"distributed_executor_backend": "ray"}, "executor 'ray' is known but not built yet; built are: uni, mp"),
         ({"distributed_executor_backend": "thread"}, "unknown executor 'thread'; known are: uni, mp"),
         ({"distributed_executor_backend": "uni", "tensor_parallel_size": 2}, "uni holds one rank.*use mp"),
         ({"all2all_backend": "carrier_pigeon"}, "unknown all2all backend 'carrier_pigeon'; known are: naive"),

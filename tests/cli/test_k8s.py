@@ -116,6 +116,7 @@ def test_help_lists_the_options_of_the_cluster_and_of_serve(capsys: pytest.Captu
         (["render", *WORLD, "--data-parallel-address", "h"], "data_parallel_address follows from"),
         (["render", *WORLD, "--all2all-backend", "deepep_high_throughput"], "by CUDA IPC, which does not reach"),
         (["render", *WORLD, "--host", "127.0.0.1"], "reached from within its pod only"),
+        (["render", *WORLD, "--distributed-executor-backend", "ray"], "needs nodes of a Ray cluster, and these"),
         (["render", *WORLD, "--port", "80"], "port (80) must be at least 1024"),
         (["render", *WORLD, "--port", "0"], "port (0) must be at least 1024"),
         (["render", *WORLD, "--port", "29550"], "must differ (both are 29550)"),

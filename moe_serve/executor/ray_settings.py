@@ -1,0 +1,82 @@
+"""The Ray that surrounds this process, looked up among what is imported already: nothing here imports Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_serve.base.errors import ConfigError, MissingExtra
+from moe_serve.base.interpreter import HOME
+from moe_serve.base.parallel_config import ParallelConfig
+from moe_serve.executor.ray_placement import parse_indices
+
+OPTIONS = ("ray_address", "ray_placement_group", "ray_bundle_indices")
+PREFIXES = ("HF_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "GOMP_")
+NAMES = {"HUGGING_FACE_HUB_TOKEN", "OMP_WAIT_POLICY", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING"}
+INSTALLED = {"site-packages", "dist-packages"}
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The cluster that this process is connected to, and the placement group it was placed in (hexadecimal)."""
+
+    address: str = ""
+    placement_group: str = ""
+
+
+def surroundings() -> Surroundings:
+    """Empty where Ray was not imported or not initialised."""
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return Surroundings()
+    context = ray.get_runtime_context()
+    return Surroundings(context.gcs_address, context.get_placement_group_id() or "")
+
+
+def settle_ray(parallel: ParallelConfig, around: Surroundings) -> dict[str, object]:
+    """Options of Ray as they will be run in other processes. MissingExtra or ConfigError for what cannot be."""
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtra(
+            "--distributed-executor-backend ray needs the Python package 'ray', which is not installed here; "
+            "pip install 'moe-serve[ray]', or choose mp"
+        )
+    if "://" in (told := parallel.ray_address or os.environ.get("RAY_ADDRESS", "")):
+        raise ConfigError(
+            f"ray_address {told!r} is an address for Ray's client, which cannot hold workers; give HOST:PORT of the "
+            "cluster (option --ray-address, or RAY_ADDRESS)"
+        )
+    if parallel.ray_bundle_indices is not None:
+        parse_indices(parallel.ray_bundle_indices, count=parallel.world_size_across_dp)
+    same = parallel.ray_address in (None, around.address)
+    group = parallel.ray_placement_group or (around.placement_group if same else "")
+    if parallel.ray_bundle_indices is not None and not group:
+        raise ConfigError(
+            f"ray_bundle_indices {parallel.ray_bundle_indices!r} needs a placement group: start this inside one, or "
+            "give --ray-placement-group"
+        )
+    return {"ray_address": parallel.ray_address or around.address or None, "ray_placement_group": group or None}
+
+
+def refuse_ray_options(parallel: ParallelConfig, backend: str) -> None:
+    """ConfigError for an option of Ray where another executor runs."""
+    if given := [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(parallel, name) is not None]:
+        raise ConfigError(
+            f"{', '.join(given)} has no effect with the {backend} executor; add --distributed-executor-backend ray"
+        )
+
+
+def carried_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of the engine's environment its workers get elsewhere: settings of libraries and the hub's token.
+
+    Never what is a rank's, a member's or a client's own: RANK, LOCAL_RANK, CUDA_VISIBLE_DEVICES, MOE_SERVE_*.
+    """
+    return {name: value for name, value in environment.items() if name in NAMES or name.startswith(PREFIXES)}
+
+
+def import_path() -> dict[str, str]:
+    """How a Ray worker finds this package where it is a checkout; the same folder must be on every node then."""
+    return {} if HOME.name in INSTALLED else {"PYTHONPATH": f"{HOME}:${{PYTHONPATH}}"}

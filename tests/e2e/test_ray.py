@@ -1,0 +1,181 @@
+"""Whole worlds whose workers are actors of a real Ray: LLM, a server, LLM inside a placement group; their ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from moe_serve import LLM, SamplingParams
+from moe_serve.base.errors import ConfigError
+from moe_serve.cli.random_model import make_model
+from moe_serve.executor.ray_settings import import_path
+from tests.support.ray_cluster import RayNodes, groups_that_stand, wait_clean, worker_processes
+from tests.support.server import Server, serving
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.ranks,
+    pytest.mark.filterwarnings("ignore"),  # Ray's own
+]
+Answer = tuple[list[int], str]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+PROMPTS = [[5, 6, 7, 8, 9], list(range(30, 60)), [99, 3]]
+NAMED_SECONDS = 10.0
+RAY = ("--distributed-executor-backend", "ray", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model(tmp_path_factory.mktemp("ray") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    with RayNodes() as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def alone(model: str) -> list[Answer]:
+    return answers(model)[1]
+
+
+def answers(model: str, **options: Any) -> tuple[str | None, list[Answer]]:
+    """The executor that was chosen, and what it gave."""
+    with LLM(model, dtype="float32", **options) as llm:
+        outputs = [output.outputs[0] for output in llm.generate(PROMPTS, GREEDY, show_progress=False)]
+        backend = llm.config.parallel.distributed_executor_backend
+    return backend, [(list(output.token_ids), output.text) for output in outputs]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        {"pipeline_parallel_size": 2},
+        {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True},
+    ],
+    ids=lambda options: " ".join(f"{name.split('_')[0]}={size}" for name, size in options.items()),
+)
+def test_llm_gives_the_tokens_of_one_rank_and_leaves_nothing(
+    nodes: RayNodes, model: str, alone: list[Answer], options: dict[str, Any]
+) -> None:
+    before = groups_that_stand()
+    assert answers(model, distributed_executor_backend="ray", **options) == ("ray", alone)
+    wait_clean(before)
+
+
+class Holder:
+    """A program of somebody's inside a placement group, which asks for no executor."""
+
+    def run(self, model: str) -> tuple[str | None, list[Answer]]:
+        return answers(model, tensor_parallel_size=2)
+
+
+def test_llm_inside_a_placement_group_uses_it_by_itself(nodes: RayNodes, model: str, alone: list[Answer]) -> None:
+    group = placement_group([{"CPU": 0.5}, {"CPU": 0.5}], strategy="STRICT_SPREAD")
+    assert group.wait(30)
+    holder: Any = (
+        ray.remote(Holder)
+        .options(
+            num_cpus=0.5,
+            runtime_env={"env_vars": import_path()},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        )
+        .remote()
+    )
+    running = holder.run.remote(model)
+    assert ray.get(running, timeout=120) == ("ray", alone)
+    ray.kill(holder)
+    wait_clean({group.id.hex()})
+    remove_placement_group(group)
+
+
+def test_a_server_gives_the_tokens_of_one_rank_in_named_bundles_and_its_end_leaves_nothing(
+    nodes: RayNodes, model: str, alone: list[Answer]
+) -> None:
+    group = placement_group([{"CPU": 0.2}, {"CPU": 0.2}, {"CPU": 0.2}])
+    assert group.wait(30)
+    where = ("--ray-address", nodes.address, "--ray-placement-group", group.id.hex())
+    environment = {**os.environ, "MOE_SERVE_RAY_BUNDLE_INDICES": "2,0"}
+    with serving(model, "-tp", "2", *RAY, *where, environment=environment) as server:
+        for prompt, (_, text) in zip(PROMPTS, alone, strict=True):
+            assert server.complete(prompt, max_tokens=24, ignore_eos=True)["choices"][0]["text"] == text
+        assert len(worker_processes()) == 2
+        assert sorted(re.findall(r"worker \d goes to bundle (\d)", server.log())) == ["0", "2"]
+        assert token_is_nowhere(server.token)
+        assert server.terminate() == 0
+        wait_clean({group.id.hex()})
+    remove_placement_group(group)
+
+
+def token_is_nowhere(token: str) -> bool:
+    """In no environment or command line of a worker's process, and in none of Ray's logs."""
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    told = [" ".join([*each.cmdline(), *each.environ().values()]) for each in worker_processes()]
+    told += [file.read_text(errors="replace") for file in logs.rglob("*") if file.is_file()]
+    return not any(token in text for text in told)
+
+
+@pytest.mark.parametrize("who", ["worker", "engine", "launcher"])
+def test_whoever_is_killed_is_named_in_time_and_nothing_stays(nodes: RayNodes, model: str, who: str) -> None:
+    server = Server(model, "-tp", "2", *RAY, "--ray-address", nodes.address)
+    try:
+        server.wait_ready()
+        workers = worker_processes()
+        victim = {
+            "worker": lambda: workers[0],
+            "engine": lambda: server.member("engine.process"),
+            "launcher": lambda: psutil.Process(server.process.pid),
+        }[who]()
+        os.kill(victim.pid, signal.SIGKILL)
+        code = server.process.wait(NAMED_SECONDS)
+        if who != "launcher":
+            assert code == 1
+            assert f"pid {victim.pid}" in server.log()
+        wait_clean(set())
+        assert not server.wait_gone(NAMED_SECONDS)
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "cuda"), "the Ray cluster has 0 GPUs, 0 of them free, but 2 workers need one each"),
+        (("--ray-placement-group", "ab" * 18), "the Ray cluster has no placement group"),
+        (("--ray-address", "127.0.0.1:1"), "no Ray cluster answers at 127.0.0.1:1"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_only_the_cluster_can_say_is_refused_with_code_2(
+    nodes: RayNodes, model: str, options: tuple[str, ...], message: str
+) -> None:
+    server = Server(model, "-tp", "2", *RAY, "--ray-address", nodes.address, *options)
+    try:
+        assert server.process.wait(60) == 2, server.log()
+        assert message in server.log()
+        assert "Traceback" not in server.log()
+        wait_clean(set())
+        assert not server.wait_gone(NAMED_SECONDS)
+    finally:
+        server.end()
+
+
+def test_a_mistake_of_the_cluster_reaches_the_caller_of_llm(nodes: RayNodes, model: str) -> None:
+    with pytest.raises(ConfigError, match="the Ray cluster has 0 GPUs"):
+        answers(model, tensor_parallel_size=2, distributed_executor_backend="ray", device="cuda")
+    wait_clean(set())
