@@ -93,7 +93,9 @@ class WorkerActor:
 
 
 class ActorWorker:
-    """A worker that is an actor."""
+    """A worker that is an actor. A worker that meets with another's death ends itself, and Ray calls that a crash."""
+
+    knows_signals = False
 
     def __init__(self, actor: Any, work: Any, place: WorkerPlace) -> None:
         self._actor = actor
@@ -107,7 +109,7 @@ class ActorWorker:
         return f"Ray actor {self._actor._actor_id.hex()[:8]} on {self._place.address}"
 
     def poll(self) -> int | None:
-        """Ray does not say which signal ended a process, nor whether it crashed: all of that counts as killed."""
+        """Ray does not say which signal ended a process, nor whether it crashed: one code for all of that."""
         with self._lock:
             if self._end is None:
                 self._end = self._look()

@@ -23,6 +23,11 @@ class Started(Protocol):
         """For people, until the worker has joined and says so itself: `pid 12 on this machine`."""
         ...
 
+    @property
+    def knows_signals(self) -> bool:
+        """Whether poll() tells a kill from an end of its own; if not, ends count as connections closed, in order."""
+        ...
+
     def poll(self) -> int | None:
         """Its exit code, or minus the signal that killed it. None while it runs, and always where nobody can know."""
         ...
@@ -56,6 +61,7 @@ class StartedElsewhere:
     """Known by its connection alone: when that closes the worker is gone, and it ends itself when the engine does."""
 
     who: str = "started by somebody else"
+    knows_signals: bool = True
 
     def poll(self) -> None:
         return None

@@ -17,6 +17,8 @@ GONE_SECONDS = 3.0
 class WorkerChild:
     """A worker that is a child of this process."""
 
+    knows_signals = True
+
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 

@@ -16,6 +16,8 @@ from moe_serve.executor.seats import Seat
 
 GRACE_SECONDS = 0.5
 LOOK_SECONDS = 0.05
+FATE_SECONDS = 3.0
+"""For who started a worker to learn how it ended, where that takes longer than the closing of its connection."""
 NEEDED = "while it was needed"
 
 
@@ -61,7 +63,7 @@ class Watch:
             culprit = _first(other for other in others if _was_killed(other))
         if isinstance(error, EngineError) and culprit is None:
             # One with an exit code failed as well, and has said or will say why.
-            closed = (other for other in others if other.gone_since is not None and other.started.poll() is None)
+            closed = (other for other in others if other.gone_since is not None and not _said_why(other))
             culprit = _first(closed)
         if culprit is None:
             return error
@@ -91,9 +93,17 @@ def _first(seats: Iterable[Seat]) -> Seat | None:
 
 
 def _was_killed(seat: Seat) -> bool:
-    return (seat.started.poll() or 0) < 0
+    return seat.started.knows_signals and (seat.started.poll() or 0) < 0
+
+
+def _said_why(seat: Seat) -> bool:
+    """One that ended of itself; where a kill looks the same, nobody knows."""
+    return seat.started.knows_signals and seat.started.poll() is not None
 
 
 def _death(seat: Seat) -> WorkerDied:
+    deadline = time.monotonic() + (0 if seat.started.knows_signals else FATE_SECONDS)
+    while seat.started.poll() is None and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
     stopped = " (it is stopped)" if seat.started.is_stopped() else ""
     return seat.death(NEEDED) or WorkerDied(f"{seat.who} closed its connection or fell silent{stopped}")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -102,3 +103,35 @@ def test_who_is_missing_is_named_and_of_several_the_one_that_is_stopped(engine: 
         pass
     assert name_missing(engine.seats, {0}) == f"worker 3, pid {engine.child.pid} on this machine (stopped)"
     assert name_missing(engine.seats, {0, 2, 3}) == "worker 1, started by somebody else"
+
+
+class Actor:
+    """Of somebody who learns late that a worker ended, and never whether it was killed."""
+
+    knows_signals = False
+
+    def __init__(self, learns_after: float) -> None:
+        self.who = "an actor"
+        self._known_at = time.monotonic() + learns_after
+
+    def poll(self) -> int | None:
+        return None if time.monotonic() < self._known_at else -signal.SIGKILL
+
+    def fate(self) -> str:
+        return "was killed or crashed"
+
+    def kill(self) -> None:
+        pass
+
+    def is_stopped(self) -> bool:
+        return False
+
+
+def test_where_kills_and_crashes_look_the_same_the_first_to_close_is_named_with_its_fate(engine: Engine) -> None:
+    engine.seats[0].started, engine.seats[1].started = Actor(0.2), Actor(1.5)
+    engine.closed.put(engine.seats[1])
+    engine.closed.put(engine.seats[0])
+    assert engine.told.wait(WAIT)
+    assert "worker 1, an actor was killed or crashed" in str(engine.deaths[0])
+    error = engine.watch.cause(engine.seats[0], EngineError("connection reset by peer"))
+    assert "worker 1, an actor was killed or crashed" in str(error)
