@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bench import scale
 from bench.report import Report
 from bench.scale_coordinator import Shape
@@ -24,6 +26,7 @@ async def life() -> list[dict[str, Any]]:
         return world.events
 
 
+@pytest.mark.long
 def test_the_events_of_a_world_take_as_many_messages_as_its_ranks_ask_for(tmp_path: Path) -> None:
     events = asyncio.run(life())
     found = {row["event"]: row for row in events}

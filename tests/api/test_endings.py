@@ -208,6 +208,7 @@ def test_a_slow_reader_delays_nobody_else(served: Served) -> None:
         assert slow.text.endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.long
 def test_sixty_four_streams_at_once_each_get_their_own_answer(served: Served) -> None:
     served.engines.seconds_per_event = 0.001
     bodies = [BODY | {"prompt": f"number {n}", "temperature": 0, "max_tokens": 5 + n % 20} for n in range(64)]

@@ -58,6 +58,7 @@ def test_code_that_holds_the_interpreter_for_long_ends_neither_the_world_nor_wha
     assert late == [at_rest]
 
 
+@pytest.mark.long
 def test_an_engine_that_dies_is_named_to_who_waits(model: str) -> None:
     others = engines()
     with LLM(model, data_parallel_size=2, enable_expert_parallel=True, max_num_seqs=4) as llm:

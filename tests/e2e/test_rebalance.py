@@ -28,7 +28,7 @@ LENGTHS = [1, 5, 17, 60, 33, 90, 8, 120]
 WAYS = [
     pytest.param(2, "shuffle", 0, "torch_a2a", marks=pytest.mark.long),
     pytest.param(4, "shuffle", 4, "torch_padded", marks=pytest.mark.long),
-    (2, "sticky", 4, "torch_padded"),
+    pytest.param(2, "sticky", 4, "torch_padded", marks=pytest.mark.long),
     pytest.param(4, "shuffle", 8, "allgather_reducescatter", marks=pytest.mark.long),
     pytest.param(4, "deepseek", 2, "naive", marks=pytest.mark.long),
 ]

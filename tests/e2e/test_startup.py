@@ -303,6 +303,18 @@ HOSTILE = {
 }
 
 
+DAILY = {
+    "truncated weights",
+    "a tensor missing",
+    "a chat template without end",
+    "too little memory",
+    "HTTP port taken",
+    "store's port taken",
+    "somebody else's address",
+}
+"""Each start costs seconds of importing torch: the others' run with the long tests."""
+
+
 @dataclass(frozen=True)
 class Outcomes:
     port: str
@@ -310,16 +322,22 @@ class Outcomes:
 
 
 @pytest.fixture(scope="module")
-def outcomes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
-    """All of them, three at a time: a start is spent importing torch, or waiting."""
+def outcomes(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Outcomes]:
+    """Of those that this run asks for, three at a time: a start is spent importing torch, or waiting."""
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = {name: HOSTILE[name] for name in HOSTILE if any(each.get("name") == name for each in params)}
     with socket.socket() as taken, ThreadPoolExecutor(3) as pool:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         environment = hub_at(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("hub"))
-        running = {SILENT_HUB: pool.submit(run_to_the_end, "owner/name", environment=environment)}
-        for name, case in HOSTILE.items():
-            if name != SILENT_HUB:
+        running = {}
+        for name, case in asked.items():
+            if name == SILENT_HUB:
+                running[name] = pool.submit(run_to_the_end, "owner/name", environment=environment)
+            else:
                 folder = shutil.copytree(model, tmp_path_factory.mktemp("spoilt") / "tiny")
                 case.spoil(folder)
                 options = [option.replace("PORT", port) for option in case.options]
@@ -329,7 +347,9 @@ def outcomes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DAILY else pytest.mark.long) for name in HOSTILE]
+)
 def test_what_only_a_started_process_finds_ends_everything_with_one_message(name: str, outcomes: Outcomes) -> None:
     if name == "no such device" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")

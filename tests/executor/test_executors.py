@@ -311,6 +311,7 @@ class Elsewhere:
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_workers_that_somebody_else_started_serve_as_well_and_go_when_the_engine_is_done(model, alone):
     with Elsewhere(model) as elsewhere:
         assert elsewhere.executor.start().kv_block_bytes == alone[0].kv_block_bytes

@@ -223,6 +223,7 @@ def joins_as_a_generation_of_its_own(seat: Seat) -> str:
     return str(caught.value)
 
 
+@pytest.mark.long
 def test_ranks_of_different_generations_of_a_world_do_not_meet() -> None:
     with Ranks(2) as pair:
         for generation, message in enumerate(pair.run(joins_as_a_generation_of_its_own), start=1):
