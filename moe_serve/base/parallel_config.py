@@ -60,8 +60,9 @@ class ParallelConfig(Section):
     port)."""
     data_parallel_master_port: Port = 0
     """Port of the store on rank 0; 0 for any free one, which the others are told."""
-    data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb") | planned("ray"))
-    """How data-parallel ranks are started."""
+    data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb"))
+    """How data-parallel ranks are started: mp on the node of each command, ray as actors on the nodes of a Ray cluster,
+    all by one command; data_parallel_size_local is then the driver's share, and the most of any other node."""
     disable_nccl_for_dp_synchronization: bool = True
     """Data-parallel ranks agree on their steps over gloo, on the CPU: always so here, as their engines hold no device.
     Known for the start lines of other servers; off is refused."""
@@ -148,7 +149,9 @@ class ParallelConfig(Section):
 
     @property
     def dp_ranks_here(self) -> tuple[int, ...]:
-        """Data-parallel ranks of this node."""
+        """Data-parallel ranks that are started here: on this node, but for those that Ray starts."""
+        if self.data_parallel_backend == "ray":
+            return tuple(range(self.data_parallel_size))
         if self.data_parallel_rank is not None:
             return (self.data_parallel_rank,)
         start = self.start_rank or 0

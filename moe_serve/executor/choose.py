@@ -10,7 +10,13 @@ from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.registry import import_target
 from moe_serve.base.tables import EXECUTORS
 from moe_serve.executor.base import Executor
-from moe_serve.executor.ray_settings import Surroundings, refuse_ray_options, settle_ray, surroundings
+from moe_serve.executor.ray_settings import (
+    Surroundings,
+    check_ray_engines,
+    refuse_ray_options,
+    settle_ray,
+    surroundings,
+)
 
 METHODS = ("start", "submit", "close")
 
@@ -23,17 +29,19 @@ def settle_executor(parallel: ParallelConfig) -> dict[str, object]:
     around = surroundings()
     name = parallel.distributed_executor_backend or default_executor(parallel, around)
     settled: dict[str, object] = {"distributed_executor_backend": name}
-    if name == "ray":
+    if parallel.data_parallel_backend == "ray":
+        check_ray_engines(parallel, name)
+    if "ray" in (name, parallel.data_parallel_backend):
         return settled | settle_ray(parallel, around)
     refuse_ray_options(parallel, name)
     return settled
 
 
 def default_executor(parallel: ParallelConfig, around: Surroundings) -> str:
-    """uni for one rank per engine; of several, ray for those inside a Ray placement group, else mp."""
+    """uni for one rank per engine; of several, ray inside a Ray placement group and in engines of Ray's, else mp."""
     if parallel.world_size == 1:
         return "uni"
-    return "ray" if around.placement_group else "mp"
+    return "ray" if around.placement_group or parallel.data_parallel_backend == "ray" else "mp"
 
 
 def choose_executor(config: Config) -> type[Executor]:

@@ -15,6 +15,17 @@ from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.executor.ray_placement import parse_indices
 
 OPTIONS = ("ray_address", "ray_placement_group", "ray_bundle_indices")
+PLACED_BY_HAND = (
+    "data_parallel_rank",
+    "data_parallel_rank_local",
+    "data_parallel_start_rank",
+    "node_rank",
+    "headless",
+    "data_parallel_external_lb",
+    "data_parallel_hybrid_lb",
+    "data_parallel_multi_port_external_lb",
+)
+"""Options for ranks that are started by several commands, or have servers of their own."""
 PREFIXES = ("HF_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "GOMP_")
 NAMES = {"HUGGING_FACE_HUB_TOKEN", "OMP_WAIT_POLICY", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING"}
 INSTALLED = {"site-packages", "dist-packages"}
@@ -40,8 +51,9 @@ def surroundings() -> Surroundings:
 def settle_ray(parallel: ParallelConfig, around: Surroundings) -> dict[str, object]:
     """Options of Ray as they will be run in other processes. MissingExtra or ConfigError for what cannot be."""
     if importlib.util.find_spec("ray") is None:
+        option = "data-parallel" if parallel.data_parallel_backend == "ray" else "distributed-executor"
         raise MissingExtra(
-            "--distributed-executor-backend ray needs the Python package 'ray', which is not installed here; "
+            f"--{option}-backend ray needs the Python package 'ray', which is not installed here; "
             "pip install 'moe-serve[ray]', or choose mp"
         )
     if "://" in (told := parallel.ray_address or os.environ.get("RAY_ADDRESS", "")):
@@ -59,6 +71,29 @@ def settle_ray(parallel: ParallelConfig, around: Surroundings) -> dict[str, obje
             "give --ray-placement-group"
         )
     return {"ray_address": parallel.ray_address or around.address or None, "ray_placement_group": group or None}
+
+
+def check_ray_engines(parallel: ParallelConfig, executor: str) -> None:
+    """ConfigError for what does not go with engines that Ray starts; `executor` is theirs."""
+    if parallel.data_parallel_size == 1:
+        raise ConfigError(
+            "data_parallel_backend ray needs data_parallel_size > 1; the workers of one engine are placed by "
+            "--distributed-executor-backend ray"
+        )
+    if given := sorted(name for name in PLACED_BY_HAND if getattr(parallel, name) not in (None, False)):
+        raise ConfigError(
+            f"{' and '.join(given)}: with data_parallel_backend ray one command starts all engines and one server; "
+            "leave that out (data_parallel_size_local says how many engines a node gets)"
+        )
+    if parallel.data_parallel_size_local is not None and parallel.ray_bundle_indices is not None:
+        raise ConfigError(
+            "data_parallel_size_local and ray_bundle_indices both say where engines go; leave out one of them"
+        )
+    if executor != ("uni" if parallel.world_size == 1 else "ray"):
+        raise ConfigError(
+            f"distributed_executor_backend {executor} does not go with data_parallel_backend ray, where an engine's "
+            "workers are in its bundles; leave it out"
+        )
 
 
 def refuse_ray_options(parallel: ParallelConfig, backend: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from moe_serve.base.interpreter import module_command
 from moe_serve.launch.shared import SharedThings
@@ -18,9 +19,34 @@ STOP_SECONDS = 3.0
 FATE_SECONDS = 0.3
 
 
+class Child(Protocol):
+    """What a launcher started, as far as it can follow it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def code(self) -> int | None:
+        """None while it runs, minus the signal where one killed it."""
+        ...
+
+    @property
+    def fate(self) -> str:
+        """How it ended, for people."""
+        ...
+
+    def ask(self) -> None:
+        """To end, by who has nobody else to be told by."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once, and see it gone."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class Child:
-    """`code` is None while it runs, minus the signal where one killed it."""
+class ChildProcess:
+    """A Child that is a process of this machine."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -31,10 +57,16 @@ class Child:
 
     @property
     def fate(self) -> str:
-        """How it ended, for people."""
         code = self.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return f"{self.name} (pid {self.process.pid}) {how}"
+
+    def ask(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 class Children:
@@ -54,7 +86,11 @@ class Children:
             start_new_session=True,
             stdin=subprocess.DEVNULL,
         )
-        self._children.append(Child(name, process))
+        self._children.append(ChildProcess(name, process))
+
+    def add(self, child: Child) -> None:
+        """One that was started in another way."""
+        self._children.append(child)
 
     def ended(self) -> Iterator[Child]:
         """Those that run no more."""
@@ -65,7 +101,7 @@ class Children:
         deadline = time.monotonic() + FATE_SECONDS
         while time.monotonic() < deadline and not any(self.ended()):
             await asyncio.sleep(0.02)
-        return "; ".join(child.fate for child in self.ended() if child.process.returncode < 0)
+        return "; ".join(child.fate for child in self.ended() if (child.code or 0) < 0)
 
     async def close(self, welcomed: Collection[tuple[str, int]] | None) -> None:
         """Give them a few seconds to end, then end them.
@@ -75,7 +111,7 @@ class Children:
         """
         if welcomed is None:
             for child in self._children:
-                child.process.terminate()
+                child.ask()
         else:
             here = socket.gethostname()
             end_all(pid for pid in self._all_here() if (here, pid) not in welcomed)
@@ -88,8 +124,7 @@ class Children:
         """End what is left at once, workers that have not joined yet included."""
         for child in self._children:
             if child.code is None:
-                child.process.kill()
-                child.process.wait()
+                child.kill()
         end_all(self._all_here())
 
     def _is_somebody_left(self) -> bool:
