@@ -21,6 +21,8 @@ from moe_serve.model.footprint import Footprint, footprints
 from moe_serve.model.partition import Partition, make_partitions
 from moe_serve.worker.kv_room import Room, fitting_blocks
 
+AS_ACTOR = ", a Ray actor"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlan:
@@ -126,6 +128,9 @@ def plan_world(resolved: Config, model: ModelConfig, *, memory_bytes: int | None
 def dp_ranks_of_nodes(parallel: ParallelConfig) -> list[range]:
     """This node's, as its options say; the others, which have their own options, are taken to have as many each."""
     here, dp = parallel.dp_ranks_here, parallel.data_parallel_size
+    if parallel.data_parallel_backend == "ray":  # which knows what room there is; this node is filled first
+        size = parallel.data_parallel_size_local or dp
+        return [range(start, min(start + size, dp)) for start in range(0, dp, size)]
     first, size = here[0], len(here)
     before = [range(start, min(start + size, first)) for start in range(0, first, size)]
     after = [range(start, min(start + size, dp)) for start in range(first + size, dp, size)]
@@ -158,6 +163,8 @@ def _launched(
 ) -> list[ProcessPlan]:
     """A launcher and what it starts."""
     holds = 0 in dp_ranks
+    if not holds and parallel.data_parallel_backend == "ray":
+        return [process for dp in dp_ranks for process in _engine(parallel, dp)]
     found = [ProcessPlan(name=f"launcher{of}{', with the coordinator' if holds else ''}", ranks=[])]
     if holds and parallel.enable_eplb:
         found += [ProcessPlan(name=f"solver of {what}", ranks=[]) for what in ("decisions", "requests")]
@@ -170,16 +177,18 @@ def _launched(
 
 
 def _engine(parallel: ParallelConfig, dp: int) -> list[ProcessPlan]:
-    topology = parallel.topology
+    topology, executor = parallel.topology, parallel.distributed_executor_backend
     ranks = [topology.worker_rank(dp, worker) for worker in range(topology.num_workers)]
-    if parallel.distributed_executor_backend == "mp":
+    name = f"engine dp {dp}" + (AS_ACTOR if parallel.data_parallel_backend == "ray" else "")
+    if executor in ("mp", "ray"):
+        how = AS_ACTOR if executor == "ray" else ""
         workers = [
-            ProcessPlan(name=topology.describe_worker(dp, worker), ranks=[rank]) for worker, rank in enumerate(ranks)
+            ProcessPlan(name=topology.describe_worker(dp, worker) + how, ranks=[rank])
+            for worker, rank in enumerate(ranks)
         ]
-        return [ProcessPlan(name=f"engine dp {dp}", ranks=[]), *workers]
-    inside = parallel.distributed_executor_backend == "uni"
-    elsewhere = "" if inside else f", workers as {parallel.distributed_executor_backend} has it"
-    return [ProcessPlan(name=f"engine dp {dp}{elsewhere}", ranks=ranks)]
+        return [ProcessPlan(name=name, ranks=[]), *workers]
+    elsewhere = "" if executor == "uni" else f", workers as {executor} has it"
+    return [ProcessPlan(name=f"{name}{elsewhere}", ranks=ranks)]
 
 
 def _rank(
@@ -199,7 +208,8 @@ def _rank(
     if told is not None and dp in config.parallel.dp_ranks_here:
         place = told
     local_rank = place * topology.num_workers + topology.worker_index(rank)
-    device = f"cuda:{local_rank}" if config.model.device == "cuda" else config.model.device
+    on_ray = "ray" in (config.parallel.distributed_executor_backend, config.parallel.data_parallel_backend)
+    device = f"cuda:{0 if on_ray else local_rank}" if config.model.device == "cuda" else config.model.device
     return RankPlan(
         rank=rank,
         dp=dp,

@@ -436,7 +436,6 @@ def test_every_option_is_read_somewhere_or_refused(section: str, field: str) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data_parallel_backend": "ray"}, "data_parallel_backend='ray' is known but not built yet"),
         (
             {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
             "decode_context_parallel_size=2 .*not built yet",

@@ -33,6 +33,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the extra is installed, whether it is or not."""
     ray = types.ModuleType("ray")
     ray.__spec__ = importlib.machinery.ModuleSpec("ray", None)
+    ray.is_initialized = lambda: False  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -70,6 +71,59 @@ def test_options_of_ray_that_cannot_be_are_refused(options: dict[str, object], m
         settle_ray(parallel(**options), AROUND)
 
 
+ENGINES = {"data_parallel_size": 2, "data_parallel_backend": "ray"}
+
+
+@pytest.mark.usefixtures("installed")
+def test_engines_of_rays_have_their_workers_in_its_bundles() -> None:
+    assert settle_executor(parallel(**ENGINES))["distributed_executor_backend"] == "ray"
+    assert settle_executor(parallel(**ENGINES, tensor_parallel_size=1))["distributed_executor_backend"] == "uni"
+    given = parallel(**ENGINES, tensor_parallel_size=1, ray_placement_group=GROUP)
+    assert settle_executor(given)["ray_placement_group"] == GROUP
+    assert given.dp_ranks_here == (0, 1)
+    split = parallel(**ENGINES, data_parallel_size_local=1)
+    assert split.dp_ranks_here == (0, 1)
+    assert not split.is_apart, "nobody starts another command, so there is no secret to be given"
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"data_parallel_size": 1},
+            "data_parallel_backend ray needs data_parallel_size > 1; the workers of one",
+        ),
+        (
+            {"data_parallel_rank": 1},
+            "data_parallel_rank: with data_parallel_backend ray one command starts all",
+        ),
+        (
+            {"data_parallel_hybrid_lb": True, "data_parallel_size_local": 1},
+            "data_parallel_hybrid_lb: with data_parallel_backend ray",
+        ),
+        (
+            {"data_parallel_start_rank": 1, "data_parallel_size_local": 1, "headless": True},
+            "data_parallel_start_rank and headless: with data_parallel_backend ray",
+        ),
+        ({"data_parallel_multi_port_external_lb": True}, "data_parallel_multi_port_external_lb: with"),
+        (
+            {"distributed_executor_backend": "mp"},
+            "distributed_executor_backend mp does not go with data_par",
+        ),
+        ({"ray_bundle_indices": "0,1", "ray_placement_group": GROUP}, "names 2 bundles for 4 ranks"),
+        (
+            {"data_parallel_size_local": 1, "ray_bundle_indices": "0,1,2,3"},
+            "data_parallel_size_local and ray_bundle_indices both say where engines go; leave out one",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_engines_of_rays_is_refused_by_name(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settle_executor(parallel(**{**ENGINES, **options}))
+
+
 def test_options_of_ray_are_refused_where_another_executor_runs() -> None:
     with pytest.raises(ConfigError, match="--ray-address, --ray-bundle-indices has no effect with the mp executor"):
         settle_executor(parallel(ray_address="h:1", ray_bundle_indices="0,1"))
@@ -79,6 +133,8 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"pip install 'moe-serve\[ray\]', or choose mp"):
         settle_executor(parallel(distributed_executor_backend="ray"))
+    with pytest.raises(MissingExtra, match="--data-parallel-backend ray needs the Python package 'ray'"):
+        settle_executor(parallel(**ENGINES))
 
 
 def test_the_server_refuses_ray_without_the_extra_with_code_2() -> None:
