@@ -104,12 +104,13 @@ class RayActors:
     def start(self, worker: int, invitation: Invitation) -> ActorWorker:
         place = self._places[worker]
         on_gpu = self._cluster.device == "GPU"
-        actor = self._cluster.start_actor(WorkerActor, place.bundle, on_gpu=on_gpu)
+        actor = self._cluster.start_actor(WorkerActor, place.bundle, computes=True)
         neighbours = place.neighbours * self._engines_here
         # Ray shows an actor its own GPU and no other.
         site = msgspec.structs.replace(self._meeting.site, ranks_here=1 if on_gpu else neighbours)
         told = msgspec.json.encode(msgspec.structs.replace(invitation, site=site))
-        return ActorWorker(actor, actor.work.remote(told, carried_environment(os.environ), neighbours), place.address)
+        environment = carried_environment(os.environ, self._parallel.ray_runtime_env)
+        return ActorWorker(actor, actor.work.remote(told, environment, neighbours), place.address)
 
     def close(self) -> None:
         """End what is left, and give back the group if it is ours. Safe to call twice."""

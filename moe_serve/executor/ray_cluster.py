@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
+from ray.runtime_env import RuntimeEnv
 from ray.util.placement_group import (
     PlacementGroup,
     PlacementGroupID,
@@ -29,7 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.executor.ray_placement import Bundle, Device
-from moe_serve.executor.ray_settings import import_path
+from moe_serve.executor.ray_settings import runtime_environment
 from moe_serve.executor.starting import describe_code
 from moe_serve.world.member import thread_environment, threads_per_rank
 
@@ -56,7 +57,8 @@ class RayCluster:
         """Of the nodes that live."""
 
     def connect(self) -> None:
-        """ConfigError where no cluster answers."""
+        """ConfigError where no cluster answers, or for a runtime environment that Ray does not know."""
+        self._check_runtime_environment()
         if not ray.is_initialized():
             self._connect()
         if self._asked_device == "auto":
@@ -99,15 +101,15 @@ class RayCluster:
         self._drop_group()
         return None
 
-    def start_actor(self, actor_class: type, bundle: int, *, on_gpu: bool) -> Any:
-        """In a bundle of the group, whose GPU it has where it is `on_gpu`."""
+    def start_actor(self, actor_class: type, bundle: int, *, computes: bool) -> Any:
+        """In a bundle of the group; one that `computes` has its device."""
         actor = (
             ray.remote(actor_class)
             .options(
                 num_cpus=0,  # the bundle is the actor's, and its share of a core
-                num_gpus=1 if on_gpu else 0,
+                num_gpus=1 if computes and self.device == "GPU" else 0,
                 max_restarts=0,
-                runtime_env={"env_vars": import_path()},
+                runtime_env=runtime_environment(self._parallel, computes=computes),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
             )
             .remote()
@@ -128,6 +130,16 @@ class RayCluster:
         if self._connected_here:
             self._connected_here = False
             ray.shutdown()
+
+    def _check_runtime_environment(self) -> None:
+        known = {name.removeprefix("_") for name in RuntimeEnv.known_fields}
+        try:
+            if unknown := sorted((self._parallel.ray_runtime_env or {}).keys() - known):
+                raise ValueError(f"Ray knows no {', '.join(unknown)} there")
+            # Which is told Ray only when an actor is made of it.
+            ray.remote(ActorProcess).options(runtime_env=runtime_environment(self._parallel, computes=True))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"ray_runtime_env cannot be: {_first_line(error)} (option --ray-runtime-env)") from error
 
     def _connect(self) -> None:
         address = self._parallel.ray_address or os.environ.get("RAY_ADDRESS", "")

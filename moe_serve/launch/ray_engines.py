@@ -100,16 +100,17 @@ class RayEngines:
         first = spec.dp * size
         node = self._bundles[first].node
         neighbours = Counter(bundle.node for bundle in self._bundles)[node]
-        alone = on_gpu and size == 1  # Ray shows an actor its own GPU and no other
+        shown_one = on_gpu and size == 1  # Ray shows an actor its own GPU and no other
         site = msgspec.structs.replace(
             spec.site,
             machine=self._cluster.addresses[node],
-            ranks_here=1 if alone else neighbours,
-            local_rank=0 if alone else sum(bundle.node == node for bundle in self._bundles[:first]),
+            ranks_here=1 if shown_one else neighbours,
+            local_rank=0 if shown_one else sum(bundle.node == node for bundle in self._bundles[:first]),
         )
-        actor = self._cluster.start_actor(EngineActor, self._bundles[first].index, on_gpu=alone)
+        actor = self._cluster.start_actor(EngineActor, self._bundles[first].index, computes=size == 1)
         told = msgspec.json.encode(msgspec.structs.replace(spec, site=site))
-        work = actor.work.remote(told, carried_environment(os.environ), neighbours)
+        environment = carried_environment(os.environ, self._parallel.ray_runtime_env)
+        work = actor.work.remote(told, environment, neighbours)
         return ActorChild(name, actor, work, self._cluster.addresses[node])
 
     def close(self) -> None:

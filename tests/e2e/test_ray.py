@@ -28,6 +28,7 @@ from moe_serve.launch.ray_engines import RayEngines
 from moe_serve.launch.resolve import resolve
 from tests.support.ray_cluster import NODES, RayNodes, groups_that_stand, wait_clean, worker_processes
 from tests.support.server import Server, serving
+from tests.support.worker_classes import GREETINGS
 
 pytestmark = [
     pytest.mark.long,
@@ -127,16 +128,24 @@ def running(server: Server) -> float:
     return sum(map(float, found))
 
 
-def test_engines_in_a_given_group_are_whole_on_a_node_first_and_may_lie_over_two(
-    nodes: RayNodes, model: str, alone: list[Answer]
+def test_engines_in_a_given_group_are_whole_on_a_node_first_and_workers_are_what_python_says(
+    nodes: RayNodes, model: str, alone: list[Answer], tmp_path: Path
 ) -> None:
+    """The second engine lies over both nodes."""
     group = placement_group([{"CPU": 0.05, f"node:{NODES[at]}": 0.01} for at in (1, 0, 0, 0)])
     assert group.wait(30)
     options = {"data_parallel_size": 2, "pipeline_parallel_size": 2, "data_parallel_backend": "ray"}
     engines = RayEngines(settled(model, ray_placement_group=group.id.hex(), **options))
     assert engines.prepare().parallel.ray_bundle_indices == "1,2,3,0"
     engines.close()
-    assert answers(model, ray_placement_group=group.id.hex(), **options) == ("ray", alone)
+    given: dict[str, Any] = {
+        "ray_placement_group": group,
+        "ray_runtime_env": {"env_vars": {GREETINGS: str(tmp_path)}},
+        "worker_cls": "tests.support.worker_classes.NamedWorker",
+        "worker_extension_cls": "tests.support.worker_classes.Greeting",
+    }
+    assert answers(model, **given, **options) == ("ray", alone)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["hello from NamedWorkerWithGreeting"] * 4
     wait_clean({group.id.hex()})
     remove_placement_group(group)
 
@@ -151,6 +160,9 @@ def settled(model: str, **options: Any) -> Config:
         ({"device": "cuda"}, r"has room for 0 of 2 engines of 1 worker \(nodes: 127.0.0.2 for 0, 127.0.0.3 for 0\)"),
         ({"data_parallel_size": 3, "data_parallel_size_local": 1}, "has room for 2 of 3 engines .*, at most 1 on a"),
         ({"ray_placement_group": "ab" * 18}, "has no placement group"),
+        ({"ray_runtime_env": {"env_vars": 3}}, r"ray_runtime_env cannot be: .* \(option --ray-runtime-env\)"),
+        ({"ray_runtime_env": {"evn_vars": {}}}, "ray_runtime_env cannot be: Ray knows no evn_vars there"),
+        ({"ray_runtime_env": {"working_dir": "/tmp"}}, "ray_runtime_env cannot be: .*working_dir"),
     ],
     ids=str,
 )

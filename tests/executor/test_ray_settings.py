@@ -17,7 +17,13 @@ from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.engine.alone import OneEngine
 from moe_serve.executor import ray_settings
 from moe_serve.executor.choose import default_executor, settle_executor
-from moe_serve.executor.ray_settings import Surroundings, carried_environment, settle_ray, surroundings
+from moe_serve.executor.ray_settings import (
+    Surroundings,
+    carried_environment,
+    runtime_environment,
+    settle_ray,
+    surroundings,
+)
 from moe_serve.launch.resolve import default_model
 
 GROUP = "ab" * 18
@@ -127,6 +133,8 @@ def test_what_does_not_go_with_engines_of_rays_is_refused_by_name(options: dict[
 def test_options_of_ray_are_refused_where_another_executor_runs() -> None:
     with pytest.raises(ConfigError, match="--ray-address, --ray-bundle-indices has no effect with the mp executor"):
         settle_executor(parallel(ray_address="h:1", ray_bundle_indices="0,1"))
+    with pytest.raises(ConfigError, match="--ray-runtime-env, --ray-workers-use-nsight has no effect"):
+        settle_executor(parallel(ray_runtime_env={}, ray_workers_use_nsight=True))
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +180,36 @@ def test_of_the_environment_only_settings_of_libraries_and_the_hubs_token_travel
         "AWS_SECRET_ACCESS_KEY": "secret",
     }
     assert carried_environment(kept | own) == kept
+
+
+def test_a_runtime_environment_goes_before_what_is_carried_and_keeps_the_import_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_settings, "HOME", Path("/somewhere/checkout"))
+    told = {"env_vars": {"NCCL_DEBUG": "WARN", "PYTHONPATH": "/mine"}, "pip": ["thing"]}
+    given = parallel(ray_runtime_env=told)
+    variables = {"NCCL_DEBUG": "WARN", "PYTHONPATH": "/somewhere/checkout:/mine"}
+    assert runtime_environment(given, computes=True) == {"env_vars": variables, "pip": ["thing"]}
+    assert carried_environment({"NCCL_DEBUG": "INFO", "HF_HOME": "/h"}, told) == {"HF_HOME": "/h"}
+    assert set(runtime_environment(parallel(), computes=False)["env_vars"]) == {"PYTHONPATH"}
+
+
+@pytest.mark.usefixtures("installed")
+def test_actors_that_compute_and_no_others_run_under_nsight_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = parallel(distributed_executor_backend="ray", ray_workers_use_nsight=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"nsys is not on the PATH here; install it, or leave out --ray-workers-use"):
+        settle_executor(asked)
+    (tmp_path / "nsys").write_text("#!/bin/sh\n")
+    (tmp_path / "nsys").chmod(0o755)
+    settle_executor(asked)
+    assert runtime_environment(asked, computes=True)["nsight"]["t"] == "cuda,cudnn,cublas"
+    assert "nsight" not in runtime_environment(asked, computes=False)
+    doubled = parallel(ray_workers_use_nsight=True, ray_runtime_env={"nsight": "default"})
+    with pytest.raises(ConfigError, match="nsight in ray_runtime_env say the same"):
+        settle_ray(doubled, AROUND)
 
 
 def test_a_checkout_is_found_by_workers_and_an_installed_package_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
