@@ -85,8 +85,8 @@ class ParallelConfig(Section):
     dbo_prefill_token_threshold: Size = Field(512, json_schema_extra=planned())
     """Fewest tokens of a step with prefill that is cut in two."""
     distributed_executor_backend: str | None = None
-    """uni, mp, ray, external_launcher or package.module:Class; uni for one rank per engine, ray inside a Ray placement
-    group, else mp."""
+    """uni, mp, ray, external_launcher or package.module:Class. uni for one rank per engine; of several ray inside a Ray
+    placement group and where this machine has too few GPUs for an engine, else mp."""
     worker_cls: str | None = None
     """package.module:Class of workers, a subclass of moe_serve.worker.worker:Worker; that one if not given."""
     worker_extension_cls: str | None = None

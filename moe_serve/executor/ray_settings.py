@@ -53,12 +53,8 @@ def surroundings() -> Surroundings:
 
 def settle_ray(parallel: ParallelConfig, around: Surroundings) -> dict[str, object]:
     """Options of Ray as they will be run in other processes. MissingExtra or ConfigError for what cannot be."""
-    if importlib.util.find_spec("ray") is None:
-        option = "data-parallel" if parallel.data_parallel_backend == "ray" else "distributed-executor"
-        raise MissingExtra(
-            f"--{option}-backend ray needs the Python package 'ray', which is not installed here; "
-            "pip install 'moe-serve[ray]', or choose mp"
-        )
+    option = "data-parallel" if parallel.data_parallel_backend == "ray" else "distributed-executor"
+    check_installed(f"--{option}-backend ray", "or choose mp")
     if "://" in (told := parallel.ray_address or os.environ.get("RAY_ADDRESS", "")):
         raise ConfigError(
             f"ray_address {told!r} is an address for Ray's client, which cannot hold workers; give HOST:PORT of the "
@@ -76,6 +72,14 @@ def settle_ray(parallel: ParallelConfig, around: Surroundings) -> dict[str, obje
             "give --ray-placement-group"
         )
     return {"ray_address": parallel.ray_address or around.address or None, "ray_placement_group": group or None}
+
+
+def check_installed(what: str, else_: str) -> None:
+    """MissingExtra without Ray, which `what` needs."""
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtra(
+            f"{what} needs the Python package 'ray', which is not installed here; pip install 'moe-serve[ray]', {else_}"
+        )
 
 
 def check_ray_engines(parallel: ParallelConfig, executor: str) -> None:

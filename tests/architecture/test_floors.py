@@ -45,6 +45,7 @@ BASES = {
     "seats",
     "starting",
     "stage_results",
+    "devices",
     "ray_cluster",
     "ray_placement",
     "ray_settings",

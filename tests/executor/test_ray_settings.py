@@ -17,6 +17,7 @@ from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.engine.alone import OneEngine
 from moe_serve.executor import ray_settings
 from moe_serve.executor.choose import default_executor, settle_executor
+from moe_serve.executor.devices import gpus_here
 from moe_serve.executor.ray_settings import (
     Surroundings,
     carried_environment,
@@ -49,6 +50,34 @@ def test_ray_is_chosen_inside_a_placement_group_alone() -> None:
     assert default_executor(parallel(), Surroundings("10.0.0.1:6379")) == "mp"
     assert default_executor(parallel(), Surroundings()) == "mp"
     assert default_executor(Config().parallel, AROUND) == "uni"
+
+
+@pytest.mark.usefixtures("installed")
+def test_ray_is_chosen_where_the_gpus_of_this_machine_are_too_few_for_an_engine() -> None:
+    eight = parallel(tensor_parallel_size=8, data_parallel_size=2)
+    assert [default_executor(eight, Surroundings(), gpus=gpus) for gpus in (0, 4, 8)] == ["mp", "ray", "mp"]
+    assert settle_executor(eight, gpus=7)["distributed_executor_backend"] == "ray"
+    told = parallel(tensor_parallel_size=8, distributed_executor_backend="mp")
+    assert settle_executor(told, gpus=4)["distributed_executor_backend"] == "mp", "ranks share GPUs where that was said"
+
+
+def test_an_engine_that_must_lie_over_several_nodes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        MissingExtra,
+        match=r"an engine of 8 ranks \(pipeline x tensor\), which must lie over several nodes as .* fewer GPUs \(4\), "
+        r"needs .*pip install 'moe-serve\[ray\]', start a cluster, or say --distributed-executor-backend mp",
+    ):
+        default_executor(parallel(tensor_parallel_size=8), Surroundings(), gpus=4)
+
+
+@pytest.mark.parametrize(
+    ("named", "gpus"), [(None, 3), ("0,1", 2), ("", 0), ("-1", 0), ("0,1,2,3,4", 3), ("GPU-aa, GPU-bb", 2)]
+)
+def test_gpus_are_counted_by_their_files_and_what_may_be_seen(tmp_path: Path, named: str | None, gpus: int) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia7", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    assert gpus_here({} if named is None else {"CUDA_VISIBLE_DEVICES": named}, tmp_path) == gpus
 
 
 @pytest.mark.usefixtures("installed")
