@@ -60,6 +60,12 @@ def settle_ray(parallel: ParallelConfig, around: Surroundings) -> dict[str, obje
             f"ray_address {told!r} is an address for Ray's client, which cannot hold workers; give HOST:PORT of the "
             "cluster (option --ray-address, or RAY_ADDRESS)"
         )
+    variables = (parallel.ray_runtime_env or {}).get("env_vars", {})
+    if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
+        raise ConfigError(
+            f"ray_runtime_env cannot be: its env_vars are {variables!r}, not names and their texts (option "
+            "--ray-runtime-env)"
+        )
     if parallel.ray_workers_use_nsight:
         _check_nsight(parallel)
     if parallel.ray_bundle_indices is not None:

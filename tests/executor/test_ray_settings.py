@@ -96,6 +96,11 @@ def test_the_surrounding_cluster_and_group_are_settled_for_processes_that_they_d
     [
         ({"ray_bundle_indices": "0,1,2"}, "names 3 bundles for 2 ranks"),
         ({"ray_bundle_indices": "0,0"}, "names 0 more than once"),
+        (
+            {"ray_runtime_env": {"env_vars": 3}},
+            r"its env_vars are 3, not names and their texts \(option --ray-runtime-env",
+        ),
+        ({"ray_runtime_env": {"env_vars": {"A": 3}}}, "not names and their texts"),
         ({"ray_bundle_indices": "0,1", "data_parallel_size": 2}, "names 2 bundles for 4 ranks"),
         ({"ray_address": "ray://10.0.0.1:10001"}, "for Ray's client, which cannot hold workers; give HOST:PORT"),
         ({"ray_bundle_indices": "0,1", "ray_address": "h:1"}, "needs a placement group: .*--ray-placement-group"),
