@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.runtime_env import RuntimeEnv
 from ray.util.placement_group import (
     PlacementGroup,
@@ -211,6 +211,8 @@ class ActorProcess:
             return code, describe_code(code)
         except RayActorError as error:
             return -signal.SIGKILL, f"was killed or crashed (Ray: {_reason(error)})"
+        except RayTaskError as error:
+            return 1, f"failed: {_first_line(error.cause)}"
         except RayError as error:
             return 1, f"failed (Ray: {_reason(error)})"
 

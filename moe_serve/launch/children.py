@@ -16,7 +16,8 @@ from moe_serve.launch.shared import SharedThings
 from moe_serve.world.member import MemberSpec, end_all, started
 
 STOP_SECONDS = 3.0
-FATE_SECONDS = 0.3
+FATE_SECONDS = 1.0
+"""Until a child is known to have ended; of an actor Ray says it a little later."""
 
 
 class Child(Protocol):

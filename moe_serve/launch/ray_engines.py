@@ -36,6 +36,8 @@ from moe_serve.launch.ray_spread import NodeRoom, spread_engines
 from moe_serve.world.member import MemberSpec
 
 LOOK_SECONDS = 0.5
+LEAST_SECONDS = 5.0
+"""For a group whose nodes were chosen late."""
 ROUNDING = 1e-6
 log = logging.getLogger(__name__)
 
@@ -157,19 +159,20 @@ class RayEngines:
         addresses = self._cluster.addresses
         check_addresses(list(addresses), addresses)  # a pin is an address
         share = {str(self._cluster.device): worker_share(self._cluster.device)}
-        nodes = self._choose_nodes()
-        made = self._cluster.make_group([share | pinned(addresses[node]) for node in nodes], PLACE_SECONDS)
+        deadline = time.monotonic() + PLACE_SECONDS
+        nodes = self._choose_nodes(deadline)
+        seconds = max(LEAST_SECONDS, deadline - time.monotonic())
+        made = self._cluster.make_group([share | pinned(addresses[node]) for node in nodes], seconds)
         if made is None:
             where = ", ".join(f"{addresses[node]} for {count}" for node, count in Counter(nodes).items())
             raise ConfigError(
-                f"the Ray cluster did not place {len(nodes)} ranks ({where}) within {PLACE_SECONDS:g} s; make the "
+                f"the Ray cluster did not place {len(nodes)} ranks ({where}) within {seconds:.0f} s; make the "
                 "placement group beforehand (--ray-placement-group), or start fewer ranks (--data-parallel-size)"
             )
         return made
 
-    def _choose_nodes(self) -> list[str]:
+    def _choose_nodes(self, deadline: float) -> list[str]:
         """By what is free; where that is too little, but what there is would do, it may become free."""
-        deadline = time.monotonic() + PLACE_SECONDS
         while True:
             try:
                 return self._spread(self._rooms(available_resources_per_node()))
