@@ -206,7 +206,7 @@ class Config(Section):
         `model` by what the folder holds: every node may have its copy at a path of its own.
         """
         shared = {
-            "model": ("model", "revision", "dtype", "load_format", "max_model_len"),
+            "model": ("model", "revision", "dtype", "kernels", "load_format", "max_model_len"),
             "parallel": (
                 "pipeline_parallel_size",
                 "tensor_parallel_size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -51,7 +52,7 @@ def build_model(
     layout = expert_layout(partition)
     shape = dispatch_shape(config, parallel.topology, max_tokens=max_tokens, dtype=str(dtype).removeprefix("torch."))
     check_dispatch(parallel.all2all_backend, shape, layout)
-    all2all = all2all_type(groups.ep, layout, shape)
+    all2all = all2all_type(groups.ep, layout, replace(shape, path=path))
     maker = _Maker(partition, groups, backend, all2all, dtype, device, path)
     embedding = maker.embedding() if partition.is_first else None
     layers = [maker.layer(index) for index in partition.layers]

@@ -100,7 +100,7 @@ class Experts(nn.Module):
             case RankMajor(rows, ids_RK, weights_RK):
                 pairs, counts_e = sort_by_expert(ids_RK, 0, self.gate_up.shape[0])
                 terms = self._sorted(rows.index_select(0, pairs // ids_RK.shape[1]), counts_e)
-                return add_to_rows(terms, pairs, weights_RK, rows.dtype)
+                return add_to_rows(terms, pairs, weights_RK, rows.dtype, self.path)
         return out if weights is None else (out.float() * weights.unsqueeze(-1)).to(out.dtype)
 
     def _sorted(self, rows: Tensor, counts_e: Tensor) -> Tensor:
