@@ -13,9 +13,8 @@ from tests.support.letters import write_letters
 from tests.support.tiny_model import tiny_model
 
 ASKED = SamplingParams(max_tokens=24, temperature=0.0, logprobs=3, ignore_eos=True)
-PROMPTS = [
-    [3 + (seed * 17 + at * (seed + 5)) % 120 for at in range(length)] for seed, length in enumerate((7, 41, 1, 90))
-]
+LENGTHS = (7, 41, 1, 90)
+PROMPTS = [[3 + (seed * 17 + at * (seed + 5)) % 120 for at in range(length)] for seed, length in enumerate(LENGTHS)]
 Answer = list[tuple[int, float]]
 """Tokens, and the logarithm of each one's probability: a float, in which one bit of any layer would show."""
 
@@ -31,16 +30,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(llm: LLM, prompts: Sequence[list[int]]) -> list[Answer]:
     found = []
     for request in llm.generate(list(prompts), ASKED, show_progress=False):
-        logprobs = request.outputs[0].logprobs
-        assert logprobs is not None
-        found.append(
-            [(token, each.logprob) for token, each in zip(request.outputs[0].token_ids, logprobs, strict=True)]
-        )
+        (output,) = request.outputs
+        assert output.logprobs is not None
+        found.append([(id_, each.logprob) for id_, each in zip(output.token_ids, output.logprobs, strict=True)])
     return found
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", [available()[0]])
 def test_alone_together_again_cut_and_preempted(folder: Path, path: str) -> None:
     def started(**options: object) -> LLM:
@@ -52,10 +50,9 @@ def test_alone_together_again_cut_and_preempted(folder: Path, path: str) -> None
         hit = answers(llm, PROMPTS)  # their blocks are there now
     assert together == alone
     assert hit == alone
-    with started(
-        max_num_batched_tokens=16, kv_cache_memory_bytes=kv_bytes(blocks=11), enable_prefix_caching=False
-    ) as llm:
-        assert answers(llm, PROMPTS) == alone, "cut into chunks of 16, and preempted: all need 16 blocks"
+    tight = {"max_num_batched_tokens": 16, "kv_cache_memory_bytes": kv_bytes(blocks=11)}
+    with started(**tight, enable_prefix_caching=False) as llm:
+        assert answers(llm, PROMPTS) == alone, "cut into chunks of 16, and preempted: together they need 17 blocks"
 
 
 def kv_bytes(blocks: int) -> int:
