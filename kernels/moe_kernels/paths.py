@@ -11,8 +11,7 @@ from importlib import import_module
 from pathlib import Path as File
 from typing import Any
 
-import torch
-from torch import Tensor
+import torch  # noqa: F401 - see above
 
 _native: Any
 try:
@@ -37,16 +36,14 @@ def why_none() -> str:
     return told.splitlines()[-1] if told else "no extension was built"
 
 
-def run(path: str, operation: int, *words: Tensor | int | float | None) -> None:
-    """Run one operation on a path; a tensor stands for its address, None for a null one.
+def run(path: str, operation: int, *words: int | float) -> None:
+    """Run one operation on a path; `words` are addresses (0 for none), sizes, and floats.
 
-    Whoever calls has checked shapes, types and strides: nothing is checked from here on.
+    Whoever calls has checked shapes, types and strides, and keeps what is pointed at: nothing is checked from here on.
     """
-    assert _native is not None
-    _native.run(available().index(path), operation, *[_word(word) for word in words])
+    _native.run(_indices()[path], operation, *words)
 
 
-def _word(word: Tensor | int | float | None) -> int | float:
-    if word is None:
-        return 0
-    return word.data_ptr() if isinstance(word, torch.Tensor) else word
+@cache
+def _indices() -> dict[str, int]:
+    return {name: index for index, name in enumerate(available())}

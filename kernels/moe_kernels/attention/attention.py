@@ -39,7 +39,8 @@ def attention(
     assert sequences_S4.dtype == torch.int64
     q_THd = q_THd if q_THd.stride(2) == 1 and q_THd.stride(1) == head_dim else q_THd.contiguous()
     out = torch.empty(num_tokens, heads, head_dim, dtype=q_THd.dtype)
-    if len(sequences_S4):
-        sizes = (len(sequences_S4), heads, kv_heads, head_dim, block_size, q_THd.stride(0))
-        run(path, ATTENTION, q_THd, k_NGd, v_NGd, out, blocks, sequences_S4, *sizes, float(scale))
+    if num_sequences := sequences_S4.shape[0]:
+        cached = (k_NGd.data_ptr(), v_NGd.data_ptr(), out.data_ptr(), blocks.data_ptr(), sequences_S4.data_ptr())
+        sizes = (num_sequences, heads, kv_heads, head_dim, block_size, q_THd.stride(0))
+        run(path, ATTENTION, q_THd.data_ptr(), *cached, *sizes, float(scale))
     return out

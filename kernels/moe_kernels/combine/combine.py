@@ -24,5 +24,6 @@ def combine(path: str, terms_RD: Tensor, pairs_R: Tensor, weights_TK: Tensor) ->
     out = torch.empty(num_tokens, hidden, dtype=terms_RD.dtype)
     place = torch.empty(num_tokens * top_k, dtype=torch.int32)
     if num_tokens:
-        run(path, COMBINE, terms_RD, pairs_R, weights_TK, place, out, num_terms, num_tokens, top_k, hidden)
+        given = (terms_RD.data_ptr(), pairs_R.data_ptr(), weights_TK.data_ptr())
+        run(path, COMBINE, *given, place.data_ptr(), out.data_ptr(), num_terms, num_tokens, top_k, hidden)
     return out

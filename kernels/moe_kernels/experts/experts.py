@@ -23,9 +23,10 @@ def experts(path: str, rows_RD: Tensor, counts_e: Tensor, gate_up: Tensor, down:
     assert down.is_contiguous()
     assert counts_e.dtype == torch.int64
     assert counts_e.is_contiguous()
-    assert len(counts_e) == len(gate_up) == len(down)
+    assert counts_e.shape[0] == gate_up.shape[0] == down.shape[0]
     out = torch.empty_like(rows_RD)
     if num_rows:
         inner = torch.empty(num_rows, width, dtype=torch.bfloat16)
-        run(path, EXPERTS, rows_RD, counts_e, gate_up, down, inner, out, len(counts_e), hidden, width)
+        given = (rows_RD.data_ptr(), counts_e.data_ptr(), gate_up.data_ptr(), down.data_ptr())
+        run(path, EXPERTS, *given, inner.data_ptr(), out.data_ptr(), counts_e.shape[0], hidden, width)
     return out

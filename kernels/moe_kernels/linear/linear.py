@@ -22,5 +22,7 @@ def linear(path: str, x_RK: Tensor, packed_NK: Tensor, bias_N: Tensor | None = N
     x_RK = x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
     out = torch.empty(num_rows, num_columns, dtype=torch.float32 if wide else torch.bfloat16)
     if num_rows:
-        run(path, LINEAR, x_RK, packed_NK, bias_N, out, num_rows, width, num_columns, x_RK.stride(0), int(wide))
+        bias = 0 if bias_N is None else bias_N.data_ptr()
+        addresses = (x_RK.data_ptr(), packed_NK.data_ptr(), bias, out.data_ptr())
+        run(path, LINEAR, *addresses, num_rows, width, num_columns, x_RK.stride(0), int(wide))
     return out

@@ -21,5 +21,6 @@ def rms_norm(path: str, x: Tensor, scale_n: Tensor, eps: float) -> Tensor:
     x = x if x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == size) else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     if x.shape[0]:
-        run(path, RMS_NORM, x, scale_n, out, x.shape[0], groups, size, x.stride(0), float(eps))
+        addresses = (x.data_ptr(), scale_n.data_ptr(), out.data_ptr())
+        run(path, RMS_NORM, *addresses, x.shape[0], groups, size, x.stride(0), float(eps))
     return out

@@ -21,5 +21,6 @@ def scores(path: str, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     out = torch.empty(num_tokens, num_experts, dtype=torch.float32)
     if num_tokens:
-        run(path, SCORES, x_TD, weight_ED, out, num_tokens, num_experts, hidden, x_TD.stride(0))
+        addresses = (x_TD.data_ptr(), weight_ED.data_ptr(), out.data_ptr())
+        run(path, SCORES, *addresses, num_tokens, num_experts, hidden, x_TD.stride(0))
     return out
