@@ -91,6 +91,7 @@ def test_engines_on_two_nodes_give_the_tokens_of_one_rank_drain_and_leave_nothin
     with serving(model, *sizes, *RAY_ENGINES, "--ray-address", nodes.address) as server:
         assert places_of_engines(server.log()) == [("0", NODES[0]), ("1", NODES[1])]
         assert sorted(kind_of(each) for each in worker_processes()) == ["EngineActor"] * 2 + ["WorkerActor"] * 4
+        assert [node_of(engine_pid(server, dp)) for dp in (0, 1)] == list(NODES)
         for rank in ("0", "1"):
             for prompt, (_, text) in zip(PROMPTS, alone, strict=True):
                 assert complete_at(server, rank, prompt) == text
@@ -109,6 +110,13 @@ def test_engines_on_two_nodes_give_the_tokens_of_one_rank_drain_and_leave_nothin
 def places_of_engines(log: str) -> list[tuple[str, str]]:
     """DP rank and node, as the launcher says them."""
     return re.findall(r"engine dp (\d) goes to (\S+), bundles", log)
+
+
+def node_of(pid: int) -> str:
+    """By the Ray process that started it."""
+    parent = psutil.Process(pid).parent()
+    assert parent is not None
+    return re.findall(r"--node_ip_address=(\S+)", " ".join(parent.cmdline()))[0]
 
 
 def kind_of(process: psutil.Process) -> str:
