@@ -1,6 +1,6 @@
 """Every compiled operation beside torch's own, by turns, and beside the machine's limits: `python -m bench.kernels`.
 
-Limits: what a plain sum over more memory than caches hold reads per second, and what one large float32 product computes.
+Limits: what a plain sum over more memory than caches hold reads per second, and what a large float32 product computes.
 An operation that reads weights reads other ones each time, as a step does.
 """
 
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from moe_kernels.attention.attention import attention
 from moe_kernels.experts.experts import experts
 from moe_kernels.linear.linear import linear
 from moe_kernels.norm.norm import rms_norm
