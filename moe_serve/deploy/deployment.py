@@ -166,8 +166,8 @@ def refuse_nodes(options: Mapping[str, object]) -> None:
     """ConfigError where one engine is asked for in several pods."""
     if given := sorted(name for name in NODES if options.get(name, 1) != 1):
         raise ConfigError(
-            f"{' and '.join(given)} spreads the ranks of one engine over nodes, and a pod here has whole engines; leave "
-            "it out and give --data-parallel-size for several pods (--tensor-parallel-size counts within a pod)"
+            f"{' and '.join(given)} spreads the ranks of one engine over nodes, and a pod here has whole engines; "
+            "leave it out and give --data-parallel-size for several pods (--tensor-parallel-size counts within a pod)"
         )
 
 

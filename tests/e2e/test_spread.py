@@ -156,8 +156,9 @@ class Pod:
         return ids_of(answer.json()["choices"][0]["text"])
 
     def close(self) -> None:
-        for each in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
+        """Its first process takes all others of the namespace with it."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(self.process.pid).children(recursive=True):
                 each.kill()
         self.process.kill()
         self.process.wait()
