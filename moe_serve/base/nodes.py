@@ -21,7 +21,7 @@ class NodesSection(Section):
     node_rank: int | None = Field(None, ge=0, json_schema_extra=short("r"))
     """Which of nnodes this is; node 0 has the server. Or, where all nodes have data_parallel_size_local ranks: says
     data_parallel_start_rank."""
-    master_addr: Host | None = Field(None, min_length=1)
+    master_addr: Host | None = None
     """Address or name of node 0 of nnodes, where all of them meet; one that does not resolve yet is waited for."""
     master_port: Port = 29501
     """Port on node 0 at which nnodes meet; all other ports are negotiated there."""
@@ -78,7 +78,7 @@ class NodesSection(Section):
             )
         if self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank ({self.node_rank}) must lie in [0, {self.nnodes}), below nnodes")
-        if self.master_addr is None:
+        if not self.master_addr:
             raise ValueError(
                 f"nnodes ({self.nnodes}) needs master_addr, the address or name of node 0, the same on all nodes"
             )
