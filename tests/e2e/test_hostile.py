@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,7 +19,10 @@ from tests.support.tiny_model import tiny_model
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
 
 STREAMS = 8
-LONGEST_GAP_SECONDS = 1.0
+WATCH_SECONDS = 3.0
+LONGEST_STALL_SECONDS = 1.0
+"""Of a stream, beyond its longest gap while nobody sends anything hostile: that one is the machine's own."""
+PART_BYTES = 1 << 16
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +46,34 @@ def longest_gap(server: Server, until: float) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_a_hostile_body_gets_a_4xx_and_nobody_else_notices(server: Server, name: str) -> None:
-    path, body = LARGE[name]
+@contextmanager
+def watched(server: Server) -> Iterator[list[Future[float]]]:
+    """Streams that run meanwhile; their longest gaps, known when this is left."""
     with ThreadPoolExecutor(STREAMS) as clients:
-        until = time.monotonic() + 3
-        watching = [clients.submit(longest_gap, server, until) for _ in range(STREAMS)]
+        until = time.monotonic() + WATCH_SECONDS
+        yield [clients.submit(longest_gap, server, until) for _ in range(STREAMS)]
+
+
+@pytest.fixture(scope="module")
+def gap_at_rest(server: Server) -> float:
+    """Seconds; not of the first streams, which find the server cold."""
+    for _ in range(2):
+        with watched(server) as streams:
+            pass
+    return max(each.result() for each in streams)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_hostile_body_gets_a_4xx_and_nobody_else_notices(server: Server, gap_at_rest: float, name: str) -> None:
+    path, body = LARGE[name]
+    with watched(server) as streams:
         time.sleep(0.5)
-        headers = {"Content-Type": "application/json"}
-        refused = httpx.post(server.base_url + path, content=body(), headers=headers, timeout=60)
-        gaps = [each.result() for each in watching]
+        whole = body()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(whole))}
+        # In parts: of one large part httpx copies all that is left whenever some of it was taken, which stalls streams.
+        parts = (whole[at : at + PART_BYTES] for at in range(0, len(whole), PART_BYTES))
+        refused = httpx.post(server.base_url + path, content=parts, headers=headers, timeout=60)
     assert 400 <= refused.status_code < 500, refused.text[:300]
     assert len(refused.text) < MAX_REFUSAL_CHARACTERS
-    assert max(gaps) < LONGEST_GAP_SECONDS, name
+    assert max(each.result() for each in streams) < gap_at_rest + LONGEST_STALL_SECONDS, name
     assert server.get("/readyz").status_code == 200

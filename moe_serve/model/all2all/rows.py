@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from moe_kernels.combine.combine import combine
 from torch import Tensor
 
 from moe_serve.model.all2all.base import Sorted
@@ -57,8 +58,15 @@ def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [piece.contiguous().view(part.dtype) for piece, part in zip(pieces, like, strict=True)]
 
 
-def add_to_rows(outputs: Tensor, pairs: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Outputs (R, D) of some pairs, weighted and added to their rows in float32: (T, D) of `dtype`."""
+def add_to_rows(
+    outputs: Tensor, pairs: Tensor, weights_TK: Tensor, dtype: torch.dtype, path: str | None = None
+) -> Tensor:
+    """Outputs (R, D) of some pairs, weighted and added to their rows in float32: (T, D) of `dtype`.
+
+    In the order of the pairs; on a compiled `path` in that of the top k.
+    """
+    if path is not None and outputs.dtype == dtype == torch.bfloat16:
+        return combine(path, outputs.contiguous(), pairs, weights_TK.contiguous())
     total_TD = outputs.new_zeros((weights_TK.shape[0], outputs.shape[1]), dtype=torch.float32)
     weights = weights_TK.reshape(-1, 1).index_select(0, pairs)
     # A product of mixed types has the same bits and takes several times as long on a CPU.

@@ -41,7 +41,8 @@ class DispatchShape:
     """The largest exchange there can be; a backend may size its buffers by it once.
 
     `max_rows` that one rank brings to a layer. `dtype` of the rows as config.json names types; `quantisation` of them
-    on the wire (None: none). `graph`: the exchange is captured in a CUDA graph.
+    on the wire (None: none). `graph`: the exchange is captured in a CUDA graph. `path` of moe_kernels for
+    what is computed on the way, torch's own operations if None.
     """
 
     max_rows: int
@@ -51,6 +52,7 @@ class DispatchShape:
     dtype: str
     quantisation: str | None = None
     graph: bool = False
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
