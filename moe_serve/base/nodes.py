@@ -10,7 +10,7 @@ from pydantic import Field
 
 from moe_serve.base.section import Host, Port, Section, Size, short
 
-GOES_WITH_NODES = {"data_parallel_size", "data_parallel_master_port", "data_parallel_backend"}
+GOES_WITH_NODES = {"data_parallel_size", "data_parallel_master_port"}
 """Of data_parallel_*: the number of engines, which is 1, and what concerns node 0 alone."""
 
 
