@@ -281,7 +281,8 @@ class Fleet:
         """A front-end left on purpose. Drained, the world ends with the last of them."""
         others = [each for each in self.members.values() if each.hello.role == "api" and not each.leaving]
         if not others if self.draining is not None else known.hello.essential:
-            return self.end(Stop(reason or f"{known.name} left", 0, known.hello.node))
+            node = known.hello.node if self.draining is None else self.draining.node  # who was asked, not who was told
+            return self.end(Stop(reason or f"{known.name} left", 0, node))
         return self._tell_view() if known.hello.essential else []
 
     def _give_up(self, member: int, known: Member, how: str) -> list[Send]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_serve.base.config import Config
-from moe_serve.base.messages import EngineAt, Hello, Leaving, Refused, Stop, StoreAt
+from moe_serve.base.messages import EngineAt, Hello, Leaving, Refused, Retire, Stop, StoreAt
 from moe_serve.base.topology import Topology
 from moe_serve.world.fleet import Fleet
 from moe_serve.world.parcels import Send
@@ -93,6 +93,16 @@ def test_a_node_that_leaves_may_be_replaced_until_the_engine_was_told_and_then_e
     fleet.hear(2, Leaving("worker dp 0 tp 1 (pid 7) exited with code 1"), 1)
     left = "launcher of node 1 (pid 301 on there) left: worker dp 0 tp 1 (pid 7) exited with code 1"
     assert fleet.ended == Stop(left, 1, "there-1")
+
+
+def test_a_node_that_is_asked_to_stop_ends_the_world_in_its_own_name_whoever_drains() -> None:
+    fleet = make_fleet(nodes=2)
+    fleet.hear(1, node(1), 0)
+    fleet.hear(9, Hello(role="api", pid=99, host="here", node="first", agreement=AGREEMENT), 0)
+    fleet.ready = True
+    fleet.hear(1, Retire(5), 1)
+    fleet.hear(9, Leaving("drained"), 2)
+    assert fleet.ended == Stop("drained", 0, "there-1")
 
 
 def test_a_node_that_dies_is_named_as_its_workers_are_with_their_node() -> None:
