@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.nodes import NodesSection
 from moe_serve.base.section import Host, Port, Section, Size, planned, short
 from moe_serve.base.tables import ALL2ALL, EPLB_POLICIES, EXECUTORS
 from moe_serve.base.topology import Topology
@@ -36,7 +37,7 @@ class EPLBConfig(Section):
     """Take the copy of an expert on the same rank, then the same node, first."""
 
 
-class ParallelConfig(Section):
+class ParallelConfig(NodesSection):
     pipeline_parallel_size: Size = Field(1, json_schema_extra=short("pp"))
     """Stages the layers are cut into."""
     tensor_parallel_size: Size = Field(1, json_schema_extra=short("tp"))
@@ -47,8 +48,6 @@ class ParallelConfig(Section):
     """Data-parallel ranks started on this node; all of them, or the one of data_parallel_rank, if not given."""
     data_parallel_start_rank: int | None = Field(None, ge=0, json_schema_extra=short("dpr"))
     """First data-parallel rank of this node, where others are started elsewhere."""
-    node_rank: int | None = Field(None, ge=0, json_schema_extra=short("r"))
-    """Which node this is, where all have data_parallel_size_local ranks: says data_parallel_start_rank."""
     data_parallel_rank: int | None = Field(None, ge=0, json_schema_extra=short("dpn"))
     """The one data-parallel rank started here, with a server of its own behind somebody else's load balancer."""
     data_parallel_rank_local: int | None = Field(None, ge=0)
@@ -74,8 +73,6 @@ class ParallelConfig(Section):
     a supervisor starts them and speaks for all of them."""
     data_parallel_supervisor_port: Port = 9256
     """Port of that supervisor's own HTTP server: /readyz, /livez and /ranks of this node."""
-    headless: bool = False
-    """No HTTP server on this node: that of rank 0's node speaks for its ranks."""
     world_token_file: str | None = None
     """File with the secret that all processes of the world know (MOE_SERVE_WORLD_TOKEN goes before it)."""
     start_timeout_seconds: float = Field(1800, gt=0, allow_inf_nan=False)
@@ -118,7 +115,8 @@ class ParallelConfig(Section):
 
     @property
     def topology(self) -> Topology:
-        return Topology(dp=self.data_parallel_size, pp=self.pipeline_parallel_size, tp=self.tensor_parallel_size)
+        sizes = (self.data_parallel_size, self.pipeline_parallel_size, self.tensor_parallel_size)
+        return Topology(*sizes, nodes=self.nnodes)
 
     @property
     def world_size(self) -> int:
@@ -148,7 +146,9 @@ class ParallelConfig(Section):
 
     @property
     def dp_ranks_here(self) -> tuple[int, ...]:
-        """Data-parallel ranks of this node."""
+        """Data-parallel ranks whose engines are on this node."""
+        if self.is_beside:
+            return ()
         if self.data_parallel_rank is not None:
             return (self.data_parallel_rank,)
         start = self.start_rank or 0
@@ -160,7 +160,7 @@ class ParallelConfig(Section):
     @property
     def is_apart(self) -> bool:
         """Whether other ranks of the world are started elsewhere."""
-        return len(self.dp_ranks_here) < self.data_parallel_size
+        return self.is_spread or len(self.dp_ranks_here) < self.data_parallel_size
 
     @property
     def num_frontends(self) -> int:
@@ -170,8 +170,15 @@ class ParallelConfig(Section):
         return 1 if self.load_balancing == "internal" else self.data_parallel_size // len(self.dp_ranks_here)
 
     @property
+    def coordinator_host(self) -> str:
+        """Where everybody meets."""
+        return self.master_addr or self.data_parallel_address
+
+    @property
     def coordinator_port(self) -> int:
         """Where the coordinator listens; 0, any free port, where nobody else must know it beforehand."""
+        if self.is_spread:
+            return self.master_port
         told = {"data_parallel_address", "data_parallel_rpc_port"} & self.model_fields_set
         known = told or self.is_apart or self.data_parallel_multi_port_external_lb
         return self.data_parallel_rpc_port if known else 0
@@ -228,6 +235,9 @@ class ParallelConfig(Section):
         """Which ranks this node starts, beside those of others."""
         dp, local, rank = self.data_parallel_size, self.data_parallel_size_local, self.data_parallel_rank
         start, hybrid = self.start_rank, self.data_parallel_hybrid_lb
+        self.check_nodes(dp, self.world_size, self.distributed_executor_backend)
+        if self.is_spread:
+            return
         self._check_node()
         if (self.data_parallel_external_lb or hybrid) and dp == 1:
             raise ValueError("data_parallel_external_lb and data_parallel_hybrid_lb need data_parallel_size > 1")
@@ -272,8 +282,9 @@ class ParallelConfig(Section):
         rank, local = self.data_parallel_rank, self.data_parallel_size_local
         if self.node_rank is not None and (not local or self.data_parallel_start_rank is not None):
             raise ValueError(
-                f"node_rank ({self.node_rank}) needs data_parallel_size_local, the ranks of each node, and says "
-                "data_parallel_start_rank by itself: give the one and leave out the other"
+                f"node_rank ({self.node_rank}) needs data_parallel_size_local, the ranks of each node (or nnodes, for "
+                "one engine on several), and says data_parallel_start_rank by itself: give the one and leave out the "
+                "other"
             )
         if not self.data_parallel_multi_port_external_lb:
             if "data_parallel_supervisor_port" in self.model_fields_set:

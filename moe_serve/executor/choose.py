@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
+from moe_serve.base.commands import Meeting
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.parallel_config import ParallelConfig
+from moe_serve.base.progress import Progress
 from moe_serve.base.registry import import_target
 from moe_serve.base.tables import EXECUTORS
 from moe_serve.executor.base import Executor
@@ -33,7 +36,15 @@ def default_executor(parallel: ParallelConfig, around: Surroundings) -> str:
     """uni for one rank per engine; of several, ray for those inside a Ray placement group, else mp."""
     if parallel.world_size == 1:
         return "uni"
-    return "ray" if around.placement_group else "mp"
+    return "ray" if around.placement_group and not parallel.is_spread else "mp"
+
+
+def make_executor(config: Config, meeting: Meeting, progress: Progress, *, announce: Callable[[str], None]) -> Executor:
+    """`announce` tells other nodes at which address the engine listens for the workers that they start (--nnodes)."""
+    kind: Any = choose_executor(config)
+    spread = {"announce": announce} if config.parallel.is_spread else {}
+    executor: Executor = kind(config, meeting, progress, **spread)
+    return executor
 
 
 def choose_executor(config: Config) -> type[Executor]:

@@ -45,6 +45,7 @@ BASES = {
     "subprocesses",
     "seats",
     "starting",
+    "nodes",
     "stage_results",
     "ray_placement",
     "ray_settings",

@@ -104,6 +104,8 @@ def test_help_lists_the_options_of_the_cluster_and_of_serve(capsys: pytest.Captu
         (["render", *WORLD, "--shape", "node", "-dpl", "16"], "a pool names 8 ports of a pod at most"),
         (["render", *WORLD, "-dpl", "8"], "--shape rank has one rank in each pod"),
         (["render", *WORLD, "-dpl", "8", "-dpm"], "leave it out, or give --shape node"),
+        (["render", *WORLD, "-n", "2"], "nnodes spreads the ranks of one engine over nodes, and a pod here has whole"),
+        (["render", *WORLD, "--master-addr", "h", "-n", "2"], "master_addr and nnodes spreads"),
         (["render", *NODES, "--node-rank", "1"], "node_rank follows from a pod's place"),
         (["render", *NODES, "--port", "65530"], "which reach beyond 65535; give one up to 65528"),
         (["render", *NODES, "--data-parallel-supervisor-port", "8007"], "lies among the ports of this node's ranks"),
