@@ -17,11 +17,13 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from moe_serve.base.memory import available_memory
 
 NAME_BYTES, SECRET_BYTES = 16, 32
 HELLO = struct.Struct(f"<{SECRET_BYTES}sI")
+MOST_OF_AVAILABLE = 0.5
 STRANGER_SECONDS = 1.0
 """For somebody who has connected to say who he is."""
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -93,11 +95,13 @@ class Giver:
         """Hand it to all others until `deadline` (of time.monotonic()); OSError if somebody did not come."""
         waiting = dict(self._parcels)
         while waiting:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(errno.ETIMEDOUT, f"ranks {', '.join(map(str, waiting))} did not fetch the memory")
-            self._listening.settimeout(left)
-            with self._listening.accept()[0] as line:
+            self._listening.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                line = self._listening.accept()[0]
+            except TimeoutError as error:
+                names = ", ".join(map(str, waiting))
+                raise TimeoutError(errno.ETIMEDOUT, f"ranks {names} did not fetch it") from error
+            with line:
                 self._answer(line, waiting)
         assert self.own is not None
         own, self.own = self.own, None
@@ -156,7 +160,12 @@ def take(offer: Offer, rank: int, size: int, deadline: float) -> Descriptors:
 
 
 def make_memory(name: str, num_bytes: int) -> int:
-    """A memfd all of whose pages are there: what cannot be had is an OSError now, and no SIGBUS later."""
+    """A memfd all of whose pages are there: what cannot be had is an OSError now, and no SIGBUS later.
+
+    The kernel would take page after page before it finds out, and kill somebody to have more: so it is asked first.
+    """
+    if num_bytes > available_memory() * MOST_OF_AVAILABLE:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, num_bytes)
@@ -166,8 +175,3 @@ def make_memory(name: str, num_bytes: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def reasons(errors: Sequence[int], ranks: Sequence[int]) -> Mapping[int, str]:
-    """Global rank -> why it has not got the memory."""
-    return {rank: os.strerror(error) for rank, error in zip(ranks, errors, strict=True) if error}

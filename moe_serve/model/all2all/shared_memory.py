@@ -148,7 +148,7 @@ class _RowBytes:
         return places
 
     def buffer_bytes(self, num_rows: int) -> int:
-        return -(-self.places(num_rows)[-1].stop // ALIGNMENT) * ALIGNMENT
+        return sum(-(-part * num_rows // ALIGNMENT) * ALIGNMENT for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
