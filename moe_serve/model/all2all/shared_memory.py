@@ -99,7 +99,7 @@ class SharedMemoryAllToAll:
         if self._sharded:
             buffer.results[self._rank].copy_(add_to_rows(outputs, ticket.pairs, buffer.weights, outputs.dtype))
             return self._publish("combine", lambda: sum_parts(buffer.results[:, sent.mine]))
-        buffer.results.flatten(0, 1).index_copy_(0, ticket.pairs, outputs)
+        _put(buffer.results.flatten(0, 1), ticket.pairs, outputs.contiguous())
         return self._publish("combine", lambda: _add_terms(sent))
 
     def close(self) -> None:
@@ -196,6 +196,14 @@ class _Ticket:
 
     sent: _Sent
     pairs: Tensor
+
+
+def _put(places: Tensor, pairs: Tensor, outputs: Tensor) -> None:
+    """torch moves element by element: rows in elements of 16 bytes take a quarter of the time of bfloat16's."""
+    row_bytes = outputs.shape[1] * outputs.element_size()
+    if row_bytes % 16 == 0 and outputs.storage_offset() * outputs.element_size() % 16 == 0:
+        places, outputs = places.view(torch.complex128), outputs.view(torch.complex128)
+    places.index_copy_(0, pairs, outputs)
 
 
 def _add_terms(sent: _Sent) -> Tensor:
