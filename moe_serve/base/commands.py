@@ -213,6 +213,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, tag="worker_facts")
 
     device: str
     dtype: str
+    kernels: str
     kv_blocks: int
     kv_block_bytes: int
     weight_bytes: int

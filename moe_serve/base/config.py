@@ -32,6 +32,9 @@ class ModelSection(Section):
     """Type of weights and activations; auto takes what the checkpoint says."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA where there is one."""
+    kernels: Literal["auto", "torch", "generic", "avx2", "avx512"] = "auto"
+    """What computes in bfloat16 on a CPU: operations compiled for its instructions, or torch's own. auto takes the
+    compiled ones where they were measured to be faster: on processors with AVX2 and without AVX-512."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto reads the checkpoint; dummy makes random weights of its shapes (for measuring)."""
     max_model_len: Size | None = None
@@ -203,7 +206,7 @@ class Config(Section):
         `model` by what the folder holds: every node may have its copy at a path of its own.
         """
         shared = {
-            "model": ("model", "revision", "dtype", "load_format", "max_model_len"),
+            "model": ("model", "revision", "dtype", "kernels", "load_format", "max_model_len"),
             "parallel": (
                 "pipeline_parallel_size",
                 "tensor_parallel_size",

@@ -22,6 +22,7 @@ def judge_machine(facts: MachineFacts) -> list[Finding]:
         _torch(facts.torch, facts.installed_torch),
         _gpus(facts),
         _instructions(facts),
+        _kernels(facts.torch),
         _cores(facts),
         _memory(facts),
         _shm(facts),
@@ -85,6 +86,17 @@ def _instructions(facts: MachineFacts) -> Finding:
             "in a virtual machine, pass the host's CPU model through",
         )
     return ok("instruction sets", found)
+
+
+def _kernels(torch: TorchFacts) -> Finding:
+    if torch.no_kernels:
+        return warning(
+            "compiled kernels",
+            f"none ({torch.no_kernels})",
+            "in bfloat16 on a CPU torch computes alone, several times slower where it has no AVX-512",
+            "install a C++ compiler (Debian: g++) and pip install moe-serve again",
+        )
+    return ok("compiled kernels", ", ".join(torch.kernels) or "not asked")
 
 
 def _cores(facts: MachineFacts) -> Finding:

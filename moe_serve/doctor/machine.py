@@ -29,19 +29,26 @@ TIME_ERROR = 5
 """What adjtimex(2) returns when nobody keeps the clock."""
 ASK_TORCH = """
 import json, torch
+from moe_kernels import paths
 print(json.dumps({"version": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
-    "cuda": torch.version.cuda or "", "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}))
+    "cuda": torch.version.cuda or "", "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    "kernels": list(paths.available()), "no_kernels": "" if paths.available() else paths.why_none()}))
 """
 
 
 class TorchFacts(msgspec.Struct, frozen=True):
-    """As a fresh process that imports torch says. `problem` where it could not."""
+    """As a fresh process that imports torch says. `problem` where it could not.
+
+    `kernels` that were compiled and can run here, best first; where there are none, why.
+    """
 
     version: str = ""
     cpu: str = ""
     cuda: str = ""
     gpus: int = 0
     problem: str = ""
+    kernels: list[str] = []
+    no_kernels: str = ""
 
 
 class NameFacts(msgspec.Struct, frozen=True):

@@ -48,7 +48,7 @@ def make_hello(dp: int, facts: WorkerFacts, core: EngineCore) -> EngineHello:
         num_blocks=core.pool.num_blocks,
         block_size=core.pool.block_size,
         max_model_len=core.max_model_len,
-        facts={"device": facts.device, "dtype": facts.dtype},
+        facts={"device": facts.device, "dtype": facts.dtype, "kernels": facts.kernels},
         load_seconds=facts.load_seconds,
     )
 
@@ -57,8 +57,9 @@ def describe_loaded(facts: WorkerFacts, pool: BlockPool) -> str:
     """One line about what an engine has loaded, for the operator."""
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in facts.load_seconds.items())
     return (
-        f"loaded {facts.weight_bytes / 2**20:.1f} MiB of weights as {facts.dtype} on {facts.device} (read "
-        f"{facts.checkpoint_bytes_read / 2**20:.1f} of {facts.checkpoint_bytes_total / 2**20:.1f} MiB on disk); "
+        f"loaded {facts.weight_bytes / 2**20:.1f} MiB of weights as {facts.dtype} on {facts.device}, computed with "
+        f"{facts.kernels} (read {facts.checkpoint_bytes_read / 2**20:.1f} of "
+        f"{facts.checkpoint_bytes_total / 2**20:.1f} MiB on disk); "
         f"KV cache: {pool.num_blocks * pool.block_size} tokens, "
         f"{pool.num_blocks * facts.kv_block_bytes / 2**20:.1f} MiB; {phases}"
     )

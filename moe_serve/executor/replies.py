@@ -53,6 +53,7 @@ def combine_facts(replies: Sequence[Reply], *, start_seconds: float) -> WorkerFa
     return WorkerFacts(
         device=", ".join(dict.fromkeys(each.device for each in facts)),
         dtype=facts[0].dtype,
+        kernels=facts[0].kernels,
         kv_blocks=min(each.kv_blocks for each in facts),
         kv_block_bytes=sum(each.kv_block_bytes for each in facts),
         weight_bytes=sum(each.weight_bytes for each in facts),

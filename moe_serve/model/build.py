@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -47,15 +48,18 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     max_tokens: int,
-    attention: str = "sdpa",
+    path: str | None = None,
+    attention: str | None = None,
 ) -> Decoder:
     """The part of global rank `rank`, its parameters not yet filled; for steps of at most `max_tokens` of an engine.
+
+    `path` of moe_kernels that its layers run on, torch's own operations if None.
 
     ConfigError where the model cannot be cut so, or the all-to-all backend cannot carry it.
     """
     partition = make_partition(config, parallel, rank)
-    backend_type = cast(type[AttentionBackend], ATTENTION.load(attention))
-    backend = backend_type(len(partition.heads), len(partition.kv_heads), config.head_dim, device)
+    backend_type = cast(type[AttentionBackend], ATTENTION.load(attention or ("sdpa" if path is None else "paged")))
+    backend = backend_type(len(partition.heads), len(partition.kv_heads), config.head_dim, device, path)
     shape = dispatch_shape(
         config,
         parallel.topology,
@@ -63,8 +67,9 @@ def build_model(
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
     )
-    all2all = make_all2all(parallel.all2all_backend, groups.ep, expert_layout(partition), shape)
-    maker = _Maker(partition, groups, backend, all2all, dtype, device)
+    layout = expert_layout(partition)
+    all2all = make_all2all(parallel.all2all_backend, groups.ep, layout, replace(shape, path=path))
+    maker = _Maker(partition, groups, backend, all2all, dtype, device, path)
     embedding = maker.embedding() if partition.is_first else None
     layers = [maker.layer(index) for index in partition.layers]
     norm, head = (maker.norm(), maker.head(embedding)) if partition.is_last else (None, None)
@@ -91,7 +96,7 @@ def make_all2all(name: str, group: Group, layout: ExpertLayout, shape: DispatchS
 
 
 class _Maker:
-    """Makes the parts, which share backends, type and device."""
+    """Makes the parts, which share backends, type, device and path."""
 
     def __init__(
         self,
@@ -101,14 +106,15 @@ class _Maker:
         all2all: All2All,
         dtype: torch.dtype,
         device: torch.device,
+        path: str | None,
     ) -> None:
         self.partition, self.groups = partition, groups
         self.backend, self.all2all = backend, all2all
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.path = dtype, device, path
 
     def norm(self) -> RMSNorm:
         config = self.partition.config
-        return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=self.dtype, device=self.device)
+        return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=self.dtype, device=self.device, path=self.path)
 
     def embedding(self) -> VocabEmbedding:
         partition = self.partition
@@ -123,10 +129,12 @@ class _Maker:
             rows = embedding.weight
         else:
             rows = weight(len(partition.vocab), partition.config.hidden_size, dtype=self.dtype, device=self.device)
-        return VocabHead(rows, partition.vocab_sizes, self.groups.tp)
+        return VocabHead(rows, partition.vocab_sizes, self.groups.tp, path=self.path)
 
     def layer(self, index: int) -> DecoderLayer:
-        attention = Attention(self.partition, self.groups.tp, self.backend, dtype=self.dtype, device=self.device)
+        attention = Attention(
+            self.partition, self.groups.tp, self.backend, dtype=self.dtype, device=self.device, path=self.path
+        )
         config = self.partition.config
         spec = config.layers[index]
         assert spec.attention == "gqa"
@@ -135,18 +143,19 @@ class _Maker:
 
     def _dense(self) -> DenseMLP:
         hidden, width = self.partition.config.hidden_size, len(self.partition.dense)
-        return DenseMLP(hidden, width, self.groups.tp, dtype=self.dtype, device=self.device)
+        return DenseMLP(hidden, width, self.groups.tp, dtype=self.dtype, device=self.device, path=self.path)
 
     def _moe(self, number: int) -> MoELayer:
         """The one of this number among the MoE layers."""
         config = self.partition.config
-        router = Router(config.hidden_size, config.num_experts, config.router, device=self.device)
+        router = Router(config.hidden_size, config.num_experts, config.router, device=self.device, path=self.path)
         experts = Experts(
             len(self.partition.experts_of(number)),
             config.hidden_size,
             len(self.partition.width),
             self.dtype,
             self.device,
+            path=self.path,
         )
         return MoELayer(router, self._expert_map(number), experts, self.all2all, self.groups.tp, self._shared())
 
@@ -154,7 +163,8 @@ class _Maker:
         config = self.partition.config
         if config.shared_expert_size is None:
             return None
-        return SharedExpert(config.hidden_size, config.shared_expert_size, dtype=self.dtype, device=self.device)
+        size = config.shared_expert_size
+        return SharedExpert(config.hidden_size, size, dtype=self.dtype, device=self.device, path=self.path)
 
     def _expert_map(self, number: int) -> ExpertMap:
         placement = self.partition.placement

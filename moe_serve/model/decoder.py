@@ -14,9 +14,11 @@ from moe_serve.model.attention.base import AttentionBackend
 from moe_serve.model.context import ForwardContext, LayerKV, TokenKV
 from moe_serve.model.layers.embedding import VocabEmbedding, VocabHead
 from moe_serve.model.layers.gqa import Attention
-from moe_serve.model.layers.mlp import DenseMLP
+from moe_serve.model.layers.linear import Linear
+from moe_serve.model.layers.mlp import DenseMLP, GatedMLP
 from moe_serve.model.layers.norm import RMSNorm
 from moe_serve.model.layers.rope import Rope, Rotation
+from moe_serve.model.moe.experts import Experts
 from moe_serve.model.moe.layer import MoELayer
 from moe_serve.model.partition import Partition
 
@@ -151,8 +153,11 @@ class Decoder(nn.Module):
     def finish_loading(self) -> None:
         """Every target was filled; what only this rank knows of follows."""
         self._fill_copies()
-        for moe in self.moe_layers():
-            moe.experts.finish_loading()
+        for module in self.modules():
+            if isinstance(module, Linear | GatedMLP | Experts):
+                module.finish_loading()
+        if self.head is not None:
+            self.head.finish_loading(self.embedding)
 
     def _fill_copies(self) -> None:
         """Copies of an expert on this rank: one of them was filled (see targets), the others follow."""

@@ -30,6 +30,7 @@ from moe_serve.base.progress import Phase, Progress
 from moe_serve.model.build import build_model
 from moe_serve.model.context import LayerKV
 from moe_serve.model.decoder import Decoder
+from moe_serve.model.kernels import choose_kernels
 from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.device import choose_device, choose_dtype
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
@@ -144,6 +145,7 @@ class Worker:
                 migrates=self._watches_load,
                 generation=self._meeting.generation,
             )
+        path = choose_kernels(config.model.kernels, dtype, device, self._groups.control)
         with self._phase(Phase.BUILD):
             decoder = build_model(
                 model_config,
@@ -153,6 +155,7 @@ class Worker:
                 dtype=dtype,
                 device=device,
                 max_tokens=config.scheduler.max_num_batched_tokens,
+                path=path,
             )
         with self._turn_to_read(self._groups), self._phase(Phase.LOAD):
             loaded = load_weights(decoder, folder, load_format=config.model.load_format, show_progress=self._rank == 0)
@@ -165,6 +168,7 @@ class Worker:
         return WorkerFacts(
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
+            kernels=path or "torch",
             kv_blocks=blocks,
             kv_block_bytes=shape.block_bytes,
             weight_bytes=decoder.weight_bytes(),

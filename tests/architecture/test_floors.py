@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2] / "moe_serve"
+KERNELS = Path(__file__).parents[2] / "kernels"
 FLOORS = {
     "base": 0,
     "text": 1,
@@ -191,3 +192,27 @@ def test_no_product_code_uses_the_default_process_group() -> None:
         source = path.read_text()
         for word in (*forbidden, "import torch.distributed as dist"):
             assert word not in source, f"{path} uses {word}"
+
+
+def test_kernels_know_nothing_of_the_house_and_only_the_model_knows_them() -> None:
+    files = [*KERNELS.rglob("*.py")]
+    assert len(files) > 10
+    for path in files:
+        assert "moe_serve" not in {name.partition(".")[0] for name in imported(path)}, path
+    users = {path.relative_to(ROOT).parts[0] for path in ROOT.rglob("*.py") if knows_kernels(path)}
+    assert users == {"model"}
+
+
+def knows_kernels(path: Path) -> bool:
+    return any(name.partition(".")[0] == "moe_kernels" for name in imported(path))
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, at any depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names

@@ -71,6 +71,7 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
         ("torch", "warning", "2.12", {"torch": TorchFacts("2.12.0", "AVX2")}),
         ("GPUs", "warning", "torch sees none", {"gpus": ["H100, 550, 80 GiB"], "gpu_driver": True}),
         ("instruction sets", "warning", "AVX2", {"cpu_flags": ["sse2"]}),
+        ("compiled kernels", "warning", "no g++", {"torch": TorchFacts("2.13.0", "AVX2", no_kernels="no g++")}),
         ("cores", "warning", "1.5 CPUs", {"cpu_limit": 1.5}),
         ("memory", "warning", "0.5 GiB left", {"cgroup_memory": (2**31, 2**29)}),
         ("/dev/shm", "warning", "0.06 GiB", {"shm_size": 2**26, "shm_free": 2**26}),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from moe_kernels.paths import available
 from torch import Tensor
 
 from moe_serve.model.attention.base import ATTENTION, AttentionBackend, SequenceShape, StepShape
@@ -16,6 +17,8 @@ from moe_serve.model.context import LayerKV
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 CPU = torch.device("cpu")
+NAMES = ["sdpa", *(f"paged {path}" for path in available())]
+"""A backend's, and the compiled path that it runs on; these are for bfloat16."""
 HEADS = [(4, 4), (4, 2), (6, 1), (1, 1)]
 
 
@@ -61,15 +64,17 @@ class Cache:
         head_dim: int = 8,
         block_size: int = 4,
         num_blocks: int = 64,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device = CPU,
         seed: int = 0,
     ) -> None:
         self.heads, self.head_dim, self.block_size = heads, head_dim, block_size
+        backend, _, path = name.partition(" ")
+        dtype = dtype or (torch.bfloat16 if path else torch.float32)
         self.dtype, self.device = dtype, device
         self.numbers = torch.Generator().manual_seed(seed)
-        kind: Any = ATTENTION.load(name)
-        self.backend: AttentionBackend = kind(*heads, head_dim, device)
+        kind: Any = ATTENTION.load(backend)
+        self.backend: AttentionBackend = kind(*heads, head_dim, device, path or None)
         size = (num_blocks * block_size, heads[1], head_dim)
         self.kv = LayerKV(*(torch.full(size, 1000.0, dtype=dtype, device=device) for _ in "kv"))
         self.free = list(range(num_blocks))
@@ -108,7 +113,11 @@ class Cache:
             sequence.done += count
 
 
-@pytest.fixture(params=list(ATTENTION))
+def test_every_backend_of_the_table_is_tried() -> None:
+    assert {name.partition(" ")[0] for name in NAMES} == set(ATTENTION)
+
+
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     value: str = request.param
     return value
@@ -146,6 +155,8 @@ def test_any_head_dimension_will_do(name: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_types_are_close(name: str, dtype: torch.dtype) -> None:
+    if name != "sdpa" and dtype == torch.float16:
+        pytest.skip("compiled for bfloat16")
     random_life(Cache(name, (4, 2), head_dim=16, dtype=dtype), [9, 12, 3, 25], 5)
 
 
@@ -191,7 +202,7 @@ def test_new_keys_and_values_lie_in_their_slots_and_nowhere_else(name: str) -> N
 def test_a_dummy_step_has_a_plan(name: str) -> None:
     cache = Cache(name, (4, 2))
     plan = cache.backend.plan(StepShape([], 4))
-    nothing = torch.empty(0, 8, 8)
+    nothing = torch.empty(0, 8, 8, dtype=cache.dtype)
     out = cache.backend.forward(nothing[:, :4], nothing[:, 4:6], nothing[:, 6:], cache.kv, plan)
     assert out.shape == (0, 4, 8)
 
@@ -200,6 +211,6 @@ def test_a_dummy_step_has_a_plan(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_it_computes_the_same_on_a_cuda_device(name: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
-    cache = Cache(name, heads, head_dim=64, dtype=dtype, device=torch.device("cuda"))
+def test_it_computes_the_same_on_a_cuda_device(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    cache = Cache("sdpa", heads, head_dim=64, dtype=dtype, device=torch.device("cuda"))
     random_life(cache, [17, 1, 9, 30, 4, 2, 12], 7)

@@ -7,6 +7,7 @@ import resource
 
 import pytest
 import torch
+from moe_kernels.paths import available
 from torch import Tensor
 
 from moe_serve.base.errors import ConfigError
@@ -23,12 +24,18 @@ pytestmark = pytest.mark.ranks
 SIZE = 3
 LAYOUT = ExpertLayout(E, (0, 4, 7, 10))
 EXCHANGES = 40
-SMALL_BYTES = 5000
-"""Room for some of the exchanges below and not for others."""
+SMALL_BYTES = 1250
+"""For each byte of a number: room for some of the exchanges below and not for others."""
 
 
 def shape_of(dtype: str = "float32") -> DispatchShape:
-    return DispatchShape(max_rows=9, num_ranks=SIZE, hidden=D, top_k=K, dtype=dtype)
+    """In bfloat16 with a compiled sum, where there is one."""
+    path = available()[-1] if dtype == "bfloat16" and available() else None
+    return DispatchShape(max_rows=9, num_ranks=SIZE, hidden=D, top_k=K, dtype=dtype, path=path)
+
+
+def shape_bytes(dtype: str) -> int:
+    return int(getattr(torch, dtype).itemsize)
 
 
 def rows_of(number: int) -> tuple[int, ...]:
@@ -49,15 +56,16 @@ def one_way(backend: All2All, case: Case, rank: int) -> Tensor:
     return backend.combine(outputs, arrived).wait()
 
 
-def beside_the_network(seat: Seat, cut: bool) -> tuple[int, int]:
+def beside_the_network(seat: Seat, cut: bool, dtype: str) -> tuple[int, int]:
     """Many exchanges in a row, in a small memory and in one that holds all, against the backend of the same bits."""
     group, layout = seat.group(SIZE), ExpertLayout(E, None) if cut else LAYOUT
-    small = SharedMemoryAllToAll(group, layout, shape_of(), most_bytes=SMALL_BYTES)
-    large = SharedMemoryAllToAll(group, layout, shape_of())
-    other = make_all2all("allgather_reducescatter" if cut else "torch_a2a", group, layout, shape_of())
+    shape = shape_of(dtype)
+    small = SharedMemoryAllToAll(group, layout, shape, most_bytes=SMALL_BYTES * shape_bytes(dtype))
+    large = SharedMemoryAllToAll(group, layout, shape)
+    other = make_all2all("allgather_reducescatter" if cut else "torch_a2a", group, layout, shape)
     for number in range(EXCHANGES):
         ids = "some missing" if number % 3 == 0 else "random"
-        case = Case("one of many", rows_of(number), None if cut else "linear", ids)
+        case = Case("one of many", rows_of(number), None if cut else "linear", ids, getattr(torch, dtype))
         expected = one_way(other, case, seat.rank)
         assert torch.equal(one_way(small, case, seat.rank), expected), number
         assert torch.equal(one_way(large, case, seat.rank), expected), number
@@ -66,9 +74,10 @@ def beside_the_network(seat: Seat, cut: bool) -> tuple[int, int]:
     return small.num_spilled, large.num_spilled
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cut", [False, True], ids=["whole experts", "experts cut by width"])
-def test_what_does_not_fit_takes_the_network_and_the_bits_are_the_same(ranks: Ranks, cut: bool) -> None:
-    spilled = ranks.run(beside_the_network, cut, only=SIZE)
+def test_what_does_not_fit_takes_the_network_and_the_bits_are_the_same(ranks: Ranks, cut: bool, dtype: str) -> None:
+    spilled = ranks.run(beside_the_network, cut, dtype, only=SIZE)
     assert len(set(spilled)) == 1, "ranks must decide alike"
     assert 5 < spilled[0][0] < EXCHANGES - 5
     assert spilled[0][1] == 0

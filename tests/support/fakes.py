@@ -126,6 +126,7 @@ class FakeExecutor:
         return WorkerFacts(
             device="fake",
             dtype="float32",
+            kernels="torch",
             kv_blocks=self.num_blocks,
             kv_block_bytes=1,
             weight_bytes=0,

@@ -56,12 +56,13 @@ def empty_decoder(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     options: dict[str, object] | None = None,
+    path: str | None = None,
 ) -> Decoder:
     """A rank's decoder under some parallel options, not filled; with idle groups if none are given."""
     parallel = Config.from_flat({"all2all_backend": "allgather_reducescatter"} | (options or {})).parallel
     groups = groups or idle_groups(parallel.topology, rank)
     config = settle_head(load_model_config(folder), folder, dtype)
-    return build_model(config, parallel, rank, groups, dtype=dtype, device=device, max_tokens=MAX_TOKENS)
+    return build_model(config, parallel, rank, groups, dtype=dtype, device=device, max_tokens=MAX_TOKENS, path=path)
 
 
 def load_decoder(
@@ -72,9 +73,10 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     options: dict[str, object] | None = None,
+    path: str | None = None,
 ) -> Decoder:
     """A rank's decoder of a checkpoint under some parallel options, filled."""
-    decoder = empty_decoder(folder, rank, groups=groups, dtype=dtype, device=device, options=options)
+    decoder = empty_decoder(folder, rank, groups=groups, dtype=dtype, device=device, options=options, path=path)
     load_weights(decoder, folder)
     return decoder
 

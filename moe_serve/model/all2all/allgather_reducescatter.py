@@ -29,7 +29,7 @@ class AllGatherReduceScatter:
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
         self._group = group
-        self._layout = layout
+        self._layout, self._path = layout, shape.path
 
     def dispatch(
         self, x_TD: Tensor, physical_ids_TK: Tensor, weights_TK: Tensor, rows_by_rank: Sequence[int]
@@ -46,7 +46,7 @@ class AllGatherReduceScatter:
     def combine(self, outputs: Tensor, arrived: Arrived) -> Pending[Tensor]:
         ticket = arrived.ticket
         assert isinstance(ticket, GatheredTicket)
-        sums_AD = add_to_rows(outputs, ticket.pairs, ticket.weights_AK, ticket.dtype)
+        sums_AD = add_to_rows(outputs, ticket.pairs, ticket.weights_AK, ticket.dtype, self._path)
         return self._group.start_reduce_scatter_ragged(sums_AD, ticket.rows_by_rank)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from moe_kernels.combine.combine import combine
 from torch import Tensor
 
 from moe_serve.model.all2all.base import Sorted
@@ -57,8 +58,15 @@ def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [piece.contiguous().view(part.dtype) for piece, part in zip(pieces, like, strict=True)]
 
 
-def add_to_rows(outputs: Tensor, pairs: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Outputs (R, D) of some pairs, weighted and added to their rows in float32: (T, D) of `dtype`."""
+def add_to_rows(
+    outputs: Tensor, pairs: Tensor, weights_TK: Tensor, dtype: torch.dtype, path: str | None = None
+) -> Tensor:
+    """Outputs (R, D) of some pairs, weighted and added to their rows in float32: (T, D) of `dtype`.
+
+    In the order of the pairs; on a compiled `path` in that of the top k.
+    """
+    if path is not None and outputs.dtype == dtype == torch.bfloat16:
+        return combine(path, outputs.contiguous(), pairs, weights_TK.contiguous())
     total_TD = outputs.new_zeros((weights_TK.shape[0], outputs.shape[1]), dtype=torch.float32)
     weights = weights_TK.reshape(-1, 1).index_select(0, pairs)
     # A product of mixed types has the same bits and takes several times as long on a CPU.
@@ -66,8 +74,11 @@ def add_to_rows(outputs: Tensor, pairs: Tensor, weights_TK: Tensor, dtype: torch
     return total_TD.index_add_(0, pairs // weights_TK.shape[1], weighted).to(dtype)
 
 
-def add_in_order(terms_TKD: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+def add_in_order(terms_TKD: Tensor, weights_TK: Tensor, dtype: torch.dtype, path: str | None = None) -> Tensor:
     """The K terms of each row, weighted and added first to last in float32: (T, D) of `dtype`."""
+    if path is not None and terms_TKD.dtype == dtype == torch.bfloat16:
+        terms = terms_TKD.reshape(-1, terms_TKD.shape[-1])
+        return combine(path, terms, torch.arange(len(terms)), weights_TK.contiguous())
     total_TD = terms_TKD[:, 0].float() * weights_TK[:, :1]
     for k in range(1, weights_TK.shape[1]):
         total_TD.addcmul_(terms_TKD[:, k].float(), weights_TK[:, k : k + 1])

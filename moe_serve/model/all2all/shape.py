@@ -42,7 +42,7 @@ class DispatchShape:
 
     `max_rows` that one rank brings to a layer. `dtype` of the rows as config.json names types; `quantisation` of them
     on the wire (None: none). `graph`: the exchange is captured in a CUDA graph. `device` is auto where it is not known
-    yet.
+    yet. `path` of moe_kernels for what is computed on the way, torch's own operations if None.
     """
 
     max_rows: int
@@ -53,6 +53,7 @@ class DispatchShape:
     quantisation: str | None = None
     graph: bool = False
     device: str = "auto"
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,7 @@ class SharedMemoryAllToAll:
     ) -> None:
         if group.device.type != "cpu":
             raise ConfigError(f"--all2all-backend shm is for ranks on CPUs, and this one is on {group.device}")
-        self.num_spilled = 0
+        self.num_spilled, self._path = 0, shape.path
         self._rank = group.rank
         self._first_slot, self._num_local = layout.first_slot(group.rank), layout.num_local(group.rank)
         self._sharded = layout.offsets is None
@@ -97,10 +97,12 @@ class SharedMemoryAllToAll:
             return self._spill.combine(outputs, arrived)
         sent, buffer = ticket.sent, ticket.sent.buffer
         if self._sharded:
-            buffer.results[self._rank].copy_(add_to_rows(outputs, ticket.pairs, buffer.weights, outputs.dtype))
+            buffer.results[self._rank].copy_(
+                add_to_rows(outputs, ticket.pairs, buffer.weights, outputs.dtype, self._path)
+            )
             return self._publish("combine", lambda: sum_parts(buffer.results[:, sent.mine]))
         _put(buffer.results.flatten(0, 1), ticket.pairs, outputs.contiguous())
-        return self._publish("combine", lambda: _add_terms(sent))
+        return self._publish("combine", lambda: _add_terms(sent, self._path))
 
     def close(self) -> None:
         self._spill.close()
@@ -206,12 +208,12 @@ def _put(places: Tensor, pairs: Tensor, outputs: Tensor) -> None:
     places.index_copy_(0, pairs, outputs)
 
 
-def _add_terms(sent: _Sent) -> Tensor:
+def _add_terms(sent: _Sent, path: str | None) -> Tensor:
     terms_TKD = sent.buffer.results[sent.mine]
     missing_TK = sent.slots_TK < 0
     if missing_TK.any():  # nobody has written these; what lies there is older
         terms_TKD = terms_TKD.masked_fill(missing_TK.unsqueeze(-1), 0)
-    return add_in_order(terms_TKD, sent.weights_TK, terms_TKD.dtype)
+    return add_in_order(terms_TKD, sent.weights_TK, terms_TKD.dtype, path)
 
 
 def _shared(group: Group, num_bytes: int) -> SharedMemory:

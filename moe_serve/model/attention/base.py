@@ -11,7 +11,11 @@ from torch import Tensor
 from moe_serve.base.registry import Registry
 from moe_serve.model.context import LayerKV
 
-ATTENTION = Registry("attention backend", "build_model(attention=)", {"sdpa": "moe_serve.model.attention.sdpa:SDPA"})
+ATTENTION = Registry(
+    "attention backend",
+    "build_model(attention=)",
+    {"sdpa": "moe_serve.model.attention.sdpa:SDPA", "paged": "moe_serve.model.attention.paged:Paged"},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +39,11 @@ class StepShape:
 
 
 class AttentionBackend(Protocol):
-    """Made once per worker, with this rank's head counts."""
+    """Made once per worker, with this rank's head counts; `path` of moe_kernels, for those that are compiled."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None: ...
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, path: str | None = None
+    ) -> None: ...
 
     def plan(self, step: StepShape) -> object:
         """Once per step, on the host: index tensors that every layer uses."""
@@ -46,3 +52,11 @@ class AttentionBackend(Protocol):
     def forward(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, kv: LayerKV, plan: object) -> Tensor:
         """Write k and v to their slots, attend causally over each sequence's whole past. Returns (T, H, d)."""
         ...
+
+
+def slots_of(sequence: SequenceShape, block_size: int) -> list[int]:
+    """Where the keys and values of its new tokens go."""
+    return [
+        sequence.block_ids[position // block_size] * block_size + position % block_size
+        for position in range(sequence.start, sequence.start + sequence.num_tokens)
+    ]

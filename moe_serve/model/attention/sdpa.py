@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_serve.model.attention.base import SequenceShape, StepShape
+from moe_serve.model.attention.base import SequenceShape, StepShape, slots_of
 from moe_serve.model.context import LayerKV
 
 Row = tuple[int, SequenceShape]
@@ -66,7 +66,9 @@ class AttentionPlan:
 class SDPA:
     """See the module. Implements AttentionBackend."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, path: str | None = None
+    ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.queries_per_kv = num_heads // num_kv_heads
         self.device = device
@@ -80,7 +82,7 @@ class SDPA:
         decodes = [(row, seq) for row, seq in rows if seq.num_tokens == 1]
         return AttentionPlan(
             block_size=step.block_size,
-            slots_T=self._tensor([slot for _, seq in rows for slot in _slots(seq, step.block_size)]),
+            slots_T=self._tensor([slot for _, seq in rows for slot in slots_of(seq, step.block_size)]),
             entered=self._entered(step),
             decodes=[self._decode_batch(batch, step.block_size) for batch in self._batches(decodes, step.block_size)],
             prefills=[self._prefill(row, seq, step.block_size) for row, seq in rows if seq.num_tokens > 1],
@@ -213,10 +215,3 @@ def _bias(outside: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _num_blocks(sequence: SequenceShape, block_size: int) -> int:
     return -(-(sequence.start + sequence.num_tokens) // block_size)
-
-
-def _slots(sequence: SequenceShape, block_size: int) -> list[int]:
-    return [
-        sequence.block_ids[position // block_size] * block_size + position % block_size
-        for position in range(sequence.start, sequence.start + sequence.num_tokens)
-    ]

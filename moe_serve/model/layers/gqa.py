@@ -26,15 +26,18 @@ class Attention(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        path: str | None = None,
     ) -> None:
         super().__init__()
         config = partition.config
+        self.path = path
         self.partition, self.group, self.backend = partition, group, backend
         self.num_heads, self.num_kv_heads = len(partition.heads), len(partition.kv_heads)
         self.head_dim, self.eps, self.qk_norm = config.head_dim, config.rms_norm_eps, config.qk_norm
         rows = (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
-        self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias, dtype=dtype, device=device)
-        self.o = Linear(self.num_heads * config.head_dim, config.hidden_size, bias=False, dtype=dtype, device=device)
+        columns = self.num_heads * config.head_dim
+        self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias, dtype=dtype, device=device, path=path)
+        self.o = Linear(columns, config.hidden_size, bias=False, dtype=dtype, device=device, path=path)
         self.o_bias = weight(config.hidden_size, dtype=dtype, device=device) if config.o_bias else None
         if self.qk_norm != "none":
             whole = self.qk_norm == "full"
@@ -62,7 +65,8 @@ class Attention(nn.Module):
 
     def _normed(self, q_THd: Tensor, k_TGd: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         if self.qk_norm == "head":
-            return rms_norm(q_THd, self.q_norm, self.eps), rms_norm(k_TGd, self.k_norm, self.eps)
+            q_scale, k_scale = self.q_norm.view(-1), self.k_norm.view(-1)
+            return rms_norm(q_THd, q_scale, self.eps, self.path), rms_norm(k_TGd, k_scale, self.eps, self.path)
         q_wide, k_wide = q_THd.float(), k_TGd.float()
         sums_2T = self._sums(q_wide, k_wide, ctx)
         config = self.partition.config

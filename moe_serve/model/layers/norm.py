@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from moe_kernels.norm import norm
 from torch import Tensor, nn
 
 from moe_serve.model.layers.linear import weight
@@ -11,17 +12,21 @@ from moe_serve.model.layers.linear import weight
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, rounded to x's type before the multiplication as the checkpoints were trained."""
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device, path: str | None = None
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.path = eps, path
         self.weight = weight(size, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.path)
 
 
-def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension; `scale` may span more dimensions."""
+def rms_norm(x: Tensor, scale: Tensor, eps: float, path: str | None = None) -> Tensor:
+    """RMSNorm over the last dimension, on a compiled path if there is one."""
+    if path is not None:
+        return norm.rms_norm(path, x, scale, eps)
     wide = x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     return (wide * inverse).to(x.dtype) * scale

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from moe_kernels.experts.experts import experts
+from moe_kernels.linear.packing import pack, pack_gated
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_serve.model.all2all.base import Arrived, Batched, RankMajor, Sorted
 from moe_serve.model.all2all.rows import add_to_rows, sort_by_expert
+from moe_serve.model.kernels import path_for
 from moe_serve.model.layers.linear import weight
 
 GROUPED_MM_ALIGNMENT = 16
@@ -48,10 +51,23 @@ class ExpertSlots(Protocol):
 
 
 class Experts(nn.Module):
-    """`gate_up` (e, 2F, D), gate above up; `down` (e, D, F). down(silu(gate(x)) * up(x)) by one grouped GEMM pair."""
+    """`gate_up` (e, 2F, D), gate above up; `down` (e, D, F). down(silu(gate(x)) * up(x)) by one grouped GEMM pair.
 
-    def __init__(self, num_local: int, hidden: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    On a compiled path each slot's weights lie packed from finish_loading() on, and move as the bytes they then are.
+    """
+
+    def __init__(
+        self,
+        num_local: int,
+        hidden: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        path: str | None = None,
+    ) -> None:
         super().__init__()
+        self.path = path_for(path, width, hidden)
         self.gate_up = weight(num_local, 2 * width, hidden, dtype=dtype, device=device)
         self.down = weight(num_local, hidden, width, dtype=dtype, device=device)
 
@@ -68,7 +84,10 @@ class Experts(nn.Module):
         return {"gate": gate, "up": up, "down": self.down[slot]}
 
     def finish_loading(self) -> None:
-        """Nothing: these are computed with as they come."""
+        if self.path is not None:
+            for gate_up, down in zip(self.gate_up, self.down, strict=True):
+                pack_gated(gate_up)
+                pack(down)
 
     def forward(self, arrived: Arrived) -> Tensor:
         """Each row's expert's output, in the order and shape of `arrived.rows`; weighted where weights came along."""
@@ -81,12 +100,14 @@ class Experts(nn.Module):
             case RankMajor(rows, ids_RK, weights_RK):
                 pairs, counts_e = sort_by_expert(ids_RK, 0, self.gate_up.shape[0])
                 terms = self._sorted(rows.index_select(0, pairs // ids_RK.shape[1]), counts_e)
-                return add_to_rows(terms, pairs, weights_RK, rows.dtype)
+                return add_to_rows(terms, pairs, weights_RK, rows.dtype, self.path)
         return out if weights is None else (out.float() * weights.unsqueeze(-1)).to(out.dtype)
 
     def _sorted(self, rows: Tensor, counts_e: Tensor) -> Tensor:
         if not rows.shape[0]:
             return rows
+        if self.path is not None:
+            return experts(self.path, rows.contiguous(), counts_e.contiguous(), self.gate_up, self.down)
         if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
             counts = counts_e.tolist()
             if padding_pays(counts, self.slot_bytes):
@@ -98,6 +119,9 @@ class Experts(nn.Module):
 
     def _batched(self, rows: Tensor) -> Tensor:
         """(e, C, D), places without a row included: leaving them out would need to know how many there are."""
+        if self.path is not None:
+            counts_e = torch.full((rows.shape[0],), rows.shape[1])
+            return self._sorted(rows.flatten(0, 1), counts_e).view(rows.shape)
         gate, up = torch.bmm(rows, self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
         return torch.bmm(functional.silu(gate) * up, self.down.transpose(1, 2))
 

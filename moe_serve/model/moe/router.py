@@ -6,6 +6,7 @@ Shape letters: T rows, D hidden, E logical experts, K top-k.
 from __future__ import annotations
 
 import torch
+from moe_kernels.scores.scores import scores
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,8 +20,17 @@ class Router(nn.Module):
     Scores are computed in float32 whatever the model's type: in bfloat16 close experts would swap places.
     """
 
-    def __init__(self, hidden: int, num_experts: int, settings: RouterConfig, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        settings: RouterConfig,
+        *,
+        device: torch.device,
+        path: str | None = None,
+    ) -> None:
         super().__init__()
+        self.path = path
         self.weight = weight(num_experts, hidden, dtype=torch.float32, device=device)
         self.settings = settings
 
@@ -29,10 +39,15 @@ class Router(nn.Module):
         settings = self.settings
         assert settings.score == "softmax"
         assert settings.num_groups == 1
-        scores_TE = functional.linear(x_TD.float(), self.weight).softmax(dim=-1)
+        scores_TE = self._logits(x_TD).softmax(dim=-1)
         weights_TK, ids_TK = scores_TE.topk(settings.top_k, dim=-1)
         if settings.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         if settings.scale != 1.0:
             weights_TK = weights_TK * settings.scale
         return ids_TK, weights_TK
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        if self.path is not None:
+            return scores(self.path, x_TD, self.weight)
+        return functional.linear(x_TD.float(), self.weight)

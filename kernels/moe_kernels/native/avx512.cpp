@@ -1,0 +1,3 @@
+#define MOE_PATH avx512
+#define MOE_WIDTH 16
+#include "path.inl"

@@ -1,0 +1,3 @@
+#define MOE_PATH generic
+#define MOE_WIDTH 4
+#include "path.inl"

@@ -1,0 +1,82 @@
+// The Python module: which paths were compiled and can run here, and one call that runs an operation on a path.
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstring>
+
+#include "table.hpp"
+
+extern const Path moe_path_generic;
+#ifdef MOE_HAS_AVX2
+extern const Path moe_path_avx2;
+#endif
+#ifdef MOE_HAS_AVX512
+extern const Path moe_path_avx512;
+#endif
+
+namespace {
+
+// Best first.
+const Path* path_at(int index) {
+    int found = 0;
+#ifdef MOE_HAS_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && found++ == index)
+        return &moe_path_avx512;
+#endif
+#ifdef MOE_HAS_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && found++ == index) return &moe_path_avx2;
+#endif
+    return found == index ? &moe_path_generic : nullptr;
+}
+
+PyObject* paths(PyObject*, PyObject*) {
+    PyObject* names = PyList_New(0);
+    for (int i = 0; names && path_at(i); i++) {
+        PyObject* name = PyUnicode_FromString(path_at(i)->name);
+        if (!name || PyList_Append(names, name)) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+constexpr Py_ssize_t MAX_WORDS = 16;
+
+// run(path, operation, *words): ints, and floats as doubles.
+PyObject* run(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    if (count < 2 || count - 2 > MAX_WORDS) return PyErr_Format(PyExc_TypeError, "run() got %zd arguments", count);
+    int64_t words[MAX_WORDS] = {};
+    int64_t which[2];
+    for (Py_ssize_t i = 0; i < count; i++) {
+        int64_t* to = i < 2 ? which + i : words + i - 2;
+        if (i >= 2 && PyFloat_Check(given[i])) {
+            double value = PyFloat_AsDouble(given[i]);
+            std::memcpy(to, &value, sizeof value);
+        } else {
+            *to = PyLong_AsLongLong(given[i]);
+        }
+        if (PyErr_Occurred()) return nullptr;
+    }
+    const Path* path = which[0] < 0 || which[0] > 8 ? nullptr : path_at(int(which[0]));
+    if (!path || which[1] < 0 || which[1] >= NUM_OPERATIONS)
+        return PyErr_Format(PyExc_ValueError, "no such path or operation");
+    Operation operation = path->operations[which[1]];
+    PyThreadState* state = PyEval_SaveThread();
+    operation(words);
+    PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"paths", paths, METH_NOARGS, "Names of the paths that this processor can run, best first."},
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)), METH_FASTCALL,
+     "run(path, operation, *words)"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&definition); }

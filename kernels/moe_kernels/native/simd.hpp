@@ -1,0 +1,101 @@
+// Vectors of W floats by the compiler's own vector types, so that one source serves every instruction set: which
+// instructions come out is decided by the flags of the file that includes this.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef MOE_WIDTH
+#error "the path's file says how many floats a vector has"
+#endif
+
+namespace {
+
+constexpr int W = MOE_WIDTH;
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint16_t bf16;
+
+template <typename V, typename T>
+inline V load(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <typename V, typename T>
+inline void store(T* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+inline vf splat(float x) { return x - vf{}; }
+
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline vf widen(const bf16* from) { return (vf)(__builtin_convertvector(load<vh>(from), vu) << 16); }
+
+// To the nearest, ties to even; what is not a number stays so.
+inline bf16 narrow(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void narrow(bf16* to, vf x) {
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vu nan = (vu)(x != x);
+    store(to, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vh));
+}
+
+inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+inline vf larger(vf a, vf b) { return select((vi)(a > b), a, b); }
+
+inline float sum(vf v) {
+    float parts[W];
+    store(parts, v);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    return parts[0];
+}
+
+inline float largest(vf v) {
+    float parts[W];
+    store(parts, v);
+    float most = parts[0];
+    for (int i = 1; i < W; i++) most = parts[i] > most ? parts[i] : most;
+    return most;
+}
+
+// e to the x, to 2 units in the last place: 2^n from the exponent's bits, and a polynomial of degree 6 for what is left
+// (Cephes, expf.c). 0 below -87.3, infinite above 88.7.
+inline vf exp_(vf x) {
+    vf high = splat(88.7f), low = splat(-87.3f);
+    vi over = (vi)(x > high), under = (vi)(x < low), nan = (vi)(x != x);
+    vf y = select(over | nan, high, select(under, low, x));
+    vf scaled = y * 1.44269504088896341f;
+    vi n = __builtin_convertvector(scaled + select((vi)(scaled < 0), splat(-0.5f), splat(0.5f)), vi);
+    vf whole = __builtin_convertvector(n, vf);
+    vf r = y - whole * 0.693359375f - whole * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    vf result = (p * r * r + r + 1.0f) * (vf)((n + 127) << 23);
+    result = select(under, splat(0.0f), select(over, splat(__builtin_inff()), result));
+    return select(nan, x, result);
+}
+
+inline vf silu(vf x) { return x / (1.0f + exp_(-x)); }
+
+}  // namespace

@@ -1,0 +1,60 @@
+"""On the compiled kernels an answer in bfloat16 does not depend on what else is served: compared to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from moe_kernels.paths import available
+
+from moe_serve import LLM, SamplingParams
+from tests.support.letters import write_letters
+from tests.support.tiny_model import tiny_model
+
+ASKED = SamplingParams(max_tokens=24, temperature=0.0, logprobs=3, ignore_eos=True)
+LENGTHS = (7, 41, 1, 90)
+PROMPTS = [[3 + (seed * 17 + at * (seed + 5)) % 120 for at in range(length)] for seed, length in enumerate(LENGTHS)]
+Answer = list[tuple[int, float]]
+"""Tokens, and the logarithm of each one's probability: a float, in which one bit of any layer would show."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(folder, "qwen2_moe", seed=5, hidden_size=64, expert_size=32, vocab_size=144)
+    write_letters(folder, 144)
+    return folder
+
+
+def answers(llm: LLM, prompts: Sequence[list[int]]) -> list[Answer]:
+    found = []
+    for request in llm.generate(list(prompts), ASKED, show_progress=False):
+        (output,) = request.outputs
+        assert output.logprobs is not None
+        found.append([(id_, each.logprob) for id_, each in zip(output.token_ids, output.logprobs, strict=True)])
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("path", [available()[0]])
+def test_alone_together_again_cut_and_preempted(folder: Path, path: str) -> None:
+    def started(**options: object) -> LLM:
+        return LLM(str(folder), dtype="bfloat16", kernels=path, max_model_len=128, **options)
+
+    with started() as llm:
+        alone = [answers(llm, [prompt])[0] for prompt in PROMPTS]
+        together = answers(llm, PROMPTS)
+        hit = answers(llm, PROMPTS)  # their blocks are there now
+    assert together == alone
+    assert hit == alone
+    tight = {"max_num_batched_tokens": 16, "kv_cache_memory_bytes": kv_bytes(blocks=11)}
+    with started(**tight, enable_prefix_caching=False) as llm:
+        assert answers(llm, PROMPTS) == alone, "cut into chunks of 16, and preempted: together they need 17 blocks"
+
+
+def kv_bytes(blocks: int) -> int:
+    """Of 16 tokens of 2 layers with 2 KV heads of 16 dimensions, k and v, 2 bytes each."""
+    return blocks * 16 * 2 * 2 * 16 * 2 * 2

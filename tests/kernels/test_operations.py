@@ -1,0 +1,181 @@
+"""Every compiled operation on every path that this processor can run, against its reference in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_kernels.attention import reference as attention_reference
+from moe_kernels.attention.attention import attention
+from moe_kernels.combine import reference as combine_reference
+from moe_kernels.combine.combine import combine
+from moe_kernels.experts import reference as experts_reference
+from moe_kernels.experts.experts import experts
+from moe_kernels.linear import reference as linear_reference
+from moe_kernels.linear.linear import linear
+from moe_kernels.linear.packing import can_pack, pack, pack_gated, unpack
+from moe_kernels.norm import reference as norm_reference
+from moe_kernels.norm.norm import rms_norm
+from moe_kernels.paths import available
+from moe_kernels.scores import reference as scores_reference
+from moe_kernels.scores.scores import scores
+from torch import Tensor
+
+PATHS = available()
+ROWS = (0, 1, 2, 3, 5, 8, 17, 33, 70)
+SPAN = 1024
+"""Positions after which attention() joins what it has."""
+
+
+def some(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def packed(weight: Tensor, *, gated: bool = False) -> Tensor:
+    copy = weight.clone()
+    for each in copy if copy.dim() == 3 else [copy]:
+        (pack_gated if gated else pack)(each)
+    return copy
+
+
+def assert_near(got: Tensor, expected: Tensor, *, steps: float = 2.0) -> None:
+    """Within some roundings of bfloat16 of the largest value around."""
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    assert torch.allclose(got.float(), expected.float(), rtol=steps / 256, atol=steps / 256 * largest / 8)
+
+
+def test_something_was_compiled_here() -> None:
+    """Where tests run there is a compiler; without this line all others would be skipped in silence."""
+    assert PATHS
+    assert PATHS[-1] == "generic"
+
+
+def test_a_packed_weight_has_the_same_numbers() -> None:
+    weight = some(48, 80)
+    assert torch.equal(unpack(packed(weight)), weight)
+    assert not torch.equal(packed(weight), weight)
+    gate, up = some(32, 16, seed=1), some(32, 16, seed=2)
+    in_turns = torch.cat((gate[:16], up[:16], gate[16:], up[16:]))
+    assert torch.equal(unpack(packed(torch.cat((gate, up)), gated=True)), in_turns)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (0, 16), (24, 16), (16, 24), (16, 0)])
+def test_only_whole_panels_are_packed(shape: tuple[int, int]) -> None:
+    assert can_pack(*shape) == (shape == (16, 16))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("width", "columns"), [(16, 16), (48, 80), (176, 208), (1024, 144)])
+def test_linear(path: str, width: int, columns: int) -> None:
+    weight, bias = some(columns, width, seed=1), some(columns, seed=2)
+    for rows in ROWS:
+        x = some(rows, width + 16, seed=rows)[:, 8 : 8 + width]  # rows apart in memory
+        for of_bias in (None, bias):
+            for wide in (False, True):
+                got = linear(path, x, packed(weight), of_bias, wide=wide)
+                assert_near(got, linear_reference.linear(x, weight, of_bias, wide=wide), steps=1.0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("hidden", "experts_"), [(16, 1), (24, 4), (100, 67), (1024, 130), (7, 3)])
+def test_scores(path: str, hidden: int, experts_: int) -> None:
+    weight = torch.randn(experts_, hidden, generator=torch.Generator().manual_seed(1))
+    for rows in ROWS:
+        x = some(rows, hidden + 3, seed=rows)[:, 3:]
+        torch.testing.assert_close(scores(path, x, weight), scores_reference.scores(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("hidden", "width"), [(16, 16), (64, 48), (160, 208)])
+@pytest.mark.parametrize("counts", [(0, 0, 0), (1, 0, 2), (17, 33, 0), (0, 0, 5), (70, 1, 4), (9,)])
+def test_experts(path: str, hidden: int, width: int, counts: tuple[int, ...]) -> None:
+    gate_up, down = some(len(counts), 2 * width, hidden, seed=1), some(len(counts), hidden, width, seed=2)
+    gate_up, down = gate_up * hidden**-0.5, down * width**-0.5
+    rows, counts_e = some(sum(counts), hidden, seed=3), torch.tensor(counts)
+    got = experts(path, rows, counts_e, packed(gate_up, gated=True), packed(down))
+    assert_near(got, experts_reference.experts(rows, counts_e, gate_up, down), steps=4.0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [7, 16, 24, 100, 1024])
+def test_rms_norm(path: str, size: int) -> None:
+    scale = some(size, seed=1)
+    for rows in ROWS:
+        heads = some(rows, 5, size, seed=rows)[:, 1:4]  # as q lies between k and v
+        for x in (some(rows, size, seed=rows), heads):
+            assert_near(rms_norm(path, x, scale, 1e-6), norm_reference.rms_norm(x, scale, 1e-6))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(0, 2, 16), (1, 1, 7), (5, 3, 40), (130, 8, 1024)])
+def test_combine(path: str, tokens: int, top_k: int, hidden: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    pairs = torch.randperm(tokens * top_k, generator=generator)[: tokens * top_k * 2 // 3]
+    terms, weights = some(len(pairs), hidden, seed=5), torch.rand(tokens, top_k, generator=generator)
+    got = combine(path, terms, pairs, weights)
+    assert_near(got, combine_reference.combine(terms, pairs, weights), steps=1.0)
+    order = torch.randperm(len(pairs), generator=generator)
+    assert torch.equal(combine(path, terms[order], pairs[order], weights), got)
+
+
+class Cached:
+    """Sequences whose keys and values lie in shuffled blocks."""
+
+    def __init__(self, lengths: list[int], kv_heads: int, head_dim: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.counts = [-(-length // block_size) for length in lengths]
+        order = torch.randperm(sum(self.counts) + 3, generator=torch.Generator().manual_seed(6))
+        self.blocks = order[: sum(self.counts)].to(torch.int32)
+        self.k = some(len(order) * block_size, kv_heads, head_dim, seed=7)
+        self.v = some(len(order) * block_size, kv_heads, head_dim, seed=8)
+
+    def sequences(self, parts: list[tuple[int, int]]) -> Tensor:
+        """Of (first position, how many) for each sequence, their rows one after the other."""
+        rows, row, block = [], 0, 0
+        for (start, count), blocks in zip(parts, self.counts, strict=True):
+            rows.append((row, count, start, block))
+            row, block = row + count, block + blocks
+        return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 16), (4, 2, 24), (6, 2, 64), (8, 1, 128), (2, 2, 7)]
+)
+@pytest.mark.parametrize("block_size", [1, 16, 24])
+def test_attention(path: str, heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:
+    parts = [(0, 1), (40, 1), (0, 37), (33, 9), (63, 2), (31, 1)]
+    cached = Cached([start + count for start, count in parts], kv_heads, head_dim, block_size)
+    q = some(sum(count for _, count in parts), heads + 2, head_dim, seed=9)[:, :heads]
+    given = (q, cached.k, cached.v, cached.blocks, cached.sequences(parts))
+    got = attention(path, *given, block_size=block_size, scale=head_dim**-0.5)
+    assert_near(got, attention_reference.attention(*given, block_size=block_size, scale=head_dim**-0.5), steps=1.0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_attention_over_several_spans(path: str) -> None:
+    parts = [(SPAN - 1, 1), (SPAN, 1), (3 * SPAN + 5, 1), (2 * SPAN - 3, 6), (5, 1)]
+    cached = Cached([start + count for start, count in parts], 2, 32, 16)
+    q = some(sum(count for _, count in parts), 4, 32, seed=9)
+    given = (q, cached.k, cached.v, cached.blocks, cached.sequences(parts))
+    got = attention(path, *given, block_size=16, scale=32**-0.5)
+    assert_near(got, attention_reference.attention(*given, block_size=16, scale=32**-0.5), steps=1.0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_not_finite_stays_so(path: str) -> None:
+    x, weight = some(3, 32), some(16, 32, seed=1)
+    x[1, 5] = float("nan")
+    got = linear(path, x, packed(weight))
+    assert got.isfinite().all(dim=1).tolist() == [True, False, True]
+    assert rms_norm(path, x, some(32), 1e-6).isfinite().all(dim=1).tolist() == [True, False, True]
+    gate_up, down = some(1, 32, 32, seed=1), some(1, 32, 16, seed=2)
+    got = experts(path, x, torch.tensor([3]), packed(gate_up, gated=True), packed(down))
+    assert got.isfinite().all(dim=1).tolist() == [True, False, True]
+    cached = Cached([3, 3], 1, 16, 4)
+    cached.k[int(cached.blocks[1]) * 4 + 2, 0, 0] = float("nan")
+    q = some(6, 1, 16)
+    given = (q, cached.k, cached.v, cached.blocks, cached.sequences([(0, 3), (0, 3)]))
+    got = attention(path, *given, block_size=4, scale=0.25)
+    assert got.flatten(1).isfinite().all(dim=1).tolist() == [True] * 5 + [False]

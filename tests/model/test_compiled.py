@@ -1,0 +1,33 @@
+"""Whole models on the compiled operations: near transformers, and the same bits whatever is beside a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from moe_kernels.paths import available
+
+from tests.support.forward import all_logits, alone, load_decoder
+from tests.support.tiny_model import ARCHS, tiny_model
+
+SIZES = {"expert_size": 32, "hidden_size": 64, "vocab_size": 144}
+PROMPTS = [[5, 9, 2, 77, 31, 8, 100, 3, 64, 12, 7], [101, 4], list(range(3, 70)), [9]]
+
+
+@pytest.mark.parametrize("path", available())
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.inference_mode()
+def test_logits_are_near_and_do_not_depend_on_the_batch(tmp_path: Path, arch: str, path: str) -> None:
+    model = tiny_model(tmp_path, arch, seed=3, tie_word_embeddings=arch == "qwen3_moe", **SIZES)
+    decoder = load_decoder(tmp_path, alone(), dtype=torch.bfloat16, path=path)
+    together = all_logits(decoder, [PROMPTS])
+    in_torch = all_logits(load_decoder(tmp_path, alone(), dtype=torch.bfloat16), [PROMPTS])
+    for prompt, logits, other in zip(PROMPTS, together, in_torch, strict=True):
+        expected = model(torch.tensor([prompt])).logits[0]
+        error, torchs_error = (float((each - expected).abs().max()) for each in (logits, other))
+        assert error <= 1.5 * torchs_error + 0.01, prompt
+        assert torch.equal(all_logits(decoder, [[prompt]])[0], logits), "alone"
+    for chunk in (1, 5, 16):
+        for logits, again in zip(together, all_logits(decoder, [PROMPTS], chunk=chunk), strict=True):
+            assert torch.equal(again, logits), chunk
