@@ -35,9 +35,9 @@ ABOUT = {
     "server": "Server",
 }
 TABLES = {
-    table.option: f"{', '.join(f'`{name}`' for name in table)}; not built yet: "
+    table.option: f"{', '.join(f'`{name}`' for name in names)}; not built yet: "
     + ", ".join(f"`{name}`" for name in table.planned)
-    for table in (ALL2ALL, EXECUTORS)
+    for table, names in ((ALL2ALL, ["auto", *ALL2ALL]), (EXECUTORS, list(EXECUTORS)))
 }
 
 

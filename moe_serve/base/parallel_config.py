@@ -86,8 +86,9 @@ class ParallelConfig(NodesSection):
     expert_placement_file: str | None = None
     """JSON file with the first placement (what `moe-serve eplb plan` writes), readable on every node; it goes before
     expert_placement_strategy, and its redundant slots must be eplb_config.num_redundant_experts."""
-    all2all_backend: str = Field("allgather_reducescatter", json_schema_extra={"names": list(ALL2ALL)})
-    """How tokens travel to their experts and back."""
+    all2all_backend: str = Field("auto", json_schema_extra={"names": ["auto", *ALL2ALL]})
+    """How tokens travel to their experts and back; auto: shm where all ranks are on the CPUs of one machine, else
+    allgather_reducescatter."""
     enable_eplb: bool = False
     """Watch expert load and move redundant experts."""
     eplb_config: EPLBConfig = EPLBConfig()
@@ -307,7 +308,8 @@ class ParallelConfig(NodesSection):
 
     def check_built(self) -> None:
         """Raise ConfigError for an option that is known but whose feature is not built yet."""
-        ALL2ALL.check(self.all2all_backend)
+        if self.all2all_backend != "auto":
+            ALL2ALL.check(self.all2all_backend)
         if self.distributed_executor_backend is not None and ":" not in self.distributed_executor_backend:
             EXECUTORS.check(self.distributed_executor_backend)
         if self.distributed_executor_backend == "uni" and self.world_size > 1:

@@ -171,6 +171,7 @@ class EngineProcess:
             token=spec.token,
             timeout_seconds=config.scheduler.step_timeout_seconds * 1.5,
             generation=self._view.generation,
+            shares_memory=parallel.all2all_backend == "shm",
         )
         num_blocks = votes.sync_kv_cache_blocks(facts.kv_blocks)
         core = build_core(self._executor, config, model_config, facts, num_blocks=num_blocks)
