@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-parallel-size", type=int, default=1)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--enable-expert-parallel", action="store_true")
-    parser.add_argument("--all2all-backend", default="allgather_reducescatter")
+    parser.add_argument("--all2all-backend", default="auto")
     parser.add_argument("--cores", type=int, help="use only so many; all if not given")
     parser.add_argument(
         "--wait-policy", choices=["PASSIVE", "ACTIVE"], help="of idle OMP threads; moe_serve's own if not given"

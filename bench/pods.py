@@ -51,9 +51,9 @@ console = Console(stderr=True)
 Value = TypeVar("Value")
 
 
-def why_not() -> str:
-    """Why pods cannot be made here; "" if they can."""
-    missing = [tool for tool in TOOLS if shutil.which(tool, path=search_path()) is None]
+def why_not(tools: Sequence[str] = TOOLS) -> str:
+    """Why pods cannot be made here, or the other `tools` be had; "" if they can."""
+    missing = [tool for tool in tools if shutil.which(tool, path=search_path()) is None]
     if missing:
         return f"{', '.join(missing)} not installed (Debian: apt-get install iproute2 util-linux haproxy)"
     tried = subprocess.run(

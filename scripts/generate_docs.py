@@ -35,9 +35,9 @@ ABOUT = {
     "server": "Server",
 }
 TABLES = {
-    table.option: f"{', '.join(f'`{name}`' for name in table)}; not built yet: "
+    table.option: f"{', '.join(f'`{name}`' for name in names)}; not built yet: "
     + ", ".join(f"`{name}`" for name in table.planned)
-    for table in (ALL2ALL, EXECUTORS)
+    for table, names in ((ALL2ALL, ["auto", *ALL2ALL]), (EXECUTORS, list(EXECUTORS)))
 }
 
 
@@ -110,7 +110,7 @@ def configuration() -> str:
     parts = [
         "# Configuration",
         "Written by `python -m scripts.generate_docs` from the sections in `moe_serve/base/config.py` and "
-        "`moe_serve/base/parallel_config.py`; change it there.",
+        "`moe_serve/base/parallel_config.py` (with `moe_serve/base/nodes.py`); change it there.",
         "Every option of `moe-serve serve` is a flag, an environment variable (`MOE_SERVE_` and the name in capitals: "
         "`MOE_SERVE_BLOCK_SIZE=32`), a line of the file that `--config` names (`block_size: 32`) and an argument of "
         "`LLM` (`block_size=32`). The first that is given wins: command line, environment, file, default. Underscores "

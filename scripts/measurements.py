@@ -288,7 +288,45 @@ def pipeline_part(report: Report) -> str:
     )
 
 
+def all2all_part(report: Report) -> str:
+    """A row per case, experts asked for evenly; then messages without a backend around them."""
+    config, numbers = report.config, _numbers(report)
+    names = list(next(iter(numbers.values()))["cases"][0]["us"])
+    rows = [
+        (ranks, case["rows"], f"{case['skew']:g}", *(_us_and_bytes(case, name) for name in names))
+        for ranks, found in numbers.items()
+        for case in found["cases"]
+    ]
+    plain = [
+        (ranks, what, *(ways[way]["median"] for way in ways), f"{ways['gloo']['median'] / _shared(ways):.1f}")
+        for ranks, found in numbers.items()
+        for what, ways in found["plain_us"].items()
+    ]
+    header = ["ranks", "message", "gloo, us", "shared memory, us", "times as fast"]
+    return (
+        f"All-to-all backends of CPU ranks, `{report.label}`: one layer out and home without its experts, hidden size "
+        f"{config['hidden']}, top-{config['top_k']} of {config['experts']}, {config['dtype']}, a thread per rank, "
+        f"medians of {config['turns']} turns, load before {report.machine['load_before']}, commit `{report.commit}`. "
+        "Microseconds, and in brackets the bytes that leave a rank, of those that must.\n\n"
+        + markdown_table(["ranks", "rows", "skew", *names], rows)
+        + "\n\n"
+        + markdown_table(header, plain)
+        + "\n\n"
+        + _picture(report, "Time of an exchange over rows, and bytes moved")
+    ).rstrip()
+
+
+def _us_and_bytes(case: Mapping[str, Any], name: str) -> str:
+    ratio = case["moved_bytes"][name] / max(case["needed_bytes"], 1)
+    return f"{case['us'][name]['median']:,.0f} ({ratio:.1f})"
+
+
+def _shared(ways: Mapping[str, Any]) -> float:
+    return float(ways["shared memory"]["median"])
+
+
 PARTS = {
+    "all2all": all2all_part,
     "startup": startup_part,
     "pipeline": pipeline_part,
     "pods": pods_part,

@@ -157,9 +157,10 @@ class Config(Section):
             )
         if self.parallel.data_parallel_multi_port_external_lb:
             self._check_ports()
-        if self.parallel.headless and self.server.api_server_count > 1:
+        if (self.parallel.headless or self.parallel.is_beside) and self.server.api_server_count > 1:
+            why = "headless" if self.parallel.headless else f"node_rank ({self.parallel.node_rank})"
             raise ValueError(
-                f"api_server_count ({self.server.api_server_count}) does not go with headless, which is for a node "
+                f"api_server_count ({self.server.api_server_count}) does not go with {why}, which is for a node "
                 "without an API server; give it to the node of rank 0"
             )
         return self
@@ -211,6 +212,7 @@ class Config(Section):
                 "pipeline_parallel_size",
                 "tensor_parallel_size",
                 "data_parallel_size",
+                "nnodes",
                 "enable_expert_parallel",
                 "expert_placement_strategy",
                 "all2all_backend",

@@ -18,6 +18,7 @@ MoEServeError
 └── EngineError          the serving world broke (HTTP 500/503; the server ends)
     ├── WorkerDied       a worker process is gone
     ├── EngineDead       an engine, or the world it belongs to, is gone
+    ├── NoSharedMemory   ranks of one machine have no memory to share; there are other ways
     └── RankTimeout      a bounded wait ran out; the message names who is missing
         └── NotYet       a world that cannot take this process now, but perhaps in a moment
 
@@ -150,6 +151,10 @@ class WorkerDied(EngineError):
 
 class EngineDead(EngineError):
     """An engine, or the world it belongs to, is gone."""
+
+
+class NoSharedMemory(EngineError):
+    """Ranks of one machine have no memory to share. All of them are told, and can agree on another way."""
 
 
 class RankTimeout(EngineError, TimeoutError):

@@ -28,8 +28,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     its interpreter is busy with something else, since a stopped process answers on no line.
 
     `node` and `machine` as in Site. `generation` of the world that it was started for (0: it takes whichever it meets).
-    A launcher beside the coordinator's says which DP `ranks` it starts, and in how many worlds it has been. An API
-    server is number `place` of the `places` that its launcher starts.
+    A launcher beside the coordinator's says which DP `ranks` it starts, or as which of an engine's nodes it starts
+    workers (`node_rank`; -1 for others), and in how many worlds it has been. An API server is number `place` of the
+    `places` that its launcher starts.
     """
 
     role: Role
@@ -46,6 +47,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     machine: str = ""
     generation: int = 0
     ranks: list[int] = []
+    node_rank: int = -1
     worlds: int = 0
     place: int = 0
     places: int = 1
@@ -100,6 +102,12 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
 
 class Ack(msgspec.Struct, frozen=True, tag="ack"):
     """The coordinator heard your heartbeat and is alive itself."""
+
+
+class EngineAt(msgspec.Struct, frozen=True, tag="engine_at"):
+    """Where an engine listens for workers that other nodes start: told by the engine, passed on to their launchers."""
+
+    address: str
 
 
 class StoreAt(msgspec.Struct, frozen=True, tag="store_at"):
@@ -191,6 +199,7 @@ ForFleet = (
     Hello
     | Heartbeat
     | StoreAt
+    | EngineAt
     | Ready
     | Wake
     | Retire
@@ -209,6 +218,7 @@ ToMember = (
     | Refused
     | Ack
     | StoreAt
+    | EngineAt
     | WorldView
     | WorldReady
     | Wake

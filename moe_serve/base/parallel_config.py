@@ -8,14 +8,15 @@ from pydantic import Field, field_validator, model_validator
 
 from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.section import Host, Port, Section, Size, planned, short
+from moe_serve.base.nodes import NodesSection
+from moe_serve.base.section import Host, Port, Size, planned, short
 from moe_serve.base.tables import ALL2ALL, EPLB_POLICIES, EXECUTORS
 from moe_serve.base.topology import Topology
 
 PlacementStrategy = Literal["linear", "round_robin"]
 
 
-class ParallelConfig(Section):
+class ParallelConfig(NodesSection):
     pipeline_parallel_size: Size = Field(1, json_schema_extra=short("pp"))
     """Stages the layers are cut into."""
     tensor_parallel_size: Size = Field(1, json_schema_extra=short("tp"))
@@ -26,8 +27,6 @@ class ParallelConfig(Section):
     """Data-parallel ranks started on this node; all of them, or the one of data_parallel_rank, if not given."""
     data_parallel_start_rank: int | None = Field(None, ge=0, json_schema_extra=short("dpr"))
     """First data-parallel rank of this node, where others are started elsewhere."""
-    node_rank: int | None = Field(None, ge=0, json_schema_extra=short("r"))
-    """Which node this is, where all have data_parallel_size_local ranks: says data_parallel_start_rank."""
     data_parallel_rank: int | None = Field(None, ge=0, json_schema_extra=short("dpn"))
     """The one data-parallel rank started here, with a server of its own behind somebody else's load balancer."""
     data_parallel_rank_local: int | None = Field(None, ge=0)
@@ -54,8 +53,6 @@ class ParallelConfig(Section):
     a supervisor starts them and speaks for all of them."""
     data_parallel_supervisor_port: Port = 9256
     """Port of that supervisor's own HTTP server: /readyz, /livez and /ranks of this node."""
-    headless: bool = False
-    """No HTTP server on this node: that of rank 0's node speaks for its ranks."""
     world_token_file: str | None = None
     """File with the secret that all processes of the world know (MOE_SERVE_WORLD_TOKEN goes before it)."""
     start_timeout_seconds: float = Field(1800, gt=0, allow_inf_nan=False)
@@ -69,8 +66,9 @@ class ParallelConfig(Section):
     expert_placement_file: str | None = None
     """JSON file with the first placement (what `moe-serve eplb plan` writes), readable on every node; it goes before
     expert_placement_strategy, and its redundant slots must be eplb_config.num_redundant_experts."""
-    all2all_backend: str = Field("allgather_reducescatter", json_schema_extra={"names": list(ALL2ALL)})
-    """How tokens travel to their experts and back."""
+    all2all_backend: str = Field("auto", json_schema_extra={"names": ["auto", *ALL2ALL]})
+    """How tokens travel to their experts and back; auto: shm where all ranks are on the CPUs of one machine, else
+    allgather_reducescatter."""
     enable_eplb: bool = False
     """Watch expert load and move redundant experts."""
     eplb_config: EPLBConfig = EPLBConfig()
@@ -107,7 +105,8 @@ class ParallelConfig(Section):
 
     @property
     def topology(self) -> Topology:
-        return Topology(dp=self.data_parallel_size, pp=self.pipeline_parallel_size, tp=self.tensor_parallel_size)
+        sizes = (self.data_parallel_size, self.pipeline_parallel_size, self.tensor_parallel_size)
+        return Topology(*sizes, nodes=self.nnodes)
 
     @property
     def world_size(self) -> int:
@@ -137,7 +136,9 @@ class ParallelConfig(Section):
 
     @property
     def dp_ranks_here(self) -> tuple[int, ...]:
-        """Data-parallel ranks that are started here: on this node, but for those that Ray starts."""
+        """Data-parallel ranks whose engines are started here: on this node, but for those that Ray starts."""
+        if self.is_beside:
+            return ()
         if self.data_parallel_backend == "ray":
             return tuple(range(self.data_parallel_size))
         if self.data_parallel_rank is not None:
@@ -151,7 +152,7 @@ class ParallelConfig(Section):
     @property
     def is_apart(self) -> bool:
         """Whether other ranks of the world are started elsewhere."""
-        return len(self.dp_ranks_here) < self.data_parallel_size
+        return self.is_spread or len(self.dp_ranks_here) < self.data_parallel_size
 
     @property
     def num_frontends(self) -> int:
@@ -161,8 +162,15 @@ class ParallelConfig(Section):
         return 1 if self.load_balancing == "internal" else self.data_parallel_size // len(self.dp_ranks_here)
 
     @property
+    def coordinator_host(self) -> str:
+        """Where everybody meets."""
+        return self.master_addr or self.data_parallel_address
+
+    @property
     def coordinator_port(self) -> int:
         """Where the coordinator listens; 0, any free port, where nobody else must know it beforehand."""
+        if self.is_spread:
+            return self.master_port
         told = {"data_parallel_address", "data_parallel_rpc_port"} & self.model_fields_set
         known = told or self.is_apart or self.data_parallel_multi_port_external_lb
         return self.data_parallel_rpc_port if known else 0
@@ -225,6 +233,9 @@ class ParallelConfig(Section):
         """Which ranks this node starts, beside those of others."""
         dp, local, rank = self.data_parallel_size, self.data_parallel_size_local, self.data_parallel_rank
         start, hybrid = self.start_rank, self.data_parallel_hybrid_lb
+        self.check_nodes(dp, self.world_size, self.distributed_executor_backend)
+        if self.is_spread:
+            return
         self._check_node()
         if (self.data_parallel_external_lb or hybrid) and dp == 1:
             raise ValueError("data_parallel_external_lb and data_parallel_hybrid_lb need data_parallel_size > 1")
@@ -269,8 +280,9 @@ class ParallelConfig(Section):
         rank, local = self.data_parallel_rank, self.data_parallel_size_local
         if self.node_rank is not None and (not local or self.data_parallel_start_rank is not None):
             raise ValueError(
-                f"node_rank ({self.node_rank}) needs data_parallel_size_local, the ranks of each node, and says "
-                "data_parallel_start_rank by itself: give the one and leave out the other"
+                f"node_rank ({self.node_rank}) needs data_parallel_size_local, the ranks of each node (or nnodes, for "
+                "one engine on several), and says data_parallel_start_rank by itself: give the one and leave out the "
+                "other"
             )
         if not self.data_parallel_multi_port_external_lb:
             if "data_parallel_supervisor_port" in self.model_fields_set:
@@ -293,7 +305,8 @@ class ParallelConfig(Section):
 
     def check_built(self) -> None:
         """Raise ConfigError for an option that is known but whose feature is not built yet."""
-        ALL2ALL.check(self.all2all_backend)
+        if self.all2all_backend != "auto":
+            ALL2ALL.check(self.all2all_backend)
         if self.distributed_executor_backend is not None and ":" not in self.distributed_executor_backend:
             EXECUTORS.check(self.distributed_executor_backend)
         if self.distributed_executor_backend == "uni" and self.world_size > 1:

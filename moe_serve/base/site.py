@@ -17,8 +17,9 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
 
     `address` is this machine's own, on the way to the others: whatever listens for members binds there. `node` names
     the launcher that started this; where a supervisor started several launchers, they share the `machine`. `ranks_here`
-    of the machine share its memory and devices; those of this process begin at `local_rank` among them. `threads` is
-    one rank's share of the cores.
+    of the machine share its memory and devices; those of this process begin at `local_rank` among them. The first of
+    them is `first_worker` of its engine, which may have others on other nodes. `threads` is one rank's share of the
+    cores.
     """
 
     address: str = "127.0.0.1"
@@ -26,6 +27,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     machine: str = ""
     ranks_here: int = 1
     local_rank: int = 0
+    first_worker: int = 0
     threads: int = 1
 
 

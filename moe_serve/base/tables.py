@@ -15,8 +15,9 @@ ALL2ALL = Registry(
         "allgather_reducescatter": "moe_serve.model.all2all.allgather_reducescatter:AllGatherReduceScatter",
         "torch_a2a": "moe_serve.model.all2all.torch_a2a:TorchAllToAll",
         "torch_padded": "moe_serve.model.all2all.torch_padded:TorchPadded",
+        "shm": "moe_serve.model.all2all.shared_memory:SharedMemoryAllToAll",
     },
-    planned=("shm", "deepep_high_throughput", "deepep_low_latency", "pplx", "flashinfer_all2allv"),
+    planned=("deepep_high_throughput", "deepep_low_latency", "pplx", "flashinfer_all2allv"),
 )
 EXECUTORS = Registry(
     "executor",

@@ -47,16 +47,23 @@ def get_pp_indices(num_layers: int, pp_rank: int, pp_size: int) -> tuple[int, in
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Sizes of the axes. `Topology(dp=2, tp=2).world_size == 4`."""
+    """Sizes of the axes. `Topology(dp=2, tp=2).world_size == 4`.
+
+    The workers of each engine are spread over so many `nodes`, neighbours on the same one. One where engines are not
+    spread, wherever they are themselves.
+    """
 
     dp: int = 1
     pp: int = 1
     tp: int = 1
+    nodes: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("dp", "pp", "tp"):
+        for axis in ("dp", "pp", "tp", "nodes"):
             if getattr(self, axis) < 1:
                 raise ConfigError(f"the size of axis {axis} must be at least 1, not {getattr(self, axis)}")
+        if self.num_workers % self.nodes:
+            raise ConfigError(f"{self.num_workers} workers cannot be shared out evenly among {self.nodes} nodes")
 
     @property
     def world_size(self) -> int:
@@ -77,6 +84,15 @@ class Topology:
     def sampling_worker(self) -> int:
         """The worker whose tokens an engine takes: the first tensor rank of the last pipeline stage."""
         return (self.pp - 1) * self.tp
+
+    def workers_of_node(self, node: int) -> range:
+        """Workers of an engine that are on one of the nodes it is spread over."""
+        each = self.num_workers // self.nodes
+        return range(node * each, (node + 1) * each)
+
+    def node_of(self, worker: int) -> int:
+        """On which of its engine's nodes a worker is."""
+        return worker * self.nodes // self.num_workers
 
     def rank(self, *, dp: int, pp: int = 0, tp: int = 0) -> int:
         """The global rank at these coordinates."""
@@ -134,7 +150,8 @@ class Topology:
         """A global rank for people: `rank 3 (dp 1, tp 1)`."""
         dp, pp, tp = self.coordinates(rank)
         middle = f", pp {pp}" if self.pp > 1 else ""
-        return f"rank {rank} (dp {dp}{middle}, tp {tp})"
+        where = f", node {self.node_of(self.worker_index(rank))}" if self.nodes > 1 else ""
+        return f"rank {rank} (dp {dp}{middle}, tp {tp}{where})"
 
     def describe_worker(self, dp: int, worker: int) -> str:
         """A worker for people: `worker dp 1 tp 1`; by its index if it has no place here."""
@@ -142,4 +159,5 @@ class Topology:
             return f"worker {worker} of dp {dp}"
         pp, tp = divmod(worker, self.tp)
         middle = f" pp {pp}" if self.pp > 1 else ""
-        return f"worker dp {dp}{middle} tp {tp}"
+        where = f" of node {self.node_of(worker)}" if self.nodes > 1 else ""
+        return f"worker dp {dp}{middle} tp {tp}{where}"

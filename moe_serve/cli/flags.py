@@ -223,7 +223,10 @@ def _entry(name: str, info: FieldInfo) -> str:
     elif info.default is not None and info.default is not False and not isinstance(info.default, BaseModel):
         told.append(f"[{info.default}]")
     values = _extra(info, "names") or [value for value in _choices(info) if value not in _extra(info, "planned")]
-    return f"  {names} {_value(info.annotation, values)}".rstrip() + "\n" + _indented(" ".join(told))
+    first = f"  {names} {_value(info.annotation, values)}".rstrip()
+    if len(first) > _width():
+        first = f"  {names}\n{_indented(_value(info.annotation, values))}"
+    return first + "\n" + _indented(" ".join(told))
 
 
 def _choices(info: FieldInfo) -> list[str]:

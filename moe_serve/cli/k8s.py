@@ -19,7 +19,7 @@ from moe_serve.base.errors import ConfigError
 from moe_serve.cli.flags import Options, help_text, wants_help
 from moe_serve.cli.serve import read_options, serve_fields
 from moe_serve.deploy.dashboard import dashboard
-from moe_serve.deploy.deployment import Deployment, make_deployment, pod_config
+from moe_serve.deploy.deployment import Deployment, make_deployment, pod_config, refuse_nodes
 from moe_serve.deploy.options import ClusterOptions
 from moe_serve.deploy.render import render
 from moe_serve.launch.resolve import resolve
@@ -73,6 +73,7 @@ def render_options() -> type[Options]:
 def parse_render(arguments: Sequence[str]) -> Deployment:
     """Command line (after `k8s render`), environment and YAML file to a deployment. Raises ConfigError."""
     values = read_options(render_options(), arguments, "k8s render")
+    refuse_nodes(values)
     theirs = {name: values.pop(name) for name in ClusterOptions.model_fields if name in values}
     if theirs.get("shape") == "node":  # a pod with a supervisor in it
         values["data_parallel_multi_port_external_lb"] = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -31,6 +32,9 @@ OWN_OPTIONS = """plan:
 
   --json
         One JSON object on standard output instead of tables."""
+NODE_FLAGS = {"-r", "--node-rank"}
+SERVER_FLAGS = {"-asc", "--api-server-count", "--host", "--port", "--api-key", "--admin-api-key"}
+"""Of the node that has the server."""
 MOST_ROWS = 64
 MIB = 2**20
 
@@ -41,25 +45,49 @@ def run_plan(arguments: Sequence[str]) -> int:
         groups = {title: section.model_fields for title, section in SECTIONS.items()}
         print(f"{help_text(serve_options(), 'plan', ABOUT_PLAN, groups)}\n\n{OWN_OPTIONS}")
         return 0
-    own, config = parse_plan(arguments)
+    own, rest = split_arguments(arguments)
+    config = parse_serve(rest)
     resolved, model = resolve(config, weights=False)
     plan = plan_world(resolved, model, memory_bytes=own.memory_bytes)
+    lines = [node_line(rest, node) for node in range(config.parallel.nnodes)] if config.parallel.is_spread else []
     if own.json:
-        print(json.dumps(asdict(plan)))
+        print(json.dumps(asdict(plan) | {"lines": lines}))
     else:
         _show(plan)
+        for node, line in enumerate(lines):
+            print(f"on node {node}: {line}")
     return 0
 
 
 def parse_plan(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """Its own options, `memory_bytes` and `json`, and those of `serve`. Raises ConfigError."""
+    own, rest = split_arguments(arguments)
+    return own, parse_serve(rest)
+
+
+def node_line(arguments: Sequence[str], node: int) -> str:
+    """What to type on one of the nodes of an engine, from what was given here for one of them."""
+    others = NODE_FLAGS if node == 0 else NODE_FLAGS | SERVER_FLAGS
+    kept: list[str] = []
+    values = iter(arguments)
+    for argument in values:
+        flag, has_value, _ = argument.replace("_", "-").partition("=")
+        if flag not in others:
+            kept.append(argument)
+        elif not has_value:
+            next(values, None)
+    return shlex.join(["moe-serve", "serve", *kept, "--node-rank", str(node)])
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Its own options, and all others. Raises ConfigError."""
     parser = Parser(prog="moe-serve plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--memory-bytes", "--memory_bytes", type=int)
     parser.add_argument("--json", action="store_true")
     own, rest = parser.parse_known_args(arguments)
     if own.memory_bytes is not None and own.memory_bytes < 1:
         raise ConfigError(f"--memory-bytes must be at least 1, not {own.memory_bytes}")
-    return own, parse_serve(rest)
+    return own, rest
 
 
 def _show(plan: WorldPlan) -> None:

@@ -25,6 +25,7 @@ MAX_PORTS = 8
 """Ports of one pod that an InferencePool can name."""
 MAX_PLACEMENT_BYTES = 900_000
 """A ConfigMap holds 1 MiB."""
+NODES = ("nnodes", "master_addr", "master_port")
 FROM_THE_POD = (
     "data_parallel_rank",
     "data_parallel_rank_local",
@@ -159,6 +160,15 @@ def make_deployment(
     for pod in range(deployment.num_pods):
         pod_config(deployment, pod).parallel.check_built()
     return deployment
+
+
+def refuse_nodes(options: Mapping[str, object]) -> None:
+    """ConfigError where one engine is asked for in several pods."""
+    if given := sorted(name for name in NODES if options.get(name, 1) != 1):
+        raise ConfigError(
+            f"{' and '.join(given)} spreads the ranks of one engine over nodes, and a pod here has whole engines; "
+            "leave it out and give --data-parallel-size for several pods (--tensor-parallel-size counts within a pod)"
+        )
 
 
 def pod_config(deployment: Deployment, pod: int) -> Config:

@@ -31,7 +31,19 @@ from moe_serve.base.errors import (
     WorkerDied,
 )
 from moe_serve.base.log import setup_logging
-from moe_serve.base.messages import Drain, Failure, Hello, Ready, Stop, StoreAt, ToMember, Wake, WorldReady, WorldView
+from moe_serve.base.messages import (
+    Drain,
+    EngineAt,
+    Failure,
+    Hello,
+    Ready,
+    Stop,
+    StoreAt,
+    ToMember,
+    Wake,
+    WorldReady,
+    WorldView,
+)
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.engine.build import build_core, describe_loaded, make_hello
@@ -43,7 +55,7 @@ from moe_serve.engine.reporting import Reporting
 from moe_serve.engine.sockets import FrontendSockets, LineLost, LineStands
 from moe_serve.eplb.first_placement import check_placement
 from moe_serve.executor.base import Executor
-from moe_serve.executor.choose import choose_executor
+from moe_serve.executor.choose import make_executor
 from moe_serve.parallel.groups import control_group
 from moe_serve.parallel.listeners import deafen, listeners
 from moe_serve.parallel.stateless import open_store
@@ -151,7 +163,7 @@ class EngineProcess:
         )
         model_config = load_model_config(Path(config.model.model or ""))
         check_placement(self._view.placement, parallel, model_config)
-        self._executor = choose_executor(config)(config, meeting, self._progress)
+        self._executor = make_executor(config, meeting, self._progress, announce=self._announce)
         facts = self._executor.start()
         self._expert_bytes = facts.expert_bytes
         self._progress.enter(Phase.MEET_ENGINES)
@@ -164,6 +176,7 @@ class EngineProcess:
             token=spec.token,
             timeout_seconds=config.scheduler.step_timeout_seconds * 1.5,
             generation=self._view.generation,
+            shares_memory=parallel.all2all_backend == "shm",
         )
         num_blocks = votes.sync_kv_cache_blocks(facts.kv_blocks)
         core = build_core(self._executor, config, model_config, facts, num_blocks=num_blocks)
@@ -198,6 +211,10 @@ class EngineProcess:
             if isinstance(message, StoreAt):
                 return message
             self._take(message)
+
+    def _announce(self, address: str) -> None:
+        assert self._link is not None
+        self._link.send(EngineAt(address))
 
     def _serve(self, rank: DPRank, hello: EngineHello) -> NoReturn:
         assert self._link is not None

@@ -13,7 +13,7 @@ from itertools import accumulate, groupby
 import numpy as np
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.topology import split_range
+from moe_serve.base.topology import Topology, split_range
 from moe_serve.eplb.placement import Ints
 
 NodeSizes = tuple[int, ...]
@@ -30,6 +30,13 @@ def even_nodes(num_ranks: int, num_nodes: int) -> NodeSizes:
 def nodes_of_engines(names: Iterable[str], ranks_per_engine: int) -> NodeSizes:
     """From the name of each engine's node, in order of DP rank; an engine's ranks are on one node."""
     return tuple(len(list(run)) * ranks_per_engine for _, run in groupby(names))
+
+
+def nodes_of_workers(topology: Topology) -> NodeSizes:
+    """Of the one engine whose workers are spread over nodes: tensor ranks that share a node in each stage."""
+    stages = range(0, topology.num_workers, topology.tp)
+    names = (tuple(topology.node_of(first + tp) for first in stages) for tp in range(topology.tp))
+    return tuple(len(list(run)) for _, run in groupby(names))
 
 
 def nodes_of_ranks(node_sizes: NodeSizes) -> Ints:

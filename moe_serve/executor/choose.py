@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
+from moe_serve.base.commands import Meeting
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.parallel_config import ParallelConfig
+from moe_serve.base.progress import Progress
 from moe_serve.base.registry import import_target
 from moe_serve.base.tables import EXECUTORS
 from moe_serve.executor.base import Executor
@@ -44,6 +47,8 @@ def default_executor(parallel: ParallelConfig, around: Surroundings, *, gpus: in
     engine must lie over several nodes for want of GPUs; else mp."""
     if parallel.world_size == 1:
         return "uni"
+    if parallel.is_spread:
+        return "mp"
     if around.placement_group or parallel.data_parallel_backend == "ray":
         return "ray"
     if not 0 < gpus < parallel.world_size:
@@ -54,6 +59,14 @@ def default_executor(parallel: ParallelConfig, around: Surroundings, *, gpus: in
         "start a cluster, or say --distributed-executor-backend mp, for ranks that share GPUs",
     )
     return "ray"
+
+
+def make_executor(config: Config, meeting: Meeting, progress: Progress, *, announce: Callable[[str], None]) -> Executor:
+    """`announce` tells other nodes at which address the engine listens for the workers that they start (--nnodes)."""
+    kind: Any = choose_executor(config)
+    spread = {"announce": announce} if config.parallel.is_spread else {}
+    executor: Executor = kind(config, meeting, progress, **spread)
+    return executor
 
 
 def choose_executor(config: Config) -> type[Executor]:

@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from moe_serve.base.interpreter import module_command
@@ -77,12 +78,19 @@ class Children:
         self._token, self._node = token, node
         self._children: list[Child] = []
 
-    def start(self, name: str, module: str, spec: MemberSpec, shared: SharedThings | None = None) -> None:
-        """`shared` is for API servers."""
+    def start(
+        self,
+        name: str,
+        module: str,
+        spec: MemberSpec,
+        shared: SharedThings | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`shared` is for API servers; `environment` what else is told."""
         # A session of its own: Ctrl-C in the terminal reaches the launcher only, which then drains.
         process = subprocess.Popen(
             module_command(module),
-            env=spec.to_environment() | ({} if shared is None else shared.environment),
+            env={**spec.to_environment(), **environment, **({} if shared is None else shared.environment)},
             pass_fds=() if shared is None else shared.pass_fds,
             start_new_session=True,
             stdin=subprocess.DEVNULL,

@@ -43,6 +43,11 @@ class EngineWorld:
                 f"LLM has no HTTP servers, so {config.parallel.load_balancing} load balancing means nothing to it; "
                 "leave out the options that ask for it"
             )
+        if config.parallel.is_beside:
+            raise ConfigError(
+                f"LLM belongs on node 0, which brings the requests; start node {config.parallel.node_rank} by "
+                "moe-serve serve with the same options"
+            )
         self._token = world_token(config.parallel)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engines", daemon=True)

@@ -28,16 +28,19 @@ from moe_serve.base.registry import import_target
 from moe_serve.base.secret import check_token
 from moe_serve.base.site import local_address, resolve_host, with_port
 from moe_serve.eplb.build import make_rebalancer
-from moe_serve.eplb.first_placement import placement_digest
+from moe_serve.eplb.first_placement import check_placement, placement_digest
 from moe_serve.launch.children import Children
+from moe_serve.launch.meeting_place import MeetingPlace
+from moe_serve.launch.node_workers import start_node_workers
 from moe_serve.launch.part import NodePart, world_token
 from moe_serve.launch.shared import SharedThings
 from moe_serve.launch.site import make_site, name_of_this_node
 from moe_serve.launch.uplink import Uplink
 from moe_serve.world.coordinator import Coordinator
 from moe_serve.world.fleet import Fleet
-from moe_serve.world.member import MemberSpec
+from moe_serve.world.member import MemberSpec, SharedByServers
 from moe_serve.world.members import named_ranks
+from moe_serve.world.places import absent_nodes
 
 CONNECT_SECONDS = 5.0
 """The coordinator listens before a child is started: one that cannot reach it is an orphan."""
@@ -58,12 +61,14 @@ class Node:
     def __init__(self, config: Config, part: NodePart, *, token: str = "", worlds: int = 0) -> None:
         self.config = config
         self.token = check_token(token) if token else world_token(config.parallel)
-        self.host, self.port = config.parallel.data_parallel_address, config.parallel.coordinator_port
+        self._place = MeetingPlace.of(config.parallel)
+        self.host, self.port = self._place.host, self._place.port
         self.name = name_of_this_node()
         self._part = part
         dp_size = config.parallel.data_parallel_size
         self._dp_ranks = tuple(range(dp_size)) if part.dp_ranks is None else part.dp_ranks
         self._worlds = worlds
+        self._has_workers = False
         self._children = Children(token=self.token, node=self.name)
         self._ray_engines: Any = None
         self._shared: SharedThings | None = None
@@ -102,12 +107,17 @@ class Node:
         if self._ended is not None:
             return
         if self._part.joins:
-            self._uplink = Uplink(self.config, self._dp_ranks, token=self.token, worlds=self._worlds)
+            node_rank = self._part.node_rank
+            self._uplink = Uplink(
+                self.config, self._dp_ranks, token=self.token, worlds=self._worlds, node_rank=node_rank
+            )
             await self._uplink.join()
+            if node_rank:
+                self._check_placement(self._uplink.placement)
         else:
             fleet = _make_fleet(self.config, node=self.name, ranks_here=self._dp_ranks, number=self._worlds + 1)
             self._coordinator = Coordinator(fleet, token=self.token)
-            self.port = await self._coordinator.start(self.host, self.port)
+            self.port = await self._coordinator.start(self.host, self.port, options=self._place.options)
         if self.ended is not None:
             return
         for dp in self._dp_ranks:
@@ -128,7 +138,7 @@ class Node:
                 signal.signal(number, signal.getsignal(number))
 
     async def _until_resolved(self) -> None:
-        """In a cluster the name of rank 0 may be there later than we are; one machine has its names from the start."""
+        """In a cluster that name may be there later than we are; one machine has its names from the start."""
         begun = time.monotonic()
         limit = self.config.parallel.start_timeout_seconds if self.config.parallel.is_apart else 0.0
         remind = begun + REMIND_SECONDS
@@ -140,9 +150,9 @@ class Node:
                 waited = time.monotonic() - begun
                 if waited >= limit:
                     tried = f", for {waited:.0f} s" if limit else ""
-                    raise ConfigError(f"{error}{tried} (option --data-parallel-address)") from error
+                    raise ConfigError(f"{error}{tried} (option {self._place.host_option})") from error
                 if time.monotonic() > remind:
-                    log.info("waiting for the name of rank 0, %.0f s: %s", waited, error)
+                    log.info("waiting for the name of %s, %.0f s: %s", self._place.first, waited, error)
                     remind += REMIND_SECONDS
             await asyncio.sleep(0.5)
 
@@ -168,8 +178,10 @@ class Node:
     def _awaited(self) -> str:
         """For people: `ranks 1, 3 at HOST:PORT` whose launchers have not come; else who is not ready."""
         if self._coordinator is None:
-            return f"the other ranks of the world of rank 0 at {with_port(self.host, self.port)}"
+            return f"the others of the world of {self._place.first} at {self._place.where}"
         fleet = self._coordinator.fleet
+        if nodes := absent_nodes(fleet.members.values(), fleet.topology):
+            return f"{nodes} at {self._place.where}"
         here = {*self._dp_ranks, *(rank for each in fleet.members.values() for rank in each.hello.ranks)}
         away = [rank for rank in range(fleet.topology.dp) if rank not in here]
         return f"{named_ranks(away)} at {with_port(self.host, self.port)}" if away else ", ".join(fleet.missing())
@@ -233,29 +245,56 @@ class Node:
             return self._coordinator.fleet.generation
         return 0 if self._uplink is None else self._uplink.generation
 
+    def _check_placement(self, expected: str) -> None:
+        """Engines check theirs by themselves; workers take their engine's word, but read a file of their own."""
+        try:
+            check_placement(expected, self.config.parallel, load_model_config(Path(self.config.model.model or "")))
+        except ConfigError as error:
+            self.end(Stop(str(error), 2, self.name))
+            raise
+
+    def _start_workers(self) -> None:
+        """Those of this node for the engine on node 0, once, as soon as that listens."""
+        if self._has_workers or self._uplink is None or not self._uplink.engine_address:
+            return
+        self._has_workers = True
+        start_node_workers(
+            self._children,
+            self.config,
+            self._spec(0),
+            node=self._part.node_rank,
+            engine_address=self._uplink.engine_address,
+        )
+
     def _start_child(self, name: str, module: str, *, dp: int | None = None, place: int = 0) -> None:
         shared = self._shared if dp is None else None
-        spec = MemberSpec(
-            host=self.host,
-            port=self.port,
-            token=self.token,
-            config=self.config.to_json(keys=dp is None),
-            dp=-1 if dp is None else dp,
-            site=make_site(self.config.parallel, self._dp_ranks, address=self.address, dp=dp, part=self._part),
-            essential=bool(self._dp_ranks),  # more front-ends may come and go
-            serves=self._part.serves,
-            generation=self._generation,
-            connect_seconds=CONNECT_SECONDS,
-            shared=None if shared is None else shared.of(place),
-        )
+        spec = self._spec(dp, None if shared is None else shared.of(place))
         if dp is None or self._ray_engines is None:
             self._children.start(name, module, spec, shared)
         else:
             self._children.add(self._ray_engines.start(name, spec))
 
+    def _spec(self, dp: int | None, shared: SharedByServers | None = None) -> MemberSpec:
+        own = dp if dp in self._dp_ranks else None
+        return MemberSpec(
+            host=self.host,
+            port=self.port,
+            token=self.token,
+            config=self.config.to_json(keys=dp is None),
+            dp=-1 if dp is None else dp,
+            site=make_site(self.config.parallel, self._dp_ranks, address=self.address, dp=own, part=self._part),
+            essential=bool(self._dp_ranks),  # more front-ends may come and go
+            serves=self._part.serves,
+            generation=self._generation,
+            connect_seconds=CONNECT_SECONDS,
+            shared=shared,
+        )
+
     async def _watch_once(self) -> None:
         """Wait a moment; a child that ended although nobody told it to ends the world."""
         await self._wait(WATCH_SECONDS)
+        if self.ended is None:
+            self._start_workers()
         for child in self._children.ended():
             if self.ended is None and not (self.asked_to_stop and child.code == 0):  # whoever has drained may go first
                 # Its link tells more than its exit code; give the coordinator a moment to read it.

@@ -15,20 +15,24 @@ from moe_serve.base.secret import TOKEN_ENVIRONMENT, check_token, new_token
 class NodePart:
     """`dp_ranks` whose engines are started here: all of them if None. The API server `serves` these (None: all).
 
-    `joins`: another launcher holds the coordinator. A supervisor started so many `launchers` on this `machine`, and
+    `joins`: another launcher holds the coordinator. With a `node_rank` from 1 on, it starts that node's workers of the
+    engine on node 0, and nothing else. A supervisor started so many `launchers` on this `machine`, and
     this is one of them.
     """
 
     serve_http: bool = True
     dp_ranks: tuple[int, ...] | None = None
     joins: bool = False
+    node_rank: int = 0
     serves: list[int] | None = None
     machine: str = ""
     launchers: int = 1
 
 
 def node_part(parallel: ParallelConfig) -> NodePart:
-    """This launcher's part, by its options. Rank 0's launcher holds the coordinator."""
+    """This launcher's part, by its options. Rank 0's launcher, or node 0's, holds the coordinator."""
+    if parallel.is_beside:
+        return NodePart(serve_http=False, dp_ranks=(), joins=True, node_rank=parallel.node_rank or 0)
     ranks = parallel.dp_ranks_here
     return NodePart(
         serve_http=not parallel.headless,
@@ -45,9 +49,9 @@ def world_token(parallel: ParallelConfig) -> str:
         return given
     if parallel.is_apart:
         raise ConfigError(
-            "ranks that are started apart need a secret that all of them know: put the same text of 16 characters or "
-            f"more into {TOKEN_ENVIRONMENT}, or into a file (--world-token-file), on each; "
-            "`openssl rand -hex 16` makes one"
+            f"{'nodes' if parallel.is_spread else 'ranks'} that are started apart need a secret that all of them know: "
+            f"put the same text of 16 characters or more into {TOKEN_ENVIRONMENT}, or into a file "
+            "(--world-token-file), on each; `openssl rand -hex 16` makes one"
         )
     return new_token()
 

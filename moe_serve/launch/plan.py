@@ -6,7 +6,7 @@ Pure numbers from the rules that the ranks themselves go by; neither torch nor w
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moe_serve.base.config import Config
@@ -109,24 +109,34 @@ def plan_world(resolved: Config, model: ModelConfig, *, memory_bytes: int | None
             _rank(resolved, model, nodes, rank, *each)
             for rank, each in enumerate(zip(partitions, sizes, shapes, blocks, strict=True))
         ],
-        nodes=[
-            NodePlan(
-                node=node,
-                here=dp_ranks[0] == resolved.parallel.dp_ranks_here[0],
-                dp_ranks=list(dp_ranks),
-                processes=processes_of_node(resolved.parallel, dp_ranks, resolved.server.api_server_count),
-                ports=ports_of_node(resolved, dp_ranks),
-            )
-            for node, dp_ranks in enumerate(nodes)
-        ],
+        nodes=[_node(resolved, node, dp_ranks) for node, dp_ranks in enumerate(nodes)],
     )
     for each in plan.nodes:
         check_ports(each.ports)
     return plan
 
 
+def _node(config: Config, node: int, dp_ranks: Sequence[int]) -> NodePlan:
+    parallel = config.parallel
+    beside = parallel.is_spread and node > 0
+    return NodePlan(
+        node=node,
+        here=node == parallel.node_rank if parallel.is_spread else dp_ranks[0] == parallel.dp_ranks_here[0],
+        dp_ranks=list(dp_ranks),
+        processes=_beside(parallel.topology, node)
+        if beside
+        else processes_of_node(parallel, dp_ranks, config.server.api_server_count),
+        ports=ports_of_node(config, dp_ranks),
+    )
+
+
 def dp_ranks_of_nodes(parallel: ParallelConfig) -> list[range]:
-    """This node's, as its options say; the others, which have their own options, are taken to have as many each."""
+    """This node's, as its options say; the others, which have their own options, are taken to have as many each.
+
+    Of the one engine that is spread over nodes, node 0 has it, the others have workers of it.
+    """
+    if parallel.is_spread:
+        return [range(1), *[range(0)] * (parallel.nnodes - 1)]
     here, dp = parallel.dp_ranks_here, parallel.data_parallel_size
     if parallel.data_parallel_backend == "ray":  # which knows what room there is; this node is filled first
         size = parallel.data_parallel_size_local or dp
@@ -147,6 +157,18 @@ def processes_of_node(parallel: ParallelConfig, dp_ranks: Sequence[int], api_ser
     for dp in dp_ranks:
         found += _launched(parallel, [dp], api_servers, of=f" of rank {dp}")
     return found
+
+
+def _beside(topology: Topology, node: int) -> list[ProcessPlan]:
+    """A launcher that has nothing but workers of the engine on node 0."""
+    return [ProcessPlan(name="launcher", ranks=[]), *_workers(topology, 0, topology.workers_of_node(node))]
+
+
+def _workers(topology: Topology, dp: int, workers: Iterable[int], *, how: str = "") -> list[ProcessPlan]:
+    return [
+        ProcessPlan(name=topology.describe_worker(dp, worker) + how, ranks=[topology.worker_rank(dp, worker)])
+        for worker in workers
+    ]
 
 
 def _ranks_launched_elsewhere(topology: Topology, dp: int) -> list[ProcessPlan]:
@@ -178,15 +200,11 @@ def _launched(
 
 def _engine(parallel: ParallelConfig, dp: int) -> list[ProcessPlan]:
     topology, executor = parallel.topology, parallel.distributed_executor_backend
-    ranks = [topology.worker_rank(dp, worker) for worker in range(topology.num_workers)]
     name = f"engine dp {dp}" + (AS_ACTOR if parallel.data_parallel_backend == "ray" else "")
     if executor in ("mp", "ray"):
-        how = AS_ACTOR if executor == "ray" else ""
-        workers = [
-            ProcessPlan(name=topology.describe_worker(dp, worker) + how, ranks=[rank])
-            for worker, rank in enumerate(ranks)
-        ]
+        workers = _workers(topology, dp, topology.workers_of_node(0), how=AS_ACTOR if executor == "ray" else "")
         return [ProcessPlan(name=name, ranks=[]), *workers]
+    ranks = [topology.worker_rank(dp, worker) for worker in range(topology.num_workers)]
     elsewhere = "" if executor == "uni" else f", workers as {executor} has it"
     return [ProcessPlan(name=f"{name}{elsewhere}", ranks=ranks)]
 
@@ -203,11 +221,7 @@ def _rank(
 ) -> RankPlan:
     topology = config.parallel.topology
     dp, pp, tp = topology.coordinates(rank)
-    node = next(number for number, dp_ranks in enumerate(nodes) if dp in dp_ranks)
-    place, told = nodes[node].index(dp), config.parallel.data_parallel_rank_local
-    if told is not None and dp in config.parallel.dp_ranks_here:
-        place = told
-    local_rank = place * topology.num_workers + topology.worker_index(rank)
+    node, local_rank = _place(config.parallel, nodes, rank)
     on_ray = "ray" in (config.parallel.distributed_executor_backend, config.parallel.data_parallel_backend)
     device = f"cuda:{0 if on_ray else local_rank}" if config.model.device == "cuda" else config.model.device
     return RankPlan(
@@ -228,6 +242,20 @@ def _rank(
         kv_block_bytes=shape.block_bytes,
         kv_blocks=blocks,
     )
+
+
+def _place(parallel: ParallelConfig, nodes: Sequence[range], rank: int) -> tuple[int, int]:
+    """The node of a rank, and its place there."""
+    topology, worker = parallel.topology, parallel.topology.worker_index(rank)
+    if parallel.is_spread:
+        node = topology.node_of(worker)
+        return node, topology.workers_of_node(node).index(worker)
+    dp, _, _ = topology.coordinates(rank)
+    node = next(number for number, dp_ranks in enumerate(nodes) if dp in dp_ranks)
+    place, told = nodes[node].index(dp), parallel.data_parallel_rank_local
+    if told is not None and dp in parallel.dp_ranks_here:
+        place = told
+    return node, place * topology.num_workers + worker
 
 
 def _blocks(config: Config, shape: _BlockShape, size: Footprint, rank: int, memory_bytes: int | None) -> int | None:

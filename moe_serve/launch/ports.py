@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.launched import EXTERNAL_LAUNCHER
+from moe_serve.launch.meeting_place import MeetingPlace
 
 ANY_FREE = 0
 EVERY_ADDRESS = ("0.0.0.0", "::", "")
@@ -27,13 +28,12 @@ def ports_of_node(config: Config, dp_ranks: Sequence[int]) -> list[PortPlan]:
     """Of the node that starts these ranks."""
     if config.parallel.distributed_executor_backend == EXTERNAL_LAUNCHER:
         return []  # torchrun's affair
-    parallel, server = config.parallel, config.server
-    host, found = parallel.data_parallel_address, []
+    parallel, server, found = config.parallel, config.server, []
     if 0 in dp_ranks:
-        coordinator, store = parallel.coordinator_port, parallel.data_parallel_master_port
+        place, store = MeetingPlace.of(parallel), parallel.data_parallel_master_port
         found += [
-            PortPlan(what="coordinator", host=host, port=coordinator, option="--data-parallel-rpc-port"),
-            PortPlan(what="store of rank 0", host=host, port=store, option="--data-parallel-master-port"),
+            PortPlan(what="coordinator", host=place.host, port=place.port, option=place.port_option),
+            PortPlan(what="store of rank 0", host=place.host, port=store, option="--data-parallel-master-port"),
         ]
     if parallel.data_parallel_multi_port_external_lb:
         return [*found, *ports_of_ranks(config, dp_ranks).values(), port_of_supervisor(config)]

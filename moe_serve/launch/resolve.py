@@ -19,6 +19,7 @@ from moe_serve.base.errors import CheckpointError, ConfigError
 from moe_serve.base.model_config import ModelConfig, load_model_config
 from moe_serve.executor.choose import settle_executor
 from moe_serve.executor.devices import gpus_here
+from moe_serve.model.all2all.choose import settle_backend, this_machine
 from moe_serve.model.all2all.shape import check_dispatch, dispatch_shape, expert_layout
 from moe_serve.model.partition import make_partition
 
@@ -52,8 +53,15 @@ def resolve(config: Config, *, weights: bool = True) -> tuple[Config, ModelConfi
     parallel = config.parallel
     dtype = model.dtype if config.model.dtype == "auto" else config.model.dtype
     partition = make_partition(model, parallel, 0)  # refuses sizes that the model cannot be cut into
-    shape = dispatch_shape(model, parallel.topology, max_tokens=config.scheduler.max_num_batched_tokens, dtype=dtype)
-    check_dispatch(parallel.all2all_backend, shape, expert_layout(partition))
+    backend = _settle_all2all(config, str(executor["distributed_executor_backend"]))
+    shape = dispatch_shape(
+        model,
+        parallel.topology,
+        max_tokens=config.scheduler.max_num_batched_tokens,
+        dtype=dtype,
+        device=config.model.device,
+    )
+    check_dispatch(backend, shape, expert_layout(partition))
     return (
         config.with_(
             "model",
@@ -61,9 +69,23 @@ def resolve(config: Config, *, weights: bool = True) -> tuple[Config, ModelConfi
             served_model_name=config.model.served_model_name or config.model.model or DEFAULT_MODEL,
             max_model_len=asked or limit,
             dtype=dtype,
-        ).with_("parallel", **executor),
+        ).with_("parallel", all2all_backend=backend, **executor),
         model,
     )
+
+
+def _settle_all2all(config: Config, executor: str) -> str:
+    parallel = config.parallel
+    backend, why = settle_backend(
+        parallel,
+        executor=executor,
+        device=config.model.device,
+        machine=this_machine(),
+        environment=os.environ,
+    )
+    if why and parallel.topology.ep > 1:
+        log.info("all-to-all backend %s: %s", backend, why)
+    return backend
 
 
 def model_folder(model: str | None, revision: str | None, files: Sequence[str] = HUB_FILES) -> Path:

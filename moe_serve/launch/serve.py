@@ -127,11 +127,12 @@ def describe(config: Config, model: ModelConfig) -> str:
     )
     num_dense = model.num_layers - len(model.moe_layers)
     stages = f"pipeline parallel {parallel.pipeline_parallel_size} x " if parallel.pipeline_parallel_size > 1 else ""
+    nodes = f" over {parallel.nnodes} nodes" if parallel.is_spread else ""
     dense = f" and {num_dense} dense" if num_dense else ""
     return (
         f"{config.model.served_model_name}: {model.architecture}, {len(model.moe_layers)} layers x {model.num_experts} "
         f"experts{dense}, top-{model.top_k}, {config.model.dtype}; data parallel {parallel.data_parallel_size} x "
-        f"{stages}tensor parallel {parallel.tensor_parallel_size}, {experts}"
+        f"{stages}tensor parallel {parallel.tensor_parallel_size}{nodes}, {experts}"
     )
 
 

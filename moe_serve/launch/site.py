@@ -25,8 +25,11 @@ def make_site(
     dp: int | None = None,
     part: NodePart = NodePart(),  # noqa: B008 - frozen
 ) -> Site:
-    """For the engine of `dp`, or without one for a process that computes nothing. `dp_ranks` are this launcher's."""
-    ranks_here = max(1, len(dp_ranks) * parallel.world_size * part.launchers)
+    """For the engine of `dp`, or without one for a process that computes nothing, or a worker of an engine on another
+    node. `dp_ranks` are this launcher's."""
+    workers = parallel.topology.workers_of_node(part.node_rank)
+    engines = 1 if part.node_rank else len(dp_ranks)
+    ranks_here = max(1, engines * len(workers) * part.launchers)
     place = 0 if dp is None else dp_ranks.index(dp)
     if parallel.data_parallel_rank_local is not None:  # of one rank that shares its machine with other launchers'
         place = parallel.data_parallel_rank_local
@@ -35,6 +38,7 @@ def make_site(
         node=name_of_this_node(),
         machine=part.machine,
         ranks_here=ranks_here,
-        local_rank=place * parallel.world_size,
+        local_rank=place * len(workers),
+        first_worker=workers.start,
         threads=threads_per_rank(ranks_here),
     )

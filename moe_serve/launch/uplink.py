@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, NotYet, RankTimeout
-from moe_serve.base.messages import Hello, Retire, Stop, ToMember, WorldReady
+from moe_serve.base.messages import EngineAt, Hello, Retire, Stop, ToMember, WorldReady
 from moe_serve.base.progress import Phase, Progress
-from moe_serve.base.site import with_port
+from moe_serve.launch.meeting_place import MeetingPlace
 from moe_serve.launch.site import name_of_this_node
 from moe_serve.world.link import Link
 from moe_serve.world.members import named_ranks
@@ -21,17 +21,19 @@ from moe_serve.world.members import named_ranks
 TRY_SECONDS = 2.0
 REMIND_SECONDS = 15.0
 ELSEWHERE = "rank 0's node"
-TAKEN = "options --data-parallel-rank and --data-parallel-start-rank: each rank is started once"
-UNREACHED = "options --data-parallel-address, --data-parallel-rpc-port and --start-timeout-seconds"
+"""Of whoever ends the world, where its line has only closed."""
 log = logging.getLogger(__name__)
 
 
 class Uplink:
-    """For the launcher of these DP `ranks`. `join()`, then wait on `ready` and `ended`; `stop` says why."""
+    """For the launcher of these DP `ranks`, or of one of an engine's other nodes (`node_rank` from 1 on). `join()`,
+    then wait on `ready` and `ended`; `stop` says why."""
 
-    def __init__(self, config: Config, ranks: Sequence[int], *, token: str, worlds: int) -> None:
+    def __init__(self, config: Config, ranks: Sequence[int], *, token: str, worlds: int, node_rank: int = 0) -> None:
         self._config = config
+        self._place = MeetingPlace.of(config.parallel)
         self._ranks = list(ranks)
+        self._node_rank = node_rank
         self._token = token
         self._worlds = worlds
         self._loop = asyncio.get_running_loop()
@@ -40,13 +42,14 @@ class Uplink:
         self.ended = asyncio.Event()
         self.stop: Stop | None = None
         self.front_door = ""
+        self.engine_address = ""
+        """Where the engine listens for this node's workers, once it has said so."""
 
     async def join(self) -> None:
         """Until the coordinator takes this launcher in. ConfigError if it refuses, or nobody is there in time."""
-        parallel = self._config.parallel
-        where = with_port(parallel.data_parallel_address, parallel.data_parallel_rpc_port)
+        place, patience = self._place, self._config.parallel.start_timeout_seconds
         begun = time.monotonic()
-        limit, remind = begun + parallel.start_timeout_seconds, begun + REMIND_SECONDS
+        limit, remind = begun + patience, begun + REMIND_SECONDS
         problem: Exception | None = None
         while time.monotonic() < limit and self.stop is None:
             try:
@@ -55,20 +58,28 @@ class Uplink:
             except NotYet as error:
                 problem, limit = error, min(limit, time.monotonic() + error.patience_seconds)
             except RankTimeout as error:
-                problem, limit = error, begun + parallel.start_timeout_seconds
+                problem, limit = error, begun + patience
             if time.monotonic() > remind:
-                log.info("waiting for rank 0 at %s, %.0f s: %s", where, time.monotonic() - begun, problem)
+                waited = time.monotonic() - begun
+                log.info("waiting for %s at %s, %.0f s: %s", place.first, place.where, waited, problem)
                 remind += REMIND_SECONDS
             await asyncio.sleep(0.2)
         if self.stop is None:
+            who = f"node {self._node_rank}" if self._node_rank else named_ranks(self._ranks)
+            unreached = f"options {place.host_option}, {place.port_option} and --start-timeout-seconds"
             raise ConfigError(
-                f"{named_ranks(self._ranks)} could not join rank 0 at {where} within {time.monotonic() - begun:.0f} s: "
-                f"{problem} ({TAKEN if isinstance(problem, NotYet) else UNREACHED})"
+                f"{who} could not join {place.first} at {place.where} within {time.monotonic() - begun:.0f} s: "
+                f"{problem} ({place.once if isinstance(problem, NotYet) else unreached})"
             )
 
     @property
     def generation(self) -> int:
         return 0 if self._link is None else self._link.view.generation
+
+    @property
+    def placement(self) -> str:
+        """Digest of the first placement of experts that the coordinator counts on."""
+        return "" if self._link is None else self._link.view.placement
 
     @property
     def number(self) -> int:
@@ -90,22 +101,22 @@ class Uplink:
             self._link.close(reason)
 
     def _connect(self) -> Link:
-        parallel = self._config.parallel
         hello = Hello(
             role="launcher",
             pid=os.getpid(),
             host=socket.gethostname(),
             agreement=self._config.agreement(),
-            essential=bool(self._ranks),
+            essential=bool(self._ranks or self._node_rank),
             node=name_of_this_node(),
             ranks=self._ranks,
+            node_rank=self._node_rank or -1,
             worlds=self._worlds,
         )
         progress = Progress()
         progress.enter(Phase.ASLEEP)
         return Link(
-            parallel.data_parallel_address,
-            parallel.data_parallel_rpc_port,
+            self._place.host,
+            self._place.port,
             hello,
             token=self._token,
             on_message=self._hear,
@@ -122,6 +133,8 @@ class Uplink:
             self._loop.call_soon_threadsafe(self.end, message)
         elif isinstance(message, WorldReady):
             self._loop.call_soon_threadsafe(self._be_ready, message)
+        elif isinstance(message, EngineAt):
+            self.engine_address = message.address
 
     def _be_ready(self, message: WorldReady) -> None:
         self.front_door = message.front_door

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import cast
 
 import torch
 
+from moe_serve.base.errors import NoSharedMemory
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.tables import ALL2ALL
 from moe_serve.model.all2all.base import All2All
-from moe_serve.model.all2all.shape import check_dispatch, dispatch_shape, expert_layout
+from moe_serve.model.all2all.shape import (
+    LIMITS,
+    DispatchShape,
+    ExpertLayout,
+    check_dispatch,
+    dispatch_shape,
+    expert_layout,
+)
 from moe_serve.model.attention.base import ATTENTION, AttentionBackend
 from moe_serve.model.decoder import Decoder, DecoderLayer
 from moe_serve.model.layers.embedding import VocabEmbedding, VocabHead
@@ -24,7 +33,10 @@ from moe_serve.model.moe.experts import Experts
 from moe_serve.model.moe.layer import MoELayer
 from moe_serve.model.moe.router import Router
 from moe_serve.model.partition import Partition, make_partition
+from moe_serve.parallel.collectives import Group
 from moe_serve.parallel.groups import Groups
+
+log = logging.getLogger(__name__)
 
 
 def build_model(
@@ -48,16 +60,39 @@ def build_model(
     partition = make_partition(config, parallel, rank)
     backend_type = cast(type[AttentionBackend], ATTENTION.load(attention or ("sdpa" if path is None else "paged")))
     backend = backend_type(len(partition.heads), len(partition.kv_heads), config.head_dim, device, path)
-    all2all_type = cast(type[All2All], ALL2ALL.load(parallel.all2all_backend))
+    shape = dispatch_shape(
+        config,
+        parallel.topology,
+        max_tokens=max_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+    )
     layout = expert_layout(partition)
-    shape = dispatch_shape(config, parallel.topology, max_tokens=max_tokens, dtype=str(dtype).removeprefix("torch."))
-    check_dispatch(parallel.all2all_backend, shape, layout)
-    all2all = all2all_type(groups.ep, layout, replace(shape, path=path))
+    all2all = make_all2all(parallel.all2all_backend, groups.ep, layout, replace(shape, path=path))
     maker = _Maker(partition, groups, backend, all2all, dtype, device, path)
     embedding = maker.embedding() if partition.is_first else None
     layers = [maker.layer(index) for index in partition.layers]
     norm, head = (maker.norm(), maker.head(embedding)) if partition.is_last else (None, None)
     return Decoder(partition, layers, embedding, norm, head, backend, all2all)
+
+
+def make_all2all(name: str, group: Group, layout: ExpertLayout, shape: DispatchShape) -> All2All:
+    """The backend of this name, or what stands in for it where the ranks, which all find out, have no memory for it."""
+    check_dispatch(name, shape, layout)
+    try:
+        return cast(type[All2All], ALL2ALL.load(name))(group, layout, shape)
+    except NoSharedMemory as error:
+        other = LIMITS[name].fallback
+        assert other is not None, f"{name} needs memory and has no fallback"
+        if group.rank == 0:
+            log.warning(
+                "--all2all-backend %s needs memory that ranks %s share, and %s; %s is used instead",
+                name,
+                ", ".join(map(str, group.ranks)),
+                error,
+                other,
+            )
+        return make_all2all(other, group, layout, shape)
 
 
 class _Maker:

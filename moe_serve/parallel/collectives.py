@@ -46,7 +46,7 @@ class Group:
         self.size = len(self.ranks)
         self.device = device
         self._process_group = process_group if self.size > 1 else None
-        self._timeout = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._on_cpu = device.type == "cpu"
         self._ones = [1] * self.size
         self._sum = _reduce_options(ReduceOp.SUM)
@@ -129,7 +129,7 @@ class Group:
             return self._pending("reduce_scatter", work, lambda: out)
         parts = x.new_empty((self.size * mine, *x.shape[1:]))
         work = self._all_to_all("reduce_scatter", parts, x.contiguous(), [mine] * self.size, sizes)
-        return self._pending("reduce_scatter", work, lambda: _sum_parts(parts, self.size))
+        return self._pending("reduce_scatter", work, lambda: sum_parts(parts.view(self.size, mine, *x.shape[1:])))
 
     def all_to_all_ragged(self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
         """The next send_counts[i] rows of `x` go to rank i; gives what came, recv_counts[i] rows from rank i."""
@@ -156,7 +156,7 @@ class Group:
         reason = (str(error).splitlines() or ["unknown"])[0]
         message = (
             f"{what} in group {self.name!r} failed on rank {self.ranks[self.rank]}: one of ranks {others} "
-            f"is gone or did not come within {timeout_seconds or self._timeout:g} s ({reason})"
+            f"is gone or did not come within {timeout_seconds or self.timeout_seconds:g} s ({reason})"
         )
         timed_out = "timed out" in reason.lower() or "timeout" in reason.lower()
         return RankTimeout(message) if timed_out else EngineError(message)
@@ -209,10 +209,9 @@ def alone(name: str, rank: int, device: torch.device) -> Group:
     return Group(None, name=name, rank=0, ranks=(rank,), device=device, timeout_seconds=0)
 
 
-def _sum_parts(parts: Tensor, count: int) -> Tensor:
-    """(count * n, ...) -> (n, ...), added first to last, in float32 where the type has 16 bits."""
-    stacked = parts.view(count, parts.shape[0] // count, *parts.shape[1:])
-    wide = stacked.float() if parts.dtype in (torch.bfloat16, torch.float16) else stacked
+def sum_parts(parts: Tensor) -> Tensor:
+    """(count, n, ...) -> (n, ...), added first to last, in float32 where the type has 16 bits."""
+    wide = parts.float() if parts.dtype in (torch.bfloat16, torch.float16) else parts
     total = wide[0].clone()
     for part in wide[1:]:
         total += part

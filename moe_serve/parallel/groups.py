@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from moe_serve.base.errors import ConfigError, NoSharedMemory
 from moe_serve.base.topology import Topology
 from moe_serve.parallel.collectives import Group, alone
 from moe_serve.parallel.process_groups import join_process_group
+from moe_serve.parallel.shm import SharedMemory, share
 from moe_serve.parallel.store import Store, local_address, open_store
 
 CPU = torch.device("cpu")
+CONTROL_INTS = 64
+CONTROL_BYTES = 2 * 8 * CONTROL_INTS
+"""Of each rank: two tables, used in turn."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +119,28 @@ class _Meeting:
 
 
 class ControlGroup:
-    """Ranks that exchange a few integers, such as the DP ranks' engines once per step. Used by one thread."""
+    """Ranks that exchange a few integers, such as the DP ranks' engines once per step. Used by one thread.
 
-    def __init__(self, group: Group) -> None:
+    With a `memory` of CONTROL_BYTES for each rank, up to CONTROL_INTS integers go through that.
+    """
+
+    def __init__(self, group: Group, memory: SharedMemory | None = None) -> None:
         self.group = group
         self.rank = group.rank
         self.size = group.size
         self._buffers: dict[int, torch.Tensor] = {}
+        self._memory = memory
+        self._num_exchanges = 0
+        if memory is not None:
+            words = memory.data[: CONTROL_BYTES * self.size].view(torch.int64)
+            self._tables = words.view(2, self.size, CONTROL_INTS)
 
     def all_gather_ints(self, values: list[int]) -> list[list[int]]:
         """Every rank's integers (as many each), in order of rank. RankTimeout or EngineError if one is missing."""
         if self.size == 1:
             return [list(values)]
+        if self._memory is not None and len(values) <= CONTROL_INTS:
+            return self._through_memory(self._memory, values)
         table = self._buffers.get(len(values))
         if table is None:
             table = self._buffers[len(values)] = torch.empty((self.size, len(values)), dtype=torch.int64)
@@ -138,7 +155,19 @@ class ControlGroup:
 
     def close(self) -> None:
         """Leave the group. Safe to call twice."""
+        if self._memory is not None:
+            self._memory.close()
         self.group.close()
+
+    def _through_memory(self, memory: SharedMemory, values: list[int]) -> list[list[int]]:
+        """A table is written again only after all have published the exchange between, so they have read it."""
+        self._num_exchanges += 1
+        table = self._tables[self._num_exchanges % 2, :, : len(values)]
+        table[self.rank] = torch.tensor(values, dtype=torch.int64)
+        memory.publish(self._num_exchanges)
+        memory.wait(self._num_exchanges, "all_gather")
+        gathered: list[list[int]] = table.tolist()
+        return gathered
 
 
 def control_group(
@@ -151,10 +180,22 @@ def control_group(
     token: str,
     timeout_seconds: float = 300.0,
     generation: int = 1,
+    shares_memory: bool = False,
 ) -> ControlGroup:
-    """A gloo group over these ranks (of engines, or of processes), this `rank` among them, met at the world's store."""
+    """A gloo group over these ranks (of engines, or of processes), this `rank` among them, met at the world's store.
+
+    `shares_memory`: what they tell each other goes through memory, if they can have some; all say the same.
+    """
     if len(ranks) == 1:
         return ControlGroup(alone(name, rank, CPU))
     store, _ = open_store(store_host, store_port, is_master=False, token=token, timeout_seconds=timeout_seconds)
     meeting = _Meeting(store, rank, local_address(store_host, store_port), timeout_seconds, generation)
-    return ControlGroup(meeting.join(name, ranks, CPU))
+    group = meeting.join(name, ranks, CPU)
+    if not shares_memory:
+        return ControlGroup(group)
+    try:
+        return ControlGroup(group, share(group, CONTROL_BYTES * group.size))
+    except (ConfigError, NoSharedMemory) as error:
+        if group.rank == 0:
+            log.warning("%s vote over the network: memory that they share cannot be had: %s", name, error)
+        return ControlGroup(group)

@@ -46,6 +46,10 @@ class EngineLine:
         self._answers = prepare(zmq.Context().socket(zmq.PUSH), invitation.token, listens=False)
         self._monitor = self._orders.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
 
+    @property
+    def model(self) -> str | None:
+        return self._invitation.model
+
     def join(self) -> wire.Joined:
         """Say hello and be told everything. RankTimeout if nobody answers, ConfigError if the engine says no."""
         invitation = self._invitation
@@ -117,6 +121,8 @@ class WorkerProcess:
             return 2 if isinstance(error, ConfigError) else 1
         threading.Thread(target=self._watch_engine, name="engine-watch", daemon=True).start()
         config = Config.model_validate_json(joined.config)
+        if self._line.model is not None:
+            config = config.with_("model", model=self._line.model)
         setup_logging(_place(config.parallel.topology, joined.meeting.dp_rank, self._worker), config.server.log_level)
         try:
             self._link = self._join_world(joined)

@@ -25,7 +25,8 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
     """Enough to be started and to join an engine from anywhere; `connect_seconds` to keep trying until it is reached.
 
     `worker` is the index within the engine (Topology.worker_index), here and in all records below. `site` is the
-    worker's own, where it shares its machine and devices with others than the engine's site says.
+    worker's own, where it shares its machine and devices with others than the engine's site says; `model` the folder
+    on its machine, where that is not the engine's.
     """
 
     address: str
@@ -34,6 +35,7 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     connect_seconds: float = 5.0
     site: Site | None = None
+    model: str | None = None
 
     def to_environment(self) -> dict[str, str]:
         """Environment of the worker: this one's, the invitation and the threads, which torch reads when imported."""

@@ -129,7 +129,8 @@ class Worker:
         torch.set_num_threads(self._meeting.site.threads)
         folder = Path(config.model.model or "")
         model_config = load_model_config(folder)
-        device = choose_device(config.model.device, self._meeting.site.local_rank + self._worker)
+        site = self._meeting.site
+        device = choose_device(config.model.device, site.local_rank + self._worker - site.first_worker)
         dtype = choose_dtype(config.model.dtype, model_config.dtype, device)
         if config.model.load_format != "dummy":
             model_config = settle_head(model_config, folder, dtype, warns=self._rank == 0)

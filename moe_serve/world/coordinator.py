@@ -26,6 +26,7 @@ from moe_serve.world.parcels import Send
 from moe_serve.world.solver import SOLVE_SECONDS, Solver
 from moe_serve.world.status import answer_ask
 
+OPTIONS = "options --data-parallel-address and --data-parallel-rpc-port"
 TICK_SECONDS = 0.5
 BIND_TRIES = 5
 BACKLOG = 4096
@@ -70,8 +71,9 @@ class Coordinator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen on `host` only; the port in use. A taken port is tried five times, then a ConfigError."""
+    async def start(self, host: str, port: int, *, options: str = OPTIONS) -> int:
+        """Listen on `host` only; the port in use. A taken port is tried five times, then a ConfigError that names the
+        `options` for them."""
         for attempt in range(BIND_TRIES):
             try:
                 self._server = await asyncio.start_server(self._serve, host, port, backlog=BACKLOG)
@@ -80,7 +82,7 @@ class Coordinator:
                 if port == 0 or attempt == BIND_TRIES - 1:
                     raise ConfigError(
                         f"the coordinator cannot listen on {with_port(host, port)}: {error.strerror or error} "
-                        "(options --data-parallel-address and --data-parallel-rpc-port)"
+                        f"({options})"
                     ) from error
                 await asyncio.sleep(0.5)
         assert self._server is not None

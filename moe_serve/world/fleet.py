@@ -13,6 +13,7 @@ from moe_serve.base.balance_messages import BalanceAsk, StageReport, StepLoad
 from moe_serve.base.messages import (
     Ack,
     Drain,
+    EngineAt,
     Failure,
     ForFleet,
     Heartbeat,
@@ -39,20 +40,20 @@ from moe_serve.world.draining import Draining
 from moe_serve.world.members import (
     Key,
     Member,
-    Place,
     disagreement,
     expected_places,
     front_doors,
     frontends_at,
     hear_line,
-    is_place,
     missing_members,
+    place_for,
     slow_step,
     why_not,
 )
-from moe_serve.world.orders import dated, tell_nodes, tell_ready, to_engines
+from moe_serve.world.orders import dated, refuse, tell_nodes, tell_ready, to_engines
 from moe_serve.world.own_time import OwnTime
 from moe_serve.world.parcels import Send, answer_parcel
+from moe_serve.world.places import Places
 
 LAST_SECONDS = 30.0
 """After which somebody else listens where a world has ended, or nobody."""
@@ -85,7 +86,7 @@ class Fleet:
     ready_since: float = 0.0
     ended: Stop | None = None
     draining: Draining | None = None
-    _store: StoreAt | None = None
+    _places: Places = field(default_factory=Places)
     _suspicion: tuple[float, Stop] | None = None
     _time: OwnTime = field(default_factory=OwnTime)
     _log: list[str] = field(default_factory=list)
@@ -107,9 +108,8 @@ class Fleet:
             case Heartbeat():
                 known.beat(message, now)
                 return [Send(member, Ack())]
-            case StoreAt():
-                self._store = message
-                return [Send(other, message) for other in self._role("engine") if other != member]
+            case StoreAt() | EngineAt():
+                return self._places.take(message, self.members, member)
             case Ready():
                 self._num_ready += not known.ready
                 known.ready, known.note = True, message.note
@@ -128,6 +128,8 @@ class Fleet:
                 return self.drain(message.timeout, now, node=known.hello.node)
             case Leaving():
                 known.leaving = True
+                if known.is_node and self._places.engine is not None:  # until then another may come in its place
+                    return self.end(Stop(f"{known.name} left: {message.reason}", 1, known.hello.node))
                 return self._left(known, message.reason) if known.hello.role == "api" else []
             case Failure():
                 return self._failure(member, known, message, now)
@@ -256,25 +258,20 @@ class Fleet:
         if self.ended is not None:
             return [Send(member, Refused(f"this world has ended: {self.ended.reason}", LAST_SECONDS), close=True)]
         others = list(self.members.values())
-        has_place = is_place(newcomer.key, self.topology, has_workers=self.has_workers)
-        place: Place = "none" if not has_place else "taken" if newcomer.key in self._taken else "free"
+        place = place_for(newcomer.key, self.topology, self._taken, has_workers=self.has_workers)
         refused = why_not(newcomer, place, others, generation=self.generation, ranks_here=self.ranks_here)
         if refused is not None:
-            return [Send(member, refused, close=True)]
+            return refuse(member, hello, refused, self._log)
         if reason := disagreement(newcomer, self.agreement):
-            told = [Send(member, Refused(reason), close=True)]
+            told = refuse(member, hello, Refused(reason), self._log)
             alone = self.ready or not hello.essential or hello.role == "launcher"  # which can be started again
             return told if alone else told + self.end(Stop(reason, 2))
         self.members[member] = newcomer
         self._taken.add(newcomer.key)
         self.number = max(self.number, hello.worlds + 1)
         self.welcomed.add((hello.host, hello.pid))
-        return [Send(member, Welcome(self.view)), *self._introductions(member, hello)]
-
-    def _introductions(self, member: int, hello: Hello) -> list[Send]:
-        if hello.role == "engine" and self._store is not None:
-            return [Send(member, self._store)]
-        return self._tell_view(but=member) if hello.role == "api" else []
+        told = self._tell_view(but=member) if hello.role == "api" else self._places.tell(member, newcomer)
+        return [Send(member, Welcome(self.view)), *told]
 
     def _tell_view(self, *, but: int = -1) -> list[Send]:
         view = self.view
@@ -284,7 +281,8 @@ class Fleet:
         """A front-end left on purpose. Drained, the world ends with the last of them."""
         others = [each for each in self.members.values() if each.hello.role == "api" and not each.leaving]
         if not others if self.draining is not None else known.hello.essential:
-            return self.end(Stop(reason or f"{known.name} left", 0, known.hello.node))
+            node = known.hello.node if self.draining is None else self.draining.node  # who was asked, not who was told
+            return self.end(Stop(reason or f"{known.name} left", 0, node))
         return self._tell_view() if known.hello.essential else []
 
     def _give_up(self, member: int, known: Member, how: str) -> list[Send]:
@@ -306,7 +304,7 @@ class Fleet:
         if self._num_ready < self.topology.dp + self.num_frontends or self.missing():
             return []
         self.ready, self.ready_since = True, now
-        tell_nodes(self.rebalancer, self.members.values(), self.topology.tp)
+        tell_nodes(self.rebalancer, self.members.values(), self.topology)
         return tell_ready(self.members)
 
     def _woken(self, member: int, wake: Wake) -> list[Send]:

@@ -52,7 +52,7 @@ class Member:
         if hello.role == "api":
             who = "API server" if hello.places == 1 else f"API server {hello.place}"
         elif hello.role == "launcher":
-            who = f"launcher of {named_ranks(hello.ranks)}"
+            who = f"launcher of {f'node {hello.node_rank}' if self.is_node else named_ranks(hello.ranks)}"
         elif hello.role == "engine":
             who = f"engine dp {hello.dp}"
         else:
@@ -67,6 +67,11 @@ class Member:
     def is_rank(self) -> bool:
         """Whether it takes part in steps."""
         return self.hello.role in ("engine", "worker")
+
+    @property
+    def is_node(self) -> bool:
+        """Whether it is the launcher of one of an engine's other nodes, which has workers and nothing else."""
+        return self.hello.role == "launcher" and self.hello.node_rank >= 0
 
     @property
     def place(self) -> str:
@@ -103,11 +108,13 @@ def expected_places(topology: Topology, *, has_workers: bool) -> list[Key]:
     return engines + [("worker", dp, worker) for dp in range(topology.dp) for worker in range(per_engine)]
 
 
-def is_place(key: Key, topology: Topology, *, has_workers: bool) -> bool:
-    """Whether a rank of a world is known by this key, as expected_places() lists them."""
+def place_for(key: Key, topology: Topology, taken: Collection[Key], *, has_workers: bool) -> Place:
+    """How the place stands of a rank of a world that is known by this key, as expected_places() lists them."""
     role, dp, worker = key
     workers = range(topology.num_workers if has_workers else 0) if role == "worker" else (-1,)
-    return role in ("engine", "worker") and 0 <= dp < topology.dp and worker in workers
+    if role not in ("engine", "worker") or not 0 <= dp < topology.dp or worker not in workers:
+        return "none"
+    return "taken" if key in taken else "free"
 
 
 def missing_members(
@@ -192,11 +199,16 @@ def disagreement(newcomer: Member, agreement: Mapping[str, str]) -> str:
     """In what its options differ from those of rank 0, if in anything."""
     differences = differing_fields(agreement, newcomer.hello.agreement) if newcomer.hello.agreement else []
     shown = "; ".join(differences)
-    return f"{newcomer.name} was started with other options than rank 0: {shown}" if differences else ""
+    first = "node 0" if newcomer.is_node else "rank 0"
+    return f"{newcomer.name} was started with other options than {first}: {shown}" if differences else ""
 
 
 def _why_no_launcher(newcomer: Member, members: Iterable[Member], ranks_here: Collection[int]) -> Refused | None:
-    ranks, size = set(newcomer.hello.ranks), newcomer.topology.dp
+    ranks, size, nodes = set(newcomer.hello.ranks), newcomer.topology.dp, newcomer.topology.nodes
+    if newcomer.is_node:
+        return _why_no_node(newcomer, members)
+    if nodes > 1:
+        return Refused(f"{newcomer.name} must be one of {nodes} nodes: rank 0 was started with --nnodes {nodes}")
     if bool(ranks) != newcomer.hello.essential or not ranks <= set(range(size)):
         return Refused(
             f"{newcomer.name} must start DP ranks in [0, {size}), not {newcomer.hello.ranks}; rank 0 was started with "
@@ -209,6 +221,18 @@ def _why_no_launcher(newcomer: Member, members: Iterable[Member], ranks_here: Co
         taken = ranks & set(known.hello.ranks)
         if taken:
             # One that died without a word keeps its place until its silence is noticed.
+            return Refused(f"{newcomer.name}: {known.name} is here already", patience_seconds=2 * SILENCE_SECONDS)
+    return None
+
+
+def _why_no_node(newcomer: Member, members: Iterable[Member]) -> Refused | None:
+    node, nodes = newcomer.hello.node_rank, newcomer.topology.nodes
+    if nodes == 1:
+        return Refused(f"{newcomer.name} has no place here: rank 0 was started without --nnodes")
+    if not 0 < node < nodes:
+        return Refused(f"{newcomer.name} must be one in [1, {nodes}); node 0 was started with --nnodes {nodes}")
+    for known in members:
+        if known.is_node and known.hello.node_rank == node:
             return Refused(f"{newcomer.name}: {known.name} is here already", patience_seconds=2 * SILENCE_SECONDS)
     return None
 

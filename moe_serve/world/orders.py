@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from moe_serve.base.messages import WorldReady
-from moe_serve.eplb.nodes import nodes_of_engines
+from moe_serve.base.messages import Hello, Refused, WorldReady
+from moe_serve.base.topology import Topology
+from moe_serve.eplb.nodes import nodes_of_engines, nodes_of_workers
 from moe_serve.eplb.questions import Question, SharesQuestion
 from moe_serve.eplb.rearrangement import ForEngine
 from moe_serve.eplb.rebalancer import Rebalancer
@@ -22,6 +23,14 @@ def tell_ready(members: Mapping[int, Member]) -> list[Send]:
     return [Send(member, told.get(known.hello.node, nowhere)) for member, known in members.items()]
 
 
+def refuse(member: int, hello: Hello, refused: Refused, log: list[str]) -> list[Send]:
+    """To somebody who does not belong here. A launcher's end is on another machine: who looks here for the reason why
+    it has not come, and will not, finds it in the `log`."""
+    if hello.role == "launcher" and not refused.patience_seconds:
+        log.append(f"refused: {refused.reason}")
+    return [Send(member, refused, close=True)]
+
+
 def to_engines(members: Mapping[int, Member], orders: Sequence[ForEngine]) -> list[Send]:
     """Each order to its engine; engines that are gone get none."""
     if not orders:
@@ -30,12 +39,14 @@ def to_engines(members: Mapping[int, Member], orders: Sequence[ForEngine]) -> li
     return [Send(engines[each.dp], each.order) for each in orders if each.dp in engines]
 
 
-def tell_nodes(rebalancer: Rebalancer | None, members: Iterable[Member], ranks_per_engine: int) -> None:
-    """Which engines share a node: those that one launcher, or one supervisor of launchers, started. Once all engines
-    are there."""
-    if rebalancer is not None:
+def tell_nodes(rebalancer: Rebalancer | None, members: Iterable[Member], topology: Topology) -> None:
+    """Which engines share a node: those that one launcher, or one supervisor of launchers, started; or which workers
+    of one engine that is spread over nodes. Once all engines are there."""
+    if rebalancer is not None and topology.nodes > 1:
+        rebalancer.set_nodes(nodes_of_workers(topology))
+    elif rebalancer is not None:
         hellos = sorted((known.hello for known in members if known.hello.role == "engine"), key=lambda each: each.dp)
-        rebalancer.set_nodes(nodes_of_engines([each.machine or each.node for each in hellos], ranks_per_engine))
+        rebalancer.set_nodes(nodes_of_engines([each.machine or each.node for each in hellos], topology.tp))
 
 
 def dated(question: Question, generation: int) -> Question:

@@ -45,6 +45,7 @@ BASES = {
     "subprocesses",
     "seats",
     "starting",
+    "nodes",
     "stage_results",
     "devices",
     "ray_cluster",

@@ -43,7 +43,7 @@ DEFAULTS = {
     "enable_expert_parallel": False,
     "enable_eplb": False,
     "expert_placement_strategy": "linear",
-    "all2all_backend": "allgather_reducescatter",
+    "all2all_backend": "auto",
     "max_parallel_loading_workers": None,
     "disable_nccl_for_dp_synchronization": True,
     "enable_dbo": False,
@@ -306,7 +306,7 @@ def test_what_must_agree_changes_the_hash(options: dict[str, object]) -> None:
 def test_differences_are_told_by_field_with_both_values() -> None:
     mine, theirs = Config(), Config.from_flat({"block_size": 32, "all2all_backend": "naive", "port": 1})
     assert differing_fields(mine.agreement(), theirs.agreement()) == [
-        'all2all_backend: "naive", not "allgather_reducescatter"',
+        'all2all_backend: "naive", not "auto"',
         "block_size: 32, not 16",
     ]
     assert differing_fields(mine.agreement(), mine.agreement()) == []

@@ -54,7 +54,24 @@ def test_ranks_of_one_engine_are_neighbours() -> None:
     assert Topology(pp=2).describe(1) == "rank 1 (dp 0, pp 1, tp 0)"
 
 
-@pytest.mark.parametrize("axis", ["dp", "pp", "tp"])
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+def test_nodes_share_out_the_workers_of_an_engine_neighbours_together(pp: int, each: int, nodes: int) -> None:
+    topology = Topology(dp=2, pp=pp, tp=each * nodes, nodes=nodes)
+    shares = [topology.workers_of_node(node) for node in range(nodes)]
+    assert [worker for share in shares for worker in share] == list(range(topology.num_workers))
+    assert len({len(share) for share in shares}) == 1
+    assert all(topology.node_of(worker) == node for node, share in enumerate(shares) for worker in share)
+
+
+def test_a_rank_is_named_with_its_node_where_engines_are_spread() -> None:
+    topology = Topology(pp=2, tp=2, nodes=2)
+    assert topology.describe(3) == "rank 3 (dp 0, pp 1, tp 1, node 1)"
+    assert topology.describe_worker(0, 2) == "worker dp 0 pp 1 tp 0 of node 1"
+    with pytest.raises(ConfigError, match="4 workers cannot be shared out evenly among 3 nodes"):
+        Topology(tp=4, nodes=3)
+
+
+@pytest.mark.parametrize("axis", ["dp", "pp", "tp", "nodes"])
 def test_an_empty_axis_is_refused(axis: str) -> None:
     with pytest.raises(ConfigError, match=f"axis {axis} must be at least 1, not 0"):
         Topology(**{axis: 0})

@@ -247,7 +247,10 @@ def test_help_lists_every_option_once_with_its_description(
     assert len(listed) == len(set(listed))
     assert "--tensor-parallel-size, -tp N\n        Ranks that share" in text
     assert "--dtype auto|float32|bfloat16|float16" in text
-    assert "--all2all-backend naive|allgather_reducescatter|torch_a2a" in text
+    assert (
+        "--all2all-backend\n        auto|naive|allgather_reducescatter|torch_a2a|torch_padded|shm\n        How tokens"
+        in text
+    )
 
 
 def test_help_offers_nothing_that_would_be_refused_as_not_built(capsys: pytest.CaptureFixture[str]) -> None:

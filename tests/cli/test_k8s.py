@@ -13,11 +13,11 @@ import yaml
 
 from moe_serve.base.tables import ALL2ALL
 from moe_serve.cli.main import main
-from moe_serve.model.all2all.shape import PLANNED_LIMITS
+from moe_serve.model.all2all.shape import LIMITS, PLANNED_LIMITS
 
 WORLD = ("--name", "w", "--image", "i", "-dp", "16")
 NODES = (*WORLD, "--shape", "node", "-dpl", "8")
-IN_ONE_HOST = [name for name, limits in PLANNED_LIMITS.items() if limits.host_memory is not None]
+IN_ONE_HOST = [name for name, limits in {**LIMITS, **PLANNED_LIMITS}.items() if limits.host_memory is not None]
 
 
 def k8s(*arguments: str) -> int:
@@ -108,6 +108,8 @@ def test_help_lists_the_options_of_the_cluster_and_of_serve(capsys: pytest.Captu
             "data_parallel_backend ray needs nodes of a Ray cluster, and these",
         ),
         (["render", *WORLD, "-dpl", "8", "-dpm"], "leave it out, or give --shape node"),
+        (["render", *WORLD, "-n", "2"], "nnodes spreads the ranks of one engine over nodes, and a pod here has whole"),
+        (["render", *WORLD, "--master-addr", "h", "-n", "2"], "master_addr and nnodes spreads"),
         (["render", *NODES, "--node-rank", "1"], "node_rank follows from a pod's place"),
         (["render", *NODES, "--port", "65530"], "which reach beyond 65535; give one up to 65528"),
         (["render", *NODES, "--data-parallel-supervisor-port", "8007"], "lies among the ports of this node's ranks"),
@@ -115,7 +117,7 @@ def test_help_lists_the_options_of_the_cluster_and_of_serve(capsys: pytest.Captu
         (["render", *NODES, "-dpp", "9256"], "data_parallel_supervisor_port and data_parallel_rpc_port must differ"),
         (["render", *NODES, "--data-parallel-supervisor-port", "80"], "data_parallel_supervisor_port (80) must be at"),
         (["render", *NODES[:5], "1", "--shape", "node", "-dpl", "1"], "needs data_parallel_size > 1"),
-        (["render", *NODES, "--all2all-backend", "shm"], "by one /dev/shm, which cannot leave a host"),
+        (["render", *NODES, "--all2all-backend", "shm"], "by file descriptors, which cannot leave a host"),
         (["render", *WORLD, "--data-parallel-rank", "1"], "data_parallel_rank follows from a pod's place"),
         (["render", *WORLD, "--data-parallel-address", "h"], "data_parallel_address follows from"),
         (["render", *WORLD, "--all2all-backend", "deepep_high_throughput"], "by CUDA IPC, which does not reach"),
@@ -166,6 +168,6 @@ def test_a_backend_that_shares_a_hosts_memory_is_refused_across_pods_and_not_for
     assert all(built in complaint for built in ("allgather_reducescatter", "torch_a2a"))
     k8s("render", *WORLD[:-1], "8", "--shape", "node", "-dpl", "8", *asked)
     assert "hands memory" not in capsys.readouterr().err
-    if name in ALL2ALL.planned and name != "shm":
+    if name in ALL2ALL.planned:
         assert k8s("render", *NODES, *asked) == 2
         assert "known but not built yet" in capsys.readouterr().err

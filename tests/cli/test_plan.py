@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_serve.cli.main import main
-from moe_serve.cli.plan import spans
+from moe_serve.cli.plan import node_line, spans
 from moe_serve.launch.resolve import SHIPPED_MODEL
 from tests.support.server import serving
 
@@ -47,6 +47,22 @@ def test_machines_get_json(bare: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert world["ranks"][3]["experts"][0] == [27, 28, 29, 30, 31, 0, 1, 2, 3]
     assert world["kv_tokens"] is None
     assert [port["port"] for port in world["nodes"][0]["ports"]] == [0, 0, 8000]
+
+
+def test_one_engine_over_nodes_gets_the_line_for_every_node(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["-tp", "2", "-n", "2", "-r", "1", "--master-addr=HOST0", "--port", "81", "--served-model-name", "a b"]
+    common = f"moe-serve serve {bare} -tp 2 -n 2 --master-addr=HOST0"
+    lines = [
+        f"{common} --port 81 --served-model-name 'a b' --node-rank 0",
+        f"{common} --served-model-name 'a b' --node-rank 1",
+    ]
+    assert main(["plan", str(bare), *given]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"on node {node}: {line}" for node, line in enumerate(lines)]
+    assert main(["plan", "--json", str(bare), *given]) == 0
+    assert json.loads(capsys.readouterr().out)["lines"] == lines
+    assert node_line(["--node_rank=0", "--api-server-count=2", "-tp", "2"], 1) == (
+        "moe-serve serve -tp 2 --node-rank 1"
+    ), "what only node 0 has is left out"
 
 
 def test_experts_that_are_cut_say_which_part(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from moe_kernels.paths import available
 
 from moe_serve import LLM, SamplingParams
-from tests.support.letters import write_letters
+from tests.support.letters import ids_of, write_letters
+from tests.support.server import Server, serving
 from tests.support.tiny_model import tiny_model
 
 ASKED = SamplingParams(max_tokens=24, temperature=0.0, logprobs=3, ignore_eos=True)
@@ -58,3 +61,31 @@ def test_alone_together_again_cut_and_preempted(folder: Path, path: str) -> None
 def kv_bytes(blocks: int) -> int:
     """Of 16 tokens of 2 layers with 2 KV heads of 16 dimensions, k and v, 2 bytes each."""
     return blocks * 16 * 2 * 2 * 16 * 2 * 2
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.long
+def test_through_rearrangements_of_packed_experts(folder: Path) -> None:
+    """`torch_a2a` adds a token's terms in the same order wherever its experts live."""
+    moves = {"window_size": 20, "step_interval": 24, "num_redundant_experts": 2, "policy": "shuffle", "min_gain": 0}
+    world = ["--dtype", "bfloat16", "--kernels", available()[0], "-dp", "2", "-ep", "--all2all-backend", "torch_a2a"]
+    with serving(str(folder), *world) as server:
+        expected = over_http(server)
+    with serving(str(folder), *world, "--enable-eplb", "--eplb-config", json.dumps(moves)) as server:
+        for _ in range(40):
+            assert over_http(server) == expected
+            done = [each for each in server.get("/eplb").json()["history"] if "epoch" in each and not each["failure"]]
+            if len(done) >= 4:
+                break
+        assert len(done) >= 4, server.log()
+        assert sum(each["moved_experts"] for each in done) > 0
+
+
+def over_http(server: Server) -> list[Answer]:
+    def answer(prompt: list[int]) -> Answer:
+        choice = server.complete(prompt, max_tokens=48, temperature=0, logprobs=1, ignore_eos=True)["choices"][0]
+        return list(zip(ids_of(choice["text"]), choice["logprobs"]["token_logprobs"], strict=True))
+
+    with ThreadPoolExecutor(len(PROMPTS)) as clients:
+        return list(clients.map(answer, PROMPTS))

@@ -386,7 +386,7 @@ def test_an_engine_started_by_hand_with_other_options_is_refused_with_rank_and_f
         assert "Traceback" not in said
         told = (
             f"engine dp 1 (pid {stranger.pid} on {socket.gethostname()}) was started with other options than rank 0: "
-            'all2all_backend: "naive", not "allgather_reducescatter"; block_size: 32, not 16'
+            'all2all_backend: "naive", not "shm"; block_size: 32, not 16'
         )
         assert said.count(told) == 1, said
         assert coordinator.coordinator.fleet.ended == Stop(told, 2)

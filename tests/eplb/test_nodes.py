@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.eplb.nodes import even_nodes, node_of_rank, nodes_of_engines, nodes_of_ranks
+from moe_serve.base.topology import Topology
+from moe_serve.eplb.nodes import even_nodes, node_of_rank, nodes_of_engines, nodes_of_ranks, nodes_of_workers
 from moe_serve.eplb.policies.base import Problem
 
 NAMES = st.lists(st.sampled_from("abc"), min_size=1, max_size=12)
@@ -34,6 +35,22 @@ def test_even_nodes_differ_by_at_most_one_rank(num_ranks: int, data: st.DataObje
     assert sum(sizes) == num_ranks
     assert max(sizes) - min(sizes) <= 1
     assert sorted(sizes, reverse=True) == list(sizes)
+
+
+@pytest.mark.parametrize(
+    ("topology", "sizes"),
+    [
+        (Topology(tp=4, nodes=2), (2, 2)),
+        (Topology(pp=2, tp=2, nodes=2), (2,)),  # each stage on a node of its own
+        (Topology(pp=2, tp=4, nodes=4), (2, 2)),
+        (Topology(pp=2, tp=3, nodes=3), (1, 1, 1)),  # 0 and 1 share a node in one stage only
+    ],
+    ids=str,
+)
+def test_tensor_ranks_of_one_engine_share_a_node_if_they_do_in_each_stage(
+    topology: Topology, sizes: tuple[int, ...]
+) -> None:
+    assert nodes_of_workers(topology) == sizes
 
 
 def test_without_sizes_all_ranks_are_on_one_node() -> None:

@@ -215,6 +215,34 @@ def test_a_supervisor_has_a_port_and_each_of_its_ranks_another() -> None:
     assert ports[1] == [("HTTP of rank 2", 8000), ("HTTP of rank 3", 8001), ("supervisor", 9256)]
 
 
+def test_one_engine_over_nodes_is_planned_with_workers_on_each() -> None:
+    world = plan(
+        pipeline_parallel_size=2,
+        tensor_parallel_size=2,
+        nnodes=2,
+        node_rank=1,
+        master_addr="host0",
+        device="cuda",
+        enable_expert_parallel=False,
+    )
+    assert [(rank.node, rank.local_rank, rank.device) for rank in world.ranks] == [
+        (0, 0, "cuda:0"),
+        (0, 1, "cuda:1"),
+        (1, 0, "cuda:0"),
+        (1, 1, "cuda:1"),
+    ]
+    assert [node.here for node in world.nodes] == [False, True]
+    workers = [f"worker dp 0 pp {stage} tp {tp} of node {stage}" for stage in (0, 1) for tp in (0, 1)]
+    assert [[process.name for process in node.processes] for node in world.nodes] == [
+        [HOLDER, "engine dp 0", *workers[:2], "API server"],
+        ["launcher", *workers[2:]],
+    ]
+    assert [rank for process in world.nodes[1].processes for rank in process.ranks] == [2, 3]
+    met = [(port.what, port.host, port.port, port.option) for port in world.nodes[0].ports]
+    assert met[0] == ("coordinator", "host0", 29501, "--master-port")
+    assert world.nodes[1].ports == []
+
+
 def test_several_api_servers_are_processes_at_one_port() -> None:
     (node,) = plan(api_server_count=3).nodes
     names = [process.name for process in node.processes]

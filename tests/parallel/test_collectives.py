@@ -113,10 +113,11 @@ def test_groups_join_the_ranks_of_their_axis(ranks: Ranks) -> None:
         assert seen["tp"] == ((2 * dp, 2 * dp + 1), tp, [2 * dp, 2 * dp + 1])
 
 
-def engines_agree(seat: Seat, opinions: list[int]) -> tuple[list[list[int]], int, float]:
+def engines_agree(seat: Seat, opinions: list[int], shares_memory: bool) -> tuple[list[list[int]], int, float]:
     ranks, where = range(seat.size), {"store_host": seat.host, "store_port": seat.port, "token": seat.token}
-    group = control_group("engines", seat.rank, ranks, timeout_seconds=20, **where)
+    group = control_group("engines", seat.rank, ranks, timeout_seconds=20, shares_memory=shares_memory, **where)
     votes = [group.all_gather_ints([step, seat.rank, 7]) for step in range(3)][-1]
+    assert group.all_gather_ints([seat.rank] * 99) == [[rank] * 99 for rank in ranks]  # more than there is room for
     blocks = group.sync_kv_cache_blocks(opinions[seat.rank])
     started = time.perf_counter()
     for _ in range(100):
@@ -130,8 +131,11 @@ def engines_agree(seat: Seat, opinions: list[int]) -> tuple[list[list[int]], int
     ("opinions", "agreed"),
     [([7, 5, -1, 9], 5), ([-1, -1, -1, -1], -1), ([-1, -1, 3, -1], 3), ([0, 4, 4, 4], 0)],
 )
-def test_engines_agree_on_the_least_cache_somebody_named(ranks: Ranks, opinions: list[int], agreed: int) -> None:
-    for votes, blocks, _ in ranks.run(engines_agree, opinions):
+@pytest.mark.parametrize("shares_memory", [False, True], ids=["network", "memory"])
+def test_engines_agree_on_the_least_cache_somebody_named(
+    ranks: Ranks, opinions: list[int], agreed: int, shares_memory: bool
+) -> None:
+    for votes, blocks, _ in ranks.run(engines_agree, opinions, shares_memory):
         assert votes == [[2, 0, 7], [2, 1, 7], [2, 2, 7], [2, 3, 7]]
         assert blocks == agreed
 

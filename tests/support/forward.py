@@ -59,7 +59,7 @@ def empty_decoder(
     path: str | None = None,
 ) -> Decoder:
     """A rank's decoder under some parallel options, not filled; with idle groups if none are given."""
-    parallel = Config.from_flat(options or {}).parallel
+    parallel = Config.from_flat({"all2all_backend": "allgather_reducescatter"} | (options or {})).parallel
     groups = groups or idle_groups(parallel.topology, rank)
     config = settle_head(load_model_config(folder), folder, dtype)
     return build_model(config, parallel, rank, groups, dtype=dtype, device=device, max_tokens=MAX_TOKENS, path=path)

@@ -8,7 +8,8 @@ import pytest
 
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
-from moe_serve.worker.kv_room import CPU_CAP_BYTES, Room, available_memory, cpu_room, fitting_blocks
+from moe_serve.base.memory import available_memory
+from moe_serve.worker.kv_room import CPU_CAP_BYTES, Room, cpu_room, fitting_blocks
 
 
 @dataclass(frozen=True)

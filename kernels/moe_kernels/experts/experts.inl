@@ -71,7 +71,7 @@ void experts(const int64_t* words) {
     const int64_t up_tasks = (pairs + per_task - 1) / per_task, down_tasks = (panels + 2 * per_task - 1) / (2 * per_task);
     const int64_t num_busy = int64_t(busy.size());
     std::atomic<int64_t> next_up{0}, next_down{0};
-#pragma omp parallel
+#pragma omp parallel if (first * a.D * a.F > ALONE)
     {
         float* x = thread_floats(size_t(BLOCK_ROWS * (a.D > a.F ? a.D : a.F)));
         for (int64_t task; (task = next_up.fetch_add(1, std::memory_order_relaxed)) < num_busy * up_tasks;) {

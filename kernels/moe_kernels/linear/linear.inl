@@ -9,6 +9,7 @@ constexpr int PANEL = 16;                    // output columns whose weights lie
 constexpr int LANES = PANEL / W;             // vectors across a panel
 constexpr int TILE_ROWS = W == 16 ? 8 : 4;   // as many accumulators as there are registers, but for the operands
 constexpr int BLOCK_ROWS = 32;               // widened to float at once, into a buffer of the thread
+constexpr int64_t ALONE = 1 << 17;           // up to so many products one thread is done before others have woken
 
 template <int M, int P>
 inline void tile(const float* x, int64_t K, const bf16* w, int64_t panel_size, float* out, int64_t out_stride) {
@@ -80,7 +81,7 @@ void linear(const int64_t* words) {
     const LinearWords& a = *reinterpret_cast<const LinearWords*>(words);
     const int64_t panels = a.N / PANEL, per_task = 4, tasks = (panels + per_task - 1) / per_task;
     std::atomic<int64_t> next{0};
-#pragma omp parallel if (tasks > 1)
+#pragma omp parallel if (tasks > 1 && a.R * a.K * a.N > ALONE)
     {
         float* x = thread_floats(size_t(BLOCK_ROWS * a.K));
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {

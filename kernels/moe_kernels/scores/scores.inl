@@ -29,7 +29,7 @@ void scores(const int64_t* words) {
     const ScoresWords& a = *reinterpret_cast<const ScoresWords*>(words);
     const int64_t groups = (a.E + 63) / 64, tasks = groups * ((a.T + BLOCK_ROWS - 1) / BLOCK_ROWS);
     std::atomic<int64_t> next{0};
-#pragma omp parallel if (a.T * a.E * a.D > 1 << 18)
+#pragma omp parallel if (a.T * a.E * a.D > ALONE)
     {
         float* x = thread_floats(size_t(BLOCK_ROWS * a.D));
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {

@@ -1,4 +1,4 @@
-"""The default backend: gather everybody's rows, compute what is ours, reduce-scatter the sums. Runs anywhere.
+"""Gather everybody's rows, compute what is ours, reduce-scatter the sums. Runs anywhere.
 
 Shape letters: T rows here, A rows of all ranks, K top-k, R received rows, D hidden.
 """

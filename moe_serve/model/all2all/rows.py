@@ -74,8 +74,11 @@ def add_to_rows(
     return total_TD.index_add_(0, pairs // weights_TK.shape[1], weighted).to(dtype)
 
 
-def add_in_order(terms_TKD: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+def add_in_order(terms_TKD: Tensor, weights_TK: Tensor, dtype: torch.dtype, path: str | None = None) -> Tensor:
     """The K terms of each row, weighted and added first to last in float32: (T, D) of `dtype`."""
+    if path is not None and terms_TKD.dtype == dtype == torch.bfloat16:
+        terms = terms_TKD.reshape(-1, terms_TKD.shape[-1])
+        return combine(path, terms, torch.arange(len(terms)), weights_TK.contiguous())
     total_TD = terms_TKD[:, 0].float() * weights_TK[:, :1]
     for k in range(1, weights_TK.shape[1]):
         total_TD.addcmul_(terms_TKD[:, k].float(), weights_TK[:, k : k + 1])

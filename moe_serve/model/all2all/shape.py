@@ -41,8 +41,8 @@ class DispatchShape:
     """The largest exchange there can be; a backend may size its buffers by it once.
 
     `max_rows` that one rank brings to a layer. `dtype` of the rows as config.json names types; `quantisation` of them
-    on the wire (None: none). `graph`: the exchange is captured in a CUDA graph. `path` of moe_kernels for
-    what is computed on the way, torch's own operations if None.
+    on the wire (None: none). `graph`: the exchange is captured in a CUDA graph. `device` is auto where it is not known
+    yet. `path` of moe_kernels for what is computed on the way, torch's own operations if None.
     """
 
     max_rows: int
@@ -52,6 +52,7 @@ class DispatchShape:
     dtype: str
     quantisation: str | None = None
     graph: bool = False
+    device: str = "auto"
     path: str | None = None
 
 
@@ -61,7 +62,7 @@ class Limits:
 
     `equal_slots`: every rank must own equally many. `whole_experts`: experts must not be cut by width. `host_memory`:
     by what the ranks of a host hand memory to each other, past the network, so that they must not be in containers
-    of their own; `one_host`: there is no other way.
+    of their own; `one_host`: there is no other way. `fallback`: the backend that stands in where it finds no memory.
     """
 
     max_rows: int | None = None
@@ -75,6 +76,8 @@ class Limits:
     whole_experts: bool = False
     host_memory: str | None = None
     one_host: bool = False
+    devices: tuple[str, ...] | None = None
+    fallback: str | None = None
 
 
 LIMITS: Mapping[str, Limits] = MappingProxyType(
@@ -83,12 +86,18 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
         "allgather_reducescatter": Limits(),
         "torch_a2a": Limits(),
         "torch_padded": Limits(),
+        "shm": Limits(
+            max_ranks=128,
+            devices=("cpu",),
+            host_memory="file descriptors",
+            one_host=True,
+            fallback="allgather_reducescatter",
+        ),
     }
 )
 """Of every backend in base.tables.ALL2ALL. Beside the classes, since those need torch and this must not."""
 PLANNED_LIMITS: Mapping[str, Limits] = MappingProxyType(
     {
-        "shm": Limits(host_memory="one /dev/shm", one_host=True),
         "deepep_high_throughput": Limits(host_memory="CUDA IPC"),
         "deepep_low_latency": Limits(host_memory="CUDA IPC"),
         "pplx": Limits(host_memory="CUDA IPC"),
@@ -163,6 +172,11 @@ def _kinds(shape: DispatchShape, limits: Limits) -> list[tuple[bool, str]]:
             shape.quantisation is not None and shape.quantisation not in limits.quantisations,
             f"does not carry rows quantised as {shape.quantisation}; use another backend",
         ),
+        (
+            limits.devices is not None and shape.device not in ("auto", *limits.devices),
+            f"is for ranks that compute on {' or '.join(limits.devices or ())}, not on {shape.device}; choose another "
+            "--device, or another backend",
+        ),
         (shape.graph and not limits.graphs, "cannot run inside a CUDA graph; use another backend"),
     ]
 
@@ -191,7 +205,9 @@ def expert_layout(partition: Partition) -> ExpertLayout:
     return ExpertLayout(placement.num_physical, placement.offsets)
 
 
-def dispatch_shape(model: ModelConfig, topology: Topology, *, max_tokens: int, dtype: str) -> DispatchShape:
+def dispatch_shape(
+    model: ModelConfig, topology: Topology, *, max_tokens: int, dtype: str, device: str
+) -> DispatchShape:
     """Of engines whose steps have at most `max_tokens` tokens, cut over their tensor ranks."""
     return DispatchShape(
         max_rows=-(-max_tokens // topology.tp),
@@ -199,4 +215,5 @@ def dispatch_shape(model: ModelConfig, topology: Topology, *, max_tokens: int, d
         hidden=model.hidden_size,
         top_k=model.top_k,
         dtype=dtype,
+        device=device,
     )

@@ -53,7 +53,7 @@ class TorchAllToAll:
     padding_rows = 0
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
-        self._group = group
+        self._group, self._path = group, shape.path
         self._sharded = layout.offsets is None
         self._num_local = layout.num_local(group.rank)
         self._first_slot = layout.first_slot(group.rank)
@@ -111,7 +111,7 @@ class TorchAllToAll:
         else:
             pairs = home.pairs
         terms_TKD = terms.new_zeros((num_rows * top_k, terms.shape[1])).index_copy_(0, pairs, terms)
-        return add_in_order(terms_TKD.view(num_rows, top_k, terms.shape[1]), home.weights_TK, home.dtype)
+        return add_in_order(terms_TKD.view(num_rows, top_k, terms.shape[1]), home.weights_TK, home.dtype, self._path)
 
 
 def _home(wanted_NTK: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> _Home:

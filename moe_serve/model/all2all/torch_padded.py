@@ -58,7 +58,7 @@ class TorchPadded:
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
         self.padding_rows = 0
-        self._group = group
+        self._group, self._path = group, shape.path
         self._max_rows = shape.max_rows
         self._sharded = layout.offsets is None
         self._num_local = layout.num_local(group.rank)
@@ -120,4 +120,4 @@ class TorchPadded:
         terms = came.view(num_parts, home.padded, top_k, hidden)[:, :num_rows]
         rows_TK = torch.arange(num_rows, device=came.device)[:, None]
         terms_TKD = terms[owner_TK, rows_TK, torch.arange(top_k, device=came.device)]
-        return add_in_order(terms_TKD, home.weights_TK, home.dtype)
+        return add_in_order(terms_TKD, home.weights_TK, home.dtype, self._path)
