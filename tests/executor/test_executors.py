@@ -45,7 +45,14 @@ def model(tmp_path_factory):
 
 def config_for(model, **options):
     return Config.from_flat(
-        {"model": str(model), "load_format": "dummy", "block_size": BLOCK, "device": "cpu"} | options
+        {
+            "model": str(model),
+            "load_format": "dummy",
+            "block_size": BLOCK,
+            "device": "cpu",
+            "all2all_backend": "allgather_reducescatter",  # nothing resolves "auto" here
+        }
+        | options
     )
 
 
