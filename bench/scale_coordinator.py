@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from moe_serve.base.config import Config
+from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.messages import FromMember, Stop
-from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.topology import Topology
 from moe_serve.eplb.placement import initial_placement
 from moe_serve.eplb.questions import Planned, Solved, Unsolved

@@ -220,6 +220,8 @@ class Config(Section):
                 "eplb_config",
                 "expert_placement_file",
                 "max_parallel_loading_workers",
+                "worker_cls",
+                "worker_extension_cls",
                 "enable_dbo",
                 "dbo_decode_token_threshold",
                 "dbo_prefill_token_threshold",

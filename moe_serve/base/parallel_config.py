@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.nodes import NodesSection
-from moe_serve.base.section import Host, Port, Section, Size, planned, short
+from moe_serve.base.section import Host, Port, Size, planned, short
 from moe_serve.base.tables import ALL2ALL, EPLB_POLICIES, EXECUTORS
 from moe_serve.base.topology import Topology
 
 PlacementStrategy = Literal["linear", "round_robin"]
-
-
-class EPLBConfig(Section):
-    """Load balancing of experts."""
-
-    window_size: Size = 1000
-    """Steps over which expert load is summed."""
-    step_interval: Size = 3000
-    """Steps between two rearrangements."""
-    num_redundant_experts: int = Field(0, ge=0)
-    """Physical expert slots beyond one per logical expert, in each layer."""
-    log_balancedness: bool = False
-    """Log mean / max rank load."""
-    policy: str = "sticky"
-    """Which placement to aim for."""
-    min_gain: float = Field(0.01, ge=0)
-    """Least predicted gain of a rearrangement, as a share of the expert time saved over the next interval after
-    paying for the move; 0 applies whatever the policy says."""
-    max_bytes_per_step: Size = 1 << 20
-    """Most bytes of expert weights that a rank sends or receives between two steps."""
-    prefer_local: bool = True
-    """Take the copy of an expert on the same rank, then the same node, first."""
 
 
 class ParallelConfig(NodesSection):
@@ -59,8 +38,9 @@ class ParallelConfig(NodesSection):
     port)."""
     data_parallel_master_port: Port = 0
     """Port of the store on rank 0; 0 for any free one, which the others are told."""
-    data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb") | planned("ray"))
-    """How data-parallel ranks are started."""
+    data_parallel_backend: Literal["mp", "ray"] = Field("mp", json_schema_extra=short("dpb"))
+    """How data-parallel ranks are started: mp on the node of each command, ray as actors on the nodes of a Ray cluster,
+    all by one command; data_parallel_size_local is then the driver's share, and the most of any other node."""
     disable_nccl_for_dp_synchronization: bool = True
     """Data-parallel ranks agree on their steps over gloo, on the CPU: always so here, as their engines hold no device.
     Known for the start lines of other servers; off is refused."""
@@ -103,14 +83,23 @@ class ParallelConfig(NodesSection):
     dbo_prefill_token_threshold: Size = Field(512, json_schema_extra=planned())
     """Fewest tokens of a step with prefill that is cut in two."""
     distributed_executor_backend: str | None = None
-    """uni, mp, ray, external_launcher or package.module:Class; uni for one rank per engine, ray inside a Ray placement
-    group, else mp."""
+    """uni, mp, ray, external_launcher or package.module:Class. uni for one rank per engine; of several ray inside a Ray
+    placement group and where this machine has too few GPUs for an engine, else mp."""
+    worker_cls: str | None = None
+    """package.module:Class of workers, a subclass of moe_serve.worker.worker:Worker; that one if not given."""
+    worker_extension_cls: str | None = None
+    """package.module:Class that the class of workers is mixed with; no name of the one may be a name of the other."""
     ray_address: str | None = None
     """HOST:PORT of the Ray cluster; the surrounding one, RAY_ADDRESS, or the one of this machine, if not given."""
     ray_placement_group: str | None = None
     """Id of the Ray placement group whose bundles the workers take; the surrounding one, or one of their own."""
     ray_bundle_indices: str | None = None
     """Its bundles for the ranks, such as 0,1,4,5; the first that hold the device, if not given."""
+    ray_runtime_env: dict[str, Any] | None = None
+    """Runtime environment of Ray's actors, as JSON, such as {"env_vars": {"A": "1"}}; no place for secrets, as it is in
+    Ray's records and at /config."""
+    ray_workers_use_nsight: bool = False
+    """Run actors that compute under Nsight Systems (nsys must be on every node); reports are in Ray's log folder."""
     decode_context_parallel_size: Size = Field(1, json_schema_extra=planned())
     """Ranks that share one sequence's KV cache while decoding; divides tensor_parallel_size."""
 
@@ -147,9 +136,11 @@ class ParallelConfig(NodesSection):
 
     @property
     def dp_ranks_here(self) -> tuple[int, ...]:
-        """Data-parallel ranks whose engines are on this node."""
+        """Data-parallel ranks whose engines are started here: on this node, but for those that Ray starts."""
         if self.is_beside:
             return ()
+        if self.data_parallel_backend == "ray":
+            return tuple(range(self.data_parallel_size))
         if self.data_parallel_rank is not None:
             return (self.data_parallel_rank,)
         start = self.start_rank or 0
@@ -184,7 +175,13 @@ class ParallelConfig(NodesSection):
         known = told or self.is_apart or self.data_parallel_multi_port_external_lb
         return self.data_parallel_rpc_port if known else 0
 
-    @field_validator("distributed_executor_backend")
+    @field_validator("ray_placement_group", mode="before")
+    @classmethod
+    def _group_id(cls, value: object) -> object:
+        """A Ray PlacementGroup is as good as its id."""
+        return value.id.hex() if hasattr(value, "id") and hasattr(value, "bundle_specs") else value
+
+    @field_validator("distributed_executor_backend", "worker_cls", "worker_extension_cls")
     @classmethod
     def _class_path(cls, value: str | None) -> str | None:
         """`package.module.Class` is as good as `package.module:Class`."""

@@ -190,11 +190,12 @@ def host_of(config: Config) -> str:
 
 def _check_shape(parallel: ParallelConfig, options: ClusterOptions) -> None:
     dp, local = parallel.data_parallel_size, parallel.data_parallel_size_local
-    if parallel.distributed_executor_backend == "ray":
-        raise ConfigError(
-            "distributed_executor_backend ray needs nodes of a Ray cluster, and these pods are none; leave it out, or "
-            "start moe-serve serve on a node of that cluster"
-        )
+    for option in ("distributed_executor_backend", "data_parallel_backend"):
+        if getattr(parallel, option) == "ray":
+            raise ConfigError(
+                f"{option} ray needs nodes of a Ray cluster, and these pods are none; leave it out, or start moe-serve "
+                "serve on a node of that cluster"
+            )
     if options.shape == "rank":
         if parallel.data_parallel_multi_port_external_lb:
             raise ConfigError(

@@ -11,7 +11,10 @@ import logging
 import os
 import queue
 import socket
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,10 +72,12 @@ FromFrontend = tuple[str, ToEngine | LineLost | LineStands]
 
 
 class EngineProcess:
-    """`run()` returns only on failure; an orderly end comes from the coordinator and ends the process at once."""
+    """`run()` returns only on failure; an orderly end comes from the coordinator and calls `end`, in any thread: the
+    process must not outlive that."""
 
-    def __init__(self, spec: MemberSpec) -> None:
+    def __init__(self, spec: MemberSpec, end: Callable[[int], None]) -> None:
         self._spec = spec
+        self._end = end
         self._config = spec.load_config()
         self._progress = Progress()
         self._inbox: queue.SimpleQueue[ToMember | FromFrontend] = queue.SimpleQueue()
@@ -128,12 +133,12 @@ class EngineProcess:
     def _hear(self, message: ToMember) -> None:
         """In the link's thread. Stop cannot wait for the loop, which may sit in a collective that never ends."""
         if isinstance(message, Stop):
-            _end(0 if message.code == 0 else 1)
+            self._end(0 if message.code == 0 else 1)
         self._inbox.put(message)
 
     def _orphaned(self, why: str) -> None:
         log.error("%s; this engine ends", why)
-        _end(1)
+        self._end(1)
 
     def _fail(self, failure: Failure, code: int) -> int:
         assert self._link is not None
@@ -292,18 +297,32 @@ class EngineProcess:
             reporting.refuse(address, request.request_id, str(error), rank)
 
 
-def _end(code: int) -> NoReturn:
+def run_engine(spec: MemberSpec) -> int:
+    """An engine in a process that is somebody else's, who ends it with this exit code."""
+    ends: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def end(code: int) -> None:
+        ends.put(code)
+        threading.Event().wait()  # the thread has nothing to do any more, and must not go on
+
+    setup_logging(f"engine dp={spec.dp}", spec.load_config().server.log_level)
+    engine = EngineProcess(spec, end)
+    threading.Thread(target=lambda: ends.put(engine.run()), name="engine", daemon=True).start()
+    return ends.get()
+
+
+def _end_process(spec: MemberSpec, code: int) -> NoReturn:
     """From any thread, at once. Workers would follow by themselves, but not before they have joined."""
-    own = MemberSpec.from_environment()
-    end_all(started(lambda spec: spec == own))
+    end_all(started(lambda other: other == spec))
     os._exit(code)
 
 
-def main() -> int:
+def main() -> NoReturn:
     spec = MemberSpec.from_environment()
     setup_logging(f"engine dp={spec.dp}", spec.load_config().server.log_level)
-    return EngineProcess(spec).run()
+    end = partial(_end_process, spec)
+    end(EngineProcess(spec, end).run())
 
 
 if __name__ == "__main__":
-    _end(main())
+    main()

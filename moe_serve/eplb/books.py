@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from moe_serve.base.balance_messages import StageReport
-from moe_serve.base.parallel_config import EPLBConfig
+from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.eplb.rearrangement import Proposal, Rearrangement
 
 COPY_BYTES_PER_SECOND = 1e9

@@ -16,8 +16,8 @@ from dataclasses import replace
 import numpy as np
 
 from moe_serve.base.balance_messages import DropStage, Record, StageReport, StepLoad
+from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.errors import ConfigError, Conflict
-from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.topology import Topology
 from moe_serve.eplb.answers import UNDER_WAY
 from moe_serve.eplb.books import MAX_HISTORY, Books, Totals

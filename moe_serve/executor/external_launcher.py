@@ -15,6 +15,7 @@ from moe_serve.base.errors import EngineError, MoEServeError
 from moe_serve.base.launched import from_torchrun
 from moe_serve.base.progress import Progress
 from moe_serve.executor.stage_results import StageResults
+from moe_serve.worker.choose import make_worker
 from moe_serve.worker.worker import Worker
 
 
@@ -28,7 +29,7 @@ class ExternalLauncherExecutor:
         self._meeting = meeting
         self._step_timeout = config.scheduler.step_timeout_seconds
         worker = self._topology.worker_index(self._rank)
-        self._worker: Worker | None = Worker(config, meeting, worker, progress, all_tensor_ranks_sample=True)
+        self._worker: Worker | None = make_worker(config, meeting, worker, progress, all_tensor_ranks_sample=True)
         self._results: StageResults | None = None
 
     def start(self) -> WorkerFacts:

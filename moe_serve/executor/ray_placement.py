@@ -39,10 +39,15 @@ class WorkerPlace:
 
 def new_bundles(device: Device, count: int, *, first_on: str = "") -> list[dict[str, float]]:
     """What to ask of Ray for as many workers; the first on the node with this address, if one is given."""
-    bundles = [{str(device): 1.0 if device == "GPU" else CPU_SHARE} for _ in range(count)]
+    bundles = [{str(device): worker_share(device)} for _ in range(count)]
     if first_on:
-        bundles[0][f"node:{first_on}"] = 0.001  # each node has 1 of a resource of its name
+        bundles[0] |= pinned(first_on)
     return bundles
+
+
+def pinned(address: str) -> dict[str, float]:
+    """What a bundle must hold besides to be on the node with this address: each has 1 of a resource of its name."""
+    return {f"node:{address}": 0.001}
 
 
 def parse_indices(text: str, *, count: int) -> list[int]:
@@ -103,7 +108,7 @@ def place_workers(bundles: Sequence[Bundle], addresses: Mapping[str, str], *, dr
     The driver's node comes first, then nodes with fewer workers, then lower addresses. `addresses` by node.
     """
     of_node = {bundle.node: [each for each in bundles if each.node == bundle.node] for bundle in bundles}
-    nodes = sorted(of_node, key=lambda node: (node != driver, len(of_node[node]), _address_key(addresses[node]), node))
+    nodes = sorted(of_node, key=lambda node: (node != driver, len(of_node[node]), address_key(addresses[node]), node))
     return [
         WorkerPlace(bundle=bundle.index, node=node, address=addresses[node], neighbours=len(of_node[node]))
         for node in nodes
@@ -122,33 +127,50 @@ def check_addresses(nodes: Sequence[str], addresses: Mapping[str, str]) -> None:
         )
 
 
-def check_reach(places: Sequence[WorkerPlace], *, engine: str, driver: str, driver_address: str) -> None:
-    """ConfigError if the engine listens on loopback and a worker is on another machine."""
+def check_reach(
+    places: Sequence[WorkerPlace],
+    *,
+    at: str,
+    driver: str,
+    driver_address: str,
+    what: str = "workers",
+    to: str = "engine",
+) -> None:
+    """ConfigError if that to which they go, such as the workers' engine, listens on loopback and a place is on another
+    machine."""
     away = sorted({place.address for place in places if place.node != driver and not _is_loopback(place.address)})
-    if away and _is_loopback(engine):
+    if away and _is_loopback(at):
         raise ConfigError(
-            f"Ray places workers on {', '.join(away)}, from where nobody can reach an engine at {engine}; give "
+            f"Ray places {what} on {', '.join(away)}, from where nobody can reach the {to} at {at}; give "
             f"--data-parallel-address, an address of this node that they can reach (Ray says: {driver_address})"
         )
 
 
-def check_room(device: Device, count: int, *, total: float, free: float, waited: float = 0.0) -> None:
-    """ConfigError if a cluster with so much of the device cannot hold so many workers, or did not after a wait."""
-    each = 1.0 if device == "GPU" else CPU_SHARE
-    if total >= each * count and not waited:
-        return
+def check_room(device: Device, count: int, *, total: float, free: float) -> None:
+    """ConfigError if a cluster with so much of the device cannot hold so many workers."""
+    if total < worker_share(device) * count:
+        raise no_room(device, count, total=total, free=free)
+
+
+def no_room(device: Device, count: int, *, total: float, free: float, waited: float = 0.0) -> ConfigError:
+    """What to say of a cluster that has too little, or whose workers were not placed within a wait."""
     what = f"{total:g} {device}{'' if total == 1 else 's'}"
     need = "one each" if device == "GPU" else f"{CPU_SHARE:g} of one each"
     late = f" and could not be placed within {waited:g} s" if waited else ""
-    raise ConfigError(
+    return ConfigError(
         f"the Ray cluster has {what}, {free:g} of them free, but {count} workers need {need}{late}; start fewer ranks "
         "(--tensor-parallel-size, --pipeline-parallel-size), add nodes, or make the placement group beforehand "
         "(--ray-placement-group)"
     )
 
 
+def worker_share(device: Device) -> float:
+    """What a worker needs of a device."""
+    return 1.0 if device == "GPU" else CPU_SHARE
+
+
 def _holds(bundle: Bundle, device: Device) -> bool:
-    return bundle.holds.get(device, 0.0) >= (1.0 if device == "GPU" else CPU_SHARE)
+    return bundle.holds.get(device, 0.0) >= worker_share(device)
 
 
 def _need(device: Device) -> str:
@@ -166,7 +188,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _address_key(address: str) -> tuple[int, int, str]:
+def address_key(address: str) -> tuple[int, int, str]:
     """Numbers by their value (10.0.0.2 before 10.0.0.10), then names."""
     try:
         number = ipaddress.ip_address(address)

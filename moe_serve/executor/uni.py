@@ -8,6 +8,7 @@ from moe_serve.base.commands import Command, LoadModel, Meeting, Reply, WorkerFa
 from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineError, MoEServeError
 from moe_serve.base.progress import Progress
+from moe_serve.worker.choose import make_worker
 from moe_serve.worker.worker import Worker
 
 
@@ -20,7 +21,7 @@ class UniExecutor:
                 f"the uni executor holds one rank, but pipeline x tensor is {config.parallel.world_size}; "
                 "choose --distributed-executor-backend mp"
             )
-        self._worker: Worker | None = Worker(config, meeting, 0, progress, watches_load=watches_load)
+        self._worker: Worker | None = make_worker(config, meeting, 0, progress, watches_load=watches_load)
 
     def start(self) -> WorkerFacts:
         facts = self.submit(LoadModel()).result()

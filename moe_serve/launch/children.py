@@ -10,18 +10,45 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 from moe_serve.base.interpreter import module_command
 from moe_serve.launch.shared import SharedThings
 from moe_serve.world.member import MemberSpec, end_all, started
 
 STOP_SECONDS = 3.0
-FATE_SECONDS = 0.3
+FATE_SECONDS = 1.0
+"""Until a child is known to have ended; of an actor Ray says it a little later."""
+
+
+class Child(Protocol):
+    """What a launcher started, as far as it can follow it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def code(self) -> int | None:
+        """None while it runs, minus the signal where one killed it."""
+        ...
+
+    @property
+    def fate(self) -> str:
+        """How it ended, for people."""
+        ...
+
+    def ask(self) -> None:
+        """To end, by who has nobody else to be told by."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once, and see it gone."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Child:
-    """`code` is None while it runs, minus the signal where one killed it."""
+class ChildProcess:
+    """A Child that is a process of this machine."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -32,10 +59,16 @@ class Child:
 
     @property
     def fate(self) -> str:
-        """How it ended, for people."""
         code = self.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return f"{self.name} (pid {self.process.pid}) {how}"
+
+    def ask(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 class Children:
@@ -62,7 +95,11 @@ class Children:
             start_new_session=True,
             stdin=subprocess.DEVNULL,
         )
-        self._children.append(Child(name, process))
+        self._children.append(ChildProcess(name, process))
+
+    def add(self, child: Child) -> None:
+        """One that was started in another way."""
+        self._children.append(child)
 
     def ended(self) -> Iterator[Child]:
         """Those that run no more."""
@@ -73,7 +110,7 @@ class Children:
         deadline = time.monotonic() + FATE_SECONDS
         while time.monotonic() < deadline and not any(self.ended()):
             await asyncio.sleep(0.02)
-        return "; ".join(child.fate for child in self.ended() if child.process.returncode < 0)
+        return "; ".join(child.fate for child in self.ended() if (child.code or 0) < 0)
 
     async def close(self, welcomed: Collection[tuple[str, int]] | None) -> None:
         """Give them a few seconds to end, then end them.
@@ -83,7 +120,7 @@ class Children:
         """
         if welcomed is None:
             for child in self._children:
-                child.process.terminate()
+                child.ask()
         else:
             here = socket.gethostname()
             end_all(pid for pid in self._all_here() if (here, pid) not in welcomed)
@@ -96,8 +133,7 @@ class Children:
         """End what is left at once, workers that have not joined yet included."""
         for child in self._children:
             if child.code is None:
-                child.process.kill()
-                child.process.wait()
+                child.kill()
         end_all(self._all_here())
 
     def _is_somebody_left(self) -> bool:

@@ -12,15 +12,19 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from moe_serve.base.config import Config
 from moe_serve.base.descriptors import raise_descriptor_limit
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.messages import Stop
 from moe_serve.base.model_config import load_model_config
+from moe_serve.base.registry import import_target
 from moe_serve.base.secret import check_token
 from moe_serve.base.site import local_address, resolve_host, with_port
 from moe_serve.eplb.build import make_rebalancer
@@ -66,6 +70,7 @@ class Node:
         self._worlds = worlds
         self._has_workers = False
         self._children = Children(token=self.token, node=self.name)
+        self._ray_engines: Any = None
         self._shared: SharedThings | None = None
         self._coordinator: Coordinator | None = None
         self._uplink: Uplink | None = None
@@ -97,6 +102,8 @@ class Node:
         if self._part.serve_http:
             self._shared = SharedThings(self.config)
         await self._until_resolved()
+        if self.config.parallel.data_parallel_backend == "ray" and self._ended is None:
+            await self._place_on_ray()
         if self._ended is not None:
             return
         if self._part.joins:
@@ -120,6 +127,15 @@ class Node:
                 name = "API server" if self._shared.count == 1 else f"API server {place}"
                 self._start_child(name, "moe_serve.api.server", place=place)
             self._shared.let_go()
+
+    async def _place_on_ray(self) -> None:
+        """Ray is imported only where it is asked for."""
+        made: Any = import_target("moe_serve.launch.ray_engines:RayEngines", "data-parallel backend", "ray")
+        self._ray_engines = made(self.config)
+        self.config = await asyncio.to_thread(self._ray_engines.prepare)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put itself before, to print a stack
+                signal.signal(number, signal.getsignal(number))
 
     async def _until_resolved(self) -> None:
         """In a cluster that name may be there later than we are; one machine has its names from the start."""
@@ -208,12 +224,16 @@ class Node:
         await self._children.close(None if self._coordinator is None else self._coordinator.fleet.welcomed)
         if self._coordinator is not None:
             await self._coordinator.close()
+        if self._ray_engines is not None:
+            await asyncio.to_thread(self._ray_engines.close)
         if self._shared is not None:
             self._shared.close()
 
     def kill(self) -> None:
         """End what is left of this world on this node at once."""
         self._children.kill()
+        if self._ray_engines is not None:
+            self._ray_engines.close()
 
     async def fates(self) -> str:
         """Which children were killed, and by which signal."""
@@ -249,7 +269,10 @@ class Node:
     def _start_child(self, name: str, module: str, *, dp: int | None = None, place: int = 0) -> None:
         shared = self._shared if dp is None else None
         spec = self._spec(dp, None if shared is None else shared.of(place))
-        self._children.start(name, module, spec, shared)
+        if dp is None or self._ray_engines is None:
+            self._children.start(name, module, spec, shared)
+        else:
+            self._children.add(self._ray_engines.start(name, spec))
 
     def _spec(self, dp: int | None, shared: SharedByServers | None = None) -> MemberSpec:
         own = dp if dp in self._dp_ranks else None

@@ -21,6 +21,8 @@ from moe_serve.model.footprint import Footprint, footprints
 from moe_serve.model.partition import Partition, make_partitions
 from moe_serve.worker.kv_room import Room, fitting_blocks
 
+AS_ACTOR = ", a Ray actor"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlan:
@@ -136,6 +138,9 @@ def dp_ranks_of_nodes(parallel: ParallelConfig) -> list[range]:
     if parallel.is_spread:
         return [range(1), *[range(0)] * (parallel.nnodes - 1)]
     here, dp = parallel.dp_ranks_here, parallel.data_parallel_size
+    if parallel.data_parallel_backend == "ray":  # which knows what room there is; this node is filled first
+        size = parallel.data_parallel_size_local or dp
+        return [range(start, min(start + size, dp)) for start in range(0, dp, size)]
     first, size = here[0], len(here)
     before = [range(start, min(start + size, first)) for start in range(0, first, size)]
     after = [range(start, min(start + size, dp)) for start in range(first + size, dp, size)]
@@ -159,9 +164,9 @@ def _beside(topology: Topology, node: int) -> list[ProcessPlan]:
     return [ProcessPlan(name="launcher", ranks=[]), *_workers(topology, 0, topology.workers_of_node(node))]
 
 
-def _workers(topology: Topology, dp: int, workers: Iterable[int]) -> list[ProcessPlan]:
+def _workers(topology: Topology, dp: int, workers: Iterable[int], how: str = "") -> list[ProcessPlan]:
     return [
-        ProcessPlan(name=topology.describe_worker(dp, worker), ranks=[topology.worker_rank(dp, worker)])
+        ProcessPlan(name=topology.describe_worker(dp, worker) + how, ranks=[topology.worker_rank(dp, worker)])
         for worker in workers
     ]
 
@@ -180,6 +185,8 @@ def _launched(
 ) -> list[ProcessPlan]:
     """A launcher and what it starts."""
     holds = 0 in dp_ranks
+    if not holds and parallel.data_parallel_backend == "ray":
+        return [process for dp in dp_ranks for process in _engine(parallel, dp)]
     found = [ProcessPlan(name=f"launcher{of}{', with the coordinator' if holds else ''}", ranks=[])]
     if holds and parallel.enable_eplb:
         found += [ProcessPlan(name=f"solver of {what}", ranks=[]) for what in ("decisions", "requests")]
@@ -192,14 +199,14 @@ def _launched(
 
 
 def _engine(parallel: ParallelConfig, dp: int) -> list[ProcessPlan]:
-    topology = parallel.topology
-    if parallel.distributed_executor_backend == "mp":
-        workers = _workers(topology, dp, topology.workers_of_node(0))
-        return [ProcessPlan(name=f"engine dp {dp}", ranks=[]), *workers]
+    topology, executor = parallel.topology, parallel.distributed_executor_backend
+    name = f"engine dp {dp}" + (AS_ACTOR if parallel.data_parallel_backend == "ray" else "")
+    if executor in ("mp", "ray"):
+        how = AS_ACTOR if executor == "ray" else ""
+        return [ProcessPlan(name=name, ranks=[]), *_workers(topology, dp, topology.workers_of_node(0), how)]
     ranks = [topology.worker_rank(dp, worker) for worker in range(topology.num_workers)]
-    inside = parallel.distributed_executor_backend == "uni"
-    elsewhere = "" if inside else f", workers as {parallel.distributed_executor_backend} has it"
-    return [ProcessPlan(name=f"engine dp {dp}{elsewhere}", ranks=ranks)]
+    elsewhere = "" if executor == "uni" else f", workers as {executor} has it"
+    return [ProcessPlan(name=f"{name}{elsewhere}", ranks=ranks)]
 
 
 def _rank(
@@ -215,7 +222,8 @@ def _rank(
     topology = config.parallel.topology
     dp, pp, tp = topology.coordinates(rank)
     node, local_rank = _place(config.parallel, nodes, rank)
-    device = f"cuda:{local_rank}" if config.model.device == "cuda" else config.model.device
+    on_ray = "ray" in (config.parallel.distributed_executor_backend, config.parallel.data_parallel_backend)
+    device = f"cuda:{0 if on_ray else local_rank}" if config.model.device == "cuda" else config.model.device
     return RankPlan(
         rank=rank,
         dp=dp,

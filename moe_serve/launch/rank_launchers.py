@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import msgspec
 from moe_serve.base.config import Config
 from moe_serve.base.interpreter import child_environment, module_command
 from moe_serve.base.site import with_port
-from moe_serve.launch.children import Child
+from moe_serve.launch.children import ChildProcess
 from moe_serve.launch.ports import PortPlan, ports_of_ranks
 from moe_serve.launch.rank_process import RankOrder, rank_config
 from moe_serve.world.member import end_all, started
@@ -42,7 +41,7 @@ class RankLauncher:
 
     rank: int
     port: PortPlan
-    child: Child
+    child: ChildProcess
 
 
 class RankLaunchers:
@@ -56,7 +55,7 @@ class RankLaunchers:
     def start(self, worlds: int) -> None:
         """Every rank of the node, which has been in so many `worlds` before."""
         self._launchers = [
-            RankLauncher(rank, port, Child(f"rank {rank}", self._launch(rank, worlds)))
+            RankLauncher(rank, port, ChildProcess(f"rank {rank}", self._launch(rank, worlds)))
             for rank, port in self.ports.items()
         ]
 
@@ -95,13 +94,12 @@ class RankLaunchers:
     def ask(self) -> None:
         """Ask them to stop: the first time they drain."""
         for each in self.running():
-            each.child.process.send_signal(signal.SIGTERM)
+            each.child.ask()
 
     def kill(self) -> None:
         """End what is left at once, whatever they have started included."""
         for each in self.running():
-            each.child.process.kill()
-            each.child.process.wait()
+            each.child.kill()
         end_all(started(lambda spec: spec.token == self._token and spec.site.machine == self._machine))
 
     async def reports(self) -> list[RankReport]:

@@ -18,6 +18,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import CheckpointError, ConfigError
 from moe_serve.base.model_config import ModelConfig, load_model_config
 from moe_serve.executor.choose import settle_executor
+from moe_serve.executor.devices import gpus_here
 from moe_serve.model.all2all.choose import settle_backend, this_machine
 from moe_serve.model.all2all.shape import check_dispatch, dispatch_shape, expert_layout
 from moe_serve.model.partition import make_partition
@@ -37,7 +38,8 @@ def resolve(config: Config, *, weights: bool = True) -> tuple[Config, ModelConfi
     MissingExtra for everything that can be known before a process is started.
     """
     config.parallel.check_built()
-    executor = settle_executor(config.parallel)
+    gpus = 0 if config.model.device == "cpu" else gpus_here(os.environ)
+    executor = settle_executor(config.parallel, gpus=gpus)
     folder = model_folder(config.model.model, config.model.revision, HUB_FILES if weights else DESCRIPTIONS)
     model = load_model_config(folder)
     if weights and config.model.load_format == "auto":

@@ -27,6 +27,7 @@ from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.sockets import prepare
 from moe_serve.base.topology import Topology
 from moe_serve.worker import wire
+from moe_serve.worker.choose import make_worker
 from moe_serve.worker.worker import Worker
 from moe_serve.world.link import Link
 
@@ -127,7 +128,10 @@ class WorkerProcess:
             self._link = self._join_world(joined)
         except MoEServeError as error:
             return self._decline(error)
-        worker = Worker(config, joined.meeting, self._worker, self._progress)
+        try:
+            worker = make_worker(config, joined.meeting, self._worker, self._progress)
+        except MoEServeError as error:
+            return self._decline(error)
         try:
             return self._serve(worker)
         except EngineError as error:

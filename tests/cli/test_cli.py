@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from moe_serve.base.config import SECTIONS
+from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.parallel_config import EPLBConfig
 from moe_serve.base.section import planned_values
 from moe_serve.cli.main import main
 from moe_serve.cli.serve import parse_serve

@@ -103,6 +103,10 @@ def test_help_lists_the_options_of_the_cluster_and_of_serve(capsys: pytest.Captu
         (["render", *WORLD, "--shape", "node", "-dpl", "5"], "a divisor of data_parallel_size (16)"),
         (["render", *WORLD, "--shape", "node", "-dpl", "16"], "a pool names 8 ports of a pod at most"),
         (["render", *WORLD, "-dpl", "8"], "--shape rank has one rank in each pod"),
+        (
+            ["render", *WORLD, "-dpb", "ray"],
+            "data_parallel_backend ray needs nodes of a Ray cluster, and these",
+        ),
         (["render", *WORLD, "-dpl", "8", "-dpm"], "leave it out, or give --shape node"),
         (["render", *WORLD, "-n", "2"], "nnodes spreads the ranks of one engine over nodes, and a pod here has whole"),
         (["render", *WORLD, "--master-addr", "h", "-n", "2"], "master_addr and nnodes spreads"),

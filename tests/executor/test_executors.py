@@ -28,8 +28,10 @@ from moe_serve.executor.starting import RunsAlready
 from moe_serve.executor.uni import UniExecutor
 from moe_serve.worker import wire
 from tests.support.dummy_model import dummy_model
+from tests.support.worker_classes import GREETINGS
 from tests.support.world import World
 
+EXTENSION = "tests.support.worker_classes.Greeting"
 WAIT = 60.0
 BLOCK = 4
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -45,6 +47,26 @@ def config_for(model, **options):
     return Config.from_flat(
         {"model": str(model), "load_format": "dummy", "block_size": BLOCK, "device": "cpu"} | options
     )
+
+
+def test_a_worker_class_of_somebody_elses_is_the_one_that_works(model, tmp_path, monkeypatch):
+    monkeypatch.setenv(GREETINGS, str(tmp_path))
+    chosen = {"worker_cls": "tests.support.worker_classes.NamedWorker", "worker_extension_cls": EXTENSION}
+    with World(Topology()) as world:
+        executor = UniExecutor(config_for(model, **chosen), world.meeting, Progress())
+        executor.start()
+        executor.close()
+    assert (tmp_path / str(os.getpid())).read_text() == "hello from NamedWorkerWithGreeting"
+
+
+@pytest.mark.long
+def test_a_class_that_cannot_be_is_an_operators_mistake_in_processes_too(model):
+    config = config_for(model, worker_extension_cls=EXTENSION.replace("Greeting", "Clashing"))
+    with World(config.parallel.topology) as world:
+        executor = MultiprocessExecutor(config, world.meeting, Progress())
+        with pytest.raises(ConfigError, match="Clashing' has close, handle, as the worker class Worker has"):
+            executor.start()
+        executor.close()
 
 
 class Script:

@@ -139,7 +139,7 @@ def test_a_killed_worker_is_named_at_once(nodes, model, way):
         if way == "SIGKILL":
             os.kill(victim, signal.SIGKILL)
         else:
-            ray.kill(engine.executor._actors._actors[1])
+            ray.kill(engine.executor._actors._cluster._actors[1])
         with pytest.raises(
             WorkerDied, match=rf"rank 1 \(dp 0, tp 1\), pid {victim} on .* was killed or crashed \(Ray: "
         ):

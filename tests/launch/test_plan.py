@@ -142,6 +142,11 @@ def test_redundant_experts_take_memory_on_the_ranks_that_hold_them(large: str) -
             {"data_parallel_size": 7, "data_parallel_start_rank": 3, "data_parallel_size_local": 2, "headless": True},
             [[0, 1], [2], [3, 4], [5, 6]],
         ),
+        ({"data_parallel_size": 5, "data_parallel_backend": "ray"}, [[0, 1, 2, 3, 4]]),
+        (
+            {"data_parallel_size": 5, "data_parallel_backend": "ray", "data_parallel_size_local": 2},
+            [[0, 1], [2, 3], [4]],
+        ),
     ],
     ids=str,
 )
@@ -273,6 +278,18 @@ def test_workers_are_processes_unless_an_executor_has_them_otherwise() -> None:
         if each.ranks
     ]
     assert engine.name == "engine dp 0, workers as some.where:Else has it"
+
+
+def test_engines_and_workers_that_ray_starts_are_actors_and_one_command_starts_all() -> None:
+    ray = {"data_parallel_backend": "ray", "data_parallel_size": 2, "data_parallel_size_local": 1}
+    given = parallel(distributed_executor_backend="ray", tensor_parallel_size=2, **ray)
+    assert [each.name for each in processes_of_node(given, [0])] == [
+        HOLDER,
+        *("engine dp 0, a Ray actor", "worker dp 0 tp 0, a Ray actor", "worker dp 0 tp 1, a Ray actor"),
+        "API server",
+    ]
+    alone = parallel(distributed_executor_backend="uni", **ray)
+    assert [(each.name, each.ranks) for each in processes_of_node(alone, [1])] == [("engine dp 1, a Ray actor", [1])]
 
 
 @pytest.mark.parametrize(

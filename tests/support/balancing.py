@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from moe_serve.base.balance_messages import DropStage, StageReport, StageState, StepLoad
 from moe_serve.base.commands import SetShares, StageExperts
-from moe_serve.base.parallel_config import EPLBConfig
+from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.parcel import Parcel
 from moe_serve.base.topology import Topology
 from moe_serve.eplb.placement import Placement, initial_placement

@@ -15,6 +15,7 @@ from ray.util.placement_group import placement_group_table
 
 GONE_SECONDS = 15.0
 TOKEN = secrets.token_hex(16)
+ACTORS = ("ray::WorkerActor", "ray::EngineActor")
 NODES = ("127.0.0.2", "127.0.0.3")
 
 
@@ -50,7 +51,7 @@ def worker_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::WorkerActor"):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(ACTORS):
                 found.append(process)
         except psutil.Error:
             continue

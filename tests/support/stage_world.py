@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_serve.base.balance_messages import DropStage, Record, StageReport, StepLoad
 from moe_serve.base.commands import Command, Done, PollStage, Reply, SetShares, StageExperts, StepPlan, StepResult
-from moe_serve.base.parallel_config import EPLBConfig
+from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.topology import Topology
 from moe_serve.engine.lockstep import Naps, Vote, decide
 from moe_serve.engine.rearranging import News, Rearranging
