@@ -164,7 +164,7 @@ def _beside(topology: Topology, node: int) -> list[ProcessPlan]:
     return [ProcessPlan(name="launcher", ranks=[]), *_workers(topology, 0, topology.workers_of_node(node))]
 
 
-def _workers(topology: Topology, dp: int, workers: Iterable[int], *, how: str = "") -> list[ProcessPlan]:
+def _workers(topology: Topology, dp: int, workers: Iterable[int], how: str = "") -> list[ProcessPlan]:
     return [
         ProcessPlan(name=topology.describe_worker(dp, worker) + how, ranks=[topology.worker_rank(dp, worker)])
         for worker in workers
@@ -202,8 +202,8 @@ def _engine(parallel: ParallelConfig, dp: int) -> list[ProcessPlan]:
     topology, executor = parallel.topology, parallel.distributed_executor_backend
     name = f"engine dp {dp}" + (AS_ACTOR if parallel.data_parallel_backend == "ray" else "")
     if executor in ("mp", "ray"):
-        workers = _workers(topology, dp, topology.workers_of_node(0), how=AS_ACTOR if executor == "ray" else "")
-        return [ProcessPlan(name=name, ranks=[]), *workers]
+        how = AS_ACTOR if executor == "ray" else ""
+        return [ProcessPlan(name=name, ranks=[]), *_workers(topology, dp, topology.workers_of_node(0), how)]
     ranks = [topology.worker_rank(dp, worker) for worker in range(topology.num_workers)]
     elsewhere = "" if executor == "uni" else f", workers as {executor} has it"
     return [ProcessPlan(name=f"{name}{elsewhere}", ranks=ranks)]

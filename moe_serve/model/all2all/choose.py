@@ -72,7 +72,7 @@ def _apart(parallel: ParallelConfig, executor: str, environment: Mapping[str, st
         together = environment.get("LOCAL_WORLD_SIZE", "") == environment.get("WORLD_SIZE", "-")
         return "" if together else "whoever started the ranks may have done so on several machines"
     if parallel.data_parallel_backend == "ray":
-        return "Ray may place engines on several machines"
+        return "Ray may have put engines on several machines"
     if executor not in ("uni", "mp"):
         return f"the executor {executor} may have ranks on several machines"
     return ""
