@@ -54,7 +54,7 @@ def test_cpu_ranks_of_one_machine_share_memory(options: dict[str, object], said:
         (TWO | {"data_parallel_rank": 0}, {}, "started apart"),
         (TWO | {"data_parallel_size_local": 1}, {}, "started apart"),
         (TWO, {"executor": "ray"}, "the executor ray may have ranks"),
-        (TWO | {"data_parallel_backend": "ray"}, {}, "Ray may place engines on several machines"),
+        (TWO | {"data_parallel_backend": "ray"}, {}, "Ray may have put engines on several machines"),
         (TWO, {"executor": "theirs:Executor"}, "the executor theirs:Executor may"),
         (TWO, {"executor": "external_launcher", "local": "1"}, "on several machines"),
         (TWO, {"device": "cuda"}, "GPUs"),
