@@ -325,7 +325,26 @@ def _shared(ways: Mapping[str, Any]) -> float:
     return float(ways["shared memory"]["median"])
 
 
+def kernels_part(report: Report) -> str:
+    """Compiled operations beside torch's, and beside what the machine can."""
+    config, numbers = report.config, dict(report.numbers)
+    limits: Any = numbers.pop("limits")
+    rows = []
+    for operation, found in numbers.items():
+        assert isinstance(found, Mapping)
+        for who, each in found.items():
+            figures = (each["gigabytes_per_second"], each["gigaflops"], each["times_as_fast_as_torch"])
+            rows.append((operation, who, f"{each['seconds'] * 1e6:,.0f}", *(f"{figure:.1f}" for figure in figures)))
+    about = (
+        f"Compiled operations in bfloat16, sizes of `{config['preset']}`, {config['threads']} threads, commit "
+        f"`{report.commit}`. The machine reads {limits['gigabytes_per_second']:.1f} GB/s; a large float32 product of "
+        f"torch's makes {limits['float32_gigaflops']:.0f} GFLOP/s."
+    )
+    return f"{about}\n\n" + markdown_table(["operation", "by", "us", "GB/s", "GFLOP/s", "times torch"], rows)
+
+
 PARTS = {
+    "kernels": kernels_part,
     "all2all": all2all_part,
     "startup": startup_part,
     "pipeline": pipeline_part,
