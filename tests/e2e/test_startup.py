@@ -162,7 +162,7 @@ def hub_at(address: str, cache: Path) -> dict[str, str]:
         (["-pp", "99"], "layers cannot be spread over 99 pipeline stages: .*--pipeline-parallel-size"),
         (["-dp", "2", "-dpe"], "data_parallel_external_lb needs data_parallel_rank"),
         (["-dp", "2", "-dph"], "data_parallel_hybrid_lb needs data_parallel_size_local"),
-        (["--data-parallel-backend", "ray"], "data_parallel_backend='ray' is known but not built yet"),
+        (["--data-parallel-backend", "ray"], "data_parallel_backend ray needs data_parallel_size > 1"),
         (["--distributed-executor-backend", "external_launcher"], "is for LLM in processes that torchrun starts"),
         (["-tp", "2", "--ray-address", "h:1"], "--ray-address has no effect with the mp executor; add --distributed"),
         (["--enable-dbo"], "enable_dbo=True is known but not built yet"),
