@@ -54,6 +54,7 @@ class Engine:
 
     def __init__(self, model, num_blocks, options):
         given = {"model": str(model), "load_format": "dummy", "device": "cpu", "block_size": 4, "max_model_len": 128}
+        given["all2all_backend"] = "allgather_reducescatter"  # nothing resolves "auto" here
         config = Config.from_flat(given | options)
         self.executor = UniExecutor(config, ALONE, Progress())
         self.executor.start()
