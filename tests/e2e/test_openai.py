@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 
+import httpx
 import openai
 import pytest
 
@@ -36,6 +37,13 @@ def client(server: Server) -> openai.OpenAI:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_endpoint(server: Server, client: openai.OpenAI, check: Check) -> None:
     check(client, server.base_url, NAME)
+
+
+def test_balancing_that_is_off_says_so(server: Server) -> None:
+    answer = httpx.get(f"{server.base_url}/eplb", headers={"Authorization": f"Bearer {KEY}"})
+    assert answer.status_code == 400
+    assert "--enable-eplb" in answer.json()["error"]["message"]
+    assert server.get("/metrics").status_code == 200
 
 
 def test_the_printed_curl_line_works(server: Server) -> None:

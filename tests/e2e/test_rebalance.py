@@ -240,14 +240,6 @@ def test_bad_requests_about_balancing_get_a_clear_refusal(
     assert words in answer.json()["error"]["message"]
 
 
-def test_balancing_that_is_off_says_so(folder: Path) -> None:
-    with serving(str(folder), "--dtype", "float32") as server:
-        answer = server.get("/eplb")
-        assert answer.status_code == 400
-        assert "--enable-eplb" in answer.json()["error"]["message"]
-        assert server.get("/metrics").status_code == 200
-
-
 @pytest.mark.long
 def test_answers_of_a_model_with_a_dense_layer_stay_the_same_through_a_rearrangement(
     tmp_path: Path, requests: list[list[int]]
@@ -292,27 +284,13 @@ def test_a_server_starts_with_the_placement_of_a_file(
         assert server.get("/eplb").json()["placement"]["physical_to_logical"] == [TWICE, TWICE[::-1]]
 
 
-@pytest.mark.parametrize(
-    ("rows", "num_ranks", "redundant", "words"),
-    [
-        ([TWICE] * 3, 2, 2, "has 3 layers, but this model has 2"),
-        ([TWICE] * 2, 4, 2, "is for 4 ranks, but this world spreads experts over 2"),
-        ([[*TWICE[:-1], 8]] * 2, 2, 2, "holds no copy of experts [9]"),
-        ([TWICE] * 2, 2, 3, "but num_redundant_experts is 3"),
-        ([TWICE] * 2, 2, None, "but num_redundant_experts is 0"),
-    ],
-)
-def test_a_placement_that_does_not_fit_ends_the_start_with_one_sentence(
-    folder: Path, tmp_path: Path, rows: list[list[int]], num_ranks: int, redundant: int | None, words: str
-) -> None:
-    given = ("--expert-placement-file", placement_file(tmp_path, rows, num_ranks))
-    balancing = ["-dp", "2", "-ep"] if redundant is None else options(2, "static", redundant)
-    assert words in refusal(str(folder), *balancing, *given)
+def test_a_placement_that_does_not_fit_ends_the_start_with_one_sentence(folder: Path, tmp_path: Path) -> None:
+    """All of them: tests/eplb/test_first_placement.py."""
+    given = ("--expert-placement-file", placement_file(tmp_path, [TWICE] * 3))
+    assert "has 3 layers, but this model has 2" in refusal(str(folder), *options(2, "static", 2), *given)
 
 
-def test_a_placement_file_needs_expert_parallelism_and_a_file(folder: Path, tmp_path: Path) -> None:
-    given = placement_file(tmp_path, [TWICE] * 2)
-    assert "needs enable_expert_parallel" in refusal(str(folder), "-dp", "2", "--expert-placement-file", given)
+def test_a_placement_file_that_is_not_there_ends_the_start(folder: Path, tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.json")
     assert "cannot be read" in refusal(str(folder), "-dp", "2", "-ep", "--expert-placement-file", absent)
 

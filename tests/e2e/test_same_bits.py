@@ -42,7 +42,7 @@ def answers(llm: LLM, prompts: Sequence[list[int]]) -> list[Answer]:
 @pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("path", [available()[0]])
+@pytest.mark.parametrize("path", available()[:1])
 def test_alone_together_again_cut_and_preempted(folder: Path, path: str) -> None:
     def started(**options: object) -> LLM:
         return LLM(str(folder), dtype="bfloat16", kernels=path, max_model_len=128, **options)
@@ -66,10 +66,11 @@ def kv_bytes(blocks: int) -> int:
 @pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.long
-def test_through_rearrangements_of_packed_experts(folder: Path) -> None:
+@pytest.mark.parametrize("path", available()[:1])
+def test_through_rearrangements_of_packed_experts(folder: Path, path: str) -> None:
     """`torch_a2a` adds a token's terms in the same order wherever its experts live."""
     moves = {"window_size": 20, "step_interval": 24, "num_redundant_experts": 2, "policy": "shuffle", "min_gain": 0}
-    world = ["--dtype", "bfloat16", "--kernels", available()[0], "-dp", "2", "-ep", "--all2all-backend", "torch_a2a"]
+    world = ["--dtype", "bfloat16", "--kernels", path, "-dp", "2", "-ep", "--all2all-backend", "torch_a2a"]
     with serving(str(folder), *world) as server:
         expected = over_http(server)
     with serving(str(folder), *world, "--enable-eplb", "--eplb-config", json.dumps(moves)) as server:

@@ -15,7 +15,7 @@ SIZES = {"expert_size": 32, "hidden_size": 64, "vocab_size": 144}
 PROMPTS = [[5, 9, 2, 77, 31, 8, 100, 3, 64, 12, 7], [101, 4], list(range(3, 70)), [9]]
 
 
-@pytest.mark.parametrize("path", available())
+@pytest.mark.parametrize("path", available()[:1])  # all of them: tests/kernels
 @pytest.mark.parametrize("arch", ARCHS)
 @torch.inference_mode()
 def test_logits_are_near_and_do_not_depend_on_the_batch(tmp_path: Path, arch: str, path: str) -> None:
