@@ -65,9 +65,13 @@ class Checkpoint:
 
 
 def covering_ways() -> list[Way]:
-    """Each architecture in each world once; over those, each backend with each placement (and without)."""
-    spreads = itertools.cycle([(backend, placement) for placement in [*PLACEMENTS, None] for backend in BACKENDS])
-    return [Way(arch, dp, tp, *next(spreads)) for arch in ARCHS for dp, tp in WORLDS]
+    """Each architecture in each world once; over those, each backend with each placement (and without).
+
+    A world's backend is another one for each architecture, though there may be as many worlds as backends.
+    """
+    spreads = [(backend, placement) for placement in [*PLACEMENTS, None] for backend in BACKENDS]
+    ways = enumerate(itertools.product(enumerate(ARCHS), WORLDS))
+    return [Way(arch, dp, tp, *spreads[(way + row) % len(spreads)]) for way, ((row, arch), (dp, tp)) in ways]
 
 
 def all_ways() -> list[Way]:
