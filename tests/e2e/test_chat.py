@@ -32,6 +32,7 @@ def processes_of(token: str) -> list[int]:
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@pytest.mark.long
 def test_chat_starts_a_server_of_its_own_and_ends_it(tmp_path: Path) -> None:
     make_model(folder=tmp_path / "model", preset="tiny", arch="qwen3_moe", seed=0)
     token = secrets.token_hex(16)

@@ -274,7 +274,8 @@ def test_a_drain_that_the_api_server_does_not_hear_of_ends_at_its_deadline(model
         assert not load.wait_ended(1)
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(model: str, second: signal.Signals) -> None:
     with serving(model, *SMALL, "--shutdown-timeout", "600") as server:
         load = Load(server, count=2).start()

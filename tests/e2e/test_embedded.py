@@ -75,6 +75,7 @@ def test_a_mistake_of_the_operators_is_told_as_one(model: str) -> None:
         LLM(model, data_parallel_size=2, data_parallel_address="192.0.2.1")
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_leaves_nothing_of_its_world(model: str) -> None:
     script = (
         f"from moe_serve import LLM\nllm = LLM({model!r}, data_parallel_size=2)\nprint('ready', flush=True)\ninput()"

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 WORLDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 BACKENDS = list(ALL2ALL)
 PLACEMENTS = ["linear", "round_robin"]
-DAILY = {(1, 1): ("olmoe",), (2, 1): ("qwen2_moe",), (1, 2): ("qwen3_moe",)}
+DAILY = {(2, 1): ("qwen2_moe",)}
 VOCAB = 131
 NUM_TOKENS = 48
 LENGTHS = [1, 2, 7, 16, 33, 80, 129, 150]
@@ -47,7 +47,7 @@ class Way:
         return ["-dp", str(self.dp), "-tp", str(self.tp), "--all2all-backend", self.backend, *spread]
 
     def marked(self) -> ParameterSet:
-        """Larger worlds take ten seconds each on two cores: some of each kind are left in the daily run."""
+        """Each takes ten seconds on two cores: one is left in the daily run, beside the logits of test_archs."""
         daily = self.arch in DAILY.get((self.dp, self.tp), ())
         return pytest.param(self, id=str(self), marks=() if daily else pytest.mark.long)
 

@@ -275,6 +275,7 @@ def placement_file(folder: Path, rows: list[list[int]], num_ranks: int = 2) -> s
     return str(path)
 
 
+@pytest.mark.long
 def test_a_server_starts_with_the_placement_of_a_file(
     folder: Path, tmp_path: Path, requests: list[list[int]], expected: list[list[int]]
 ) -> None:
