@@ -19,7 +19,7 @@ try:
 except ImportError:
     _native = None
 
-LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES = range(6)
+LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY = range(7)
 """As in native/table.hpp."""
 
 

@@ -16,6 +16,8 @@ from moe_kernels.linear.packing import can_pack, pack, pack_gated, unpack
 from moe_kernels.norm import reference as norm_reference
 from moe_kernels.norm.norm import rms_norm
 from moe_kernels.paths import available
+from moe_kernels.rotary import reference as rotary_reference
+from moe_kernels.rotary.rotary import rotary
 from moe_kernels.scores import reference as scores_reference
 from moe_kernels.scores.scores import scores
 from torch import Tensor
@@ -119,6 +121,44 @@ def test_combine(path: str, tokens: int, top_k: int, hidden: int) -> None:
     assert_near(got, combine_reference.combine(terms, pairs, weights), steps=1.0)
     order = torch.randperm(len(pairs), generator=generator)
     assert torch.equal(combine(path, terms[order], pairs[order], weights), got)
+
+
+class Heads:
+    """q, k and v as views of one product, angles, and an empty cache that has more slots than rows."""
+
+    def __init__(self, rows: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        qkv = some(rows, heads + 2 * kv_heads, head_dim, seed=rows)
+        self.views = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        angles = torch.arange(1, rows + 1)[:, None] * torch.rand(head_dim // 2)
+        cos, sin = angles.cos(), angles.sin()
+        self.cos = torch.stack((cos, cos), dim=1)[:, None].to(torch.bfloat16)
+        self.sin = torch.stack((-sin, sin), dim=1)[:, None].to(torch.bfloat16)
+        self.slots = torch.randperm(rows + 5, generator=torch.Generator().manual_seed(1))[:rows]
+        self.size = (rows + 5, kv_heads, head_dim)
+
+    def caches(self) -> tuple[Tensor, Tensor]:
+        return torch.full(self.size, 7.0, dtype=torch.bfloat16), torch.full(self.size, 7.0, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 2), (4, 2, 24), (6, 2, 64), (8, 1, 128), (3, 3, 70)]
+)
+def test_rotary(path: str, heads: int, kv_heads: int, head_dim: int) -> None:
+    scales = some(head_dim, seed=1), some(head_dim, seed=2)
+    for rows in ROWS:
+        given = Heads(rows, heads, kv_heads, head_dim)
+        caches, expected_caches = given.caches(), given.caches()
+        q = rotary(path, *given.views, *caches, given.slots, given.cos, given.sin)
+        expected = rotary_reference.rotary(*given.views, *expected_caches, given.slots, given.cos, given.sin)
+        for got, wanted in zip((q, *caches), (expected, *expected_caches), strict=True):
+            assert torch.equal(got, wanted)  # torch rounds in the same places
+        q = rotary(path, *given.views, *caches, given.slots, given.cos, given.sin, scales_d=scales, eps=1e-6)
+        expected = rotary_reference.rotary(
+            *given.views, *expected_caches, given.slots, given.cos, given.sin, scales_d=scales, eps=1e-6
+        )
+        for got, wanted in zip((q, *caches), (expected, *expected_caches), strict=True):
+            assert_near(got, wanted)
 
 
 class Cached:

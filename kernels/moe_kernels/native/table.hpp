@@ -8,7 +8,7 @@ typedef void (*Operation)(const int64_t* words);
 
 struct Path {
     const char* name;
-    Operation operations[6];
+    Operation operations[7];
 };
 
-enum OperationIndex { LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, NUM_OPERATIONS };
+enum OperationIndex { LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, NUM_OPERATIONS };
