@@ -19,7 +19,7 @@ try:
 except ImportError:
     _native = None
 
-LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY = range(7)
+LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER = range(9)
 """As in native/table.hpp."""
 
 

@@ -20,6 +20,8 @@ from moe_kernels.rotary import reference as rotary_reference
 from moe_kernels.rotary.rotary import rotary
 from moe_kernels.scores import reference as scores_reference
 from moe_kernels.scores.scores import scores
+from moe_kernels.sorting import reference as sorting_reference
+from moe_kernels.sorting.sorting import sort_rows
 from torch import Tensor
 
 PATHS = available()
@@ -121,6 +123,27 @@ def test_combine(path: str, tokens: int, top_k: int, hidden: int) -> None:
     assert_near(got, combine_reference.combine(terms, pairs, weights), steps=1.0)
     order = torch.randperm(len(pairs), generator=generator)
     assert torch.equal(combine(path, terms[order], pairs[order], weights), got)
+    terms = some(tokens * top_k, hidden, seed=6)
+    got = combine(path, terms, None, weights)
+    assert_near(got, combine_reference.combine(terms, None, weights), steps=1.0)
+    assert torch.equal(combine(path, terms, torch.arange(tokens * top_k), weights), got)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "hidden"), [(0, 2, 16), (1, 1, 7), (5, 3, 40), (130, 8, 33), (12_500, 8, 24)]
+)
+@pytest.mark.parametrize(("first", "local"), [(0, 20), (3, 5), (17, 3), (7, 0), (40, 2)])
+def test_sort_rows(
+    path: str, id_dtype: torch.dtype, tokens: int, top_k: int, hidden: int, first: int, local: int
+) -> None:
+    slots = torch.randint(-1, 20, (tokens, top_k + 1), generator=torch.Generator().manual_seed(7)).to(id_dtype)
+    for x, of_them in ((some(tokens, hidden), slots[:, 1:]), (some(tokens, hidden + 3)[:, 3:].float(), slots)):
+        got = sort_rows(path, x, of_them, first, local)
+        for mine, wanted in zip(got, sorting_reference.sort_rows(x, of_them, first, local), strict=True):
+            assert mine.dtype == wanted.dtype
+            assert torch.equal(mine, wanted)
 
 
 class Heads:

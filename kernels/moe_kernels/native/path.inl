@@ -13,6 +13,7 @@
 #include "../combine/combine.inl"
 #include "../scores/scores.inl"
 #include "../rotary/rotary.inl"
+#include "../sorting/sorting.inl"
 
 #define MOE_TEXT2(x) #x
 #define MOE_TEXT(x) MOE_TEXT2(x)
@@ -22,5 +23,5 @@
 extern const Path MOE_JOIN(moe_path_, MOE_PATH);
 const Path MOE_JOIN(moe_path_, MOE_PATH) = {
     MOE_TEXT(MOE_PATH),
-    {linear, experts, attention, rms_norm, combine, scores, rotary},
+    {linear, experts, attention, rms_norm, combine, scores, rotary, sort, gather},
 };

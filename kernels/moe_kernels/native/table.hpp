@@ -8,7 +8,7 @@ typedef void (*Operation)(const int64_t* words);
 
 struct Path {
     const char* name;
-    Operation operations[7];
+    Operation operations[9];
 };
 
-enum OperationIndex { LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, NUM_OPERATIONS };
+enum OperationIndex { LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER, NUM_OPERATIONS };
