@@ -12,6 +12,7 @@ from moe_kernels.linear.linear import linear
 from moe_kernels.norm.norm import rms_norm
 from moe_kernels.paths import available
 from moe_kernels.rotary.rotary import rotary
+from moe_kernels.route.route import route
 from moe_kernels.scores.scores import scores
 
 from tests.kernels.test_operations import SPAN, Cached, Heads, packed, some
@@ -39,6 +40,9 @@ def test_a_row_of_a_product_is_the_same_alone_and_among_others(path: str) -> Non
     assert torch.equal(rms_norm(path, x[7:8], scale, 1e-6), rms_norm(path, x, scale, 1e-6)[7:8])
     columns = some(70, 208, seed=3).float()
     assert torch.equal(scores(path, x[35:36], columns), scores(path, x, columns)[35:36])
+    x = some(300, 208)
+    for alone, among in zip(route(path, x[290:291], columns, 7), route(path, x, columns, 7), strict=True):
+        assert torch.equal(alone, among[290:291])
 
 
 @pytest.mark.parametrize("path", PATHS)

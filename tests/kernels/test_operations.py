@@ -18,6 +18,8 @@ from moe_kernels.norm.norm import rms_norm
 from moe_kernels.paths import available
 from moe_kernels.rotary import reference as rotary_reference
 from moe_kernels.rotary.rotary import rotary
+from moe_kernels.route import reference as route_reference
+from moe_kernels.route.route import route
 from moe_kernels.scores import reference as scores_reference
 from moe_kernels.scores.scores import scores
 from moe_kernels.sorting import reference as sorting_reference
@@ -90,6 +92,33 @@ def test_scores(path: str, hidden: int, experts_: int) -> None:
     for rows in ROWS:
         x = some(rows, hidden + 3, seed=rows)[:, 3:]
         torch.testing.assert_close(scores(path, x, weight), scores_reference.scores(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("hidden", "experts_", "top_k"), [(16, 1, 1), (24, 4, 4), (100, 67, 8), (64, 512, 10), (7, 3, 1)]
+)
+@pytest.mark.parametrize(("renormalise", "scale"), [(False, 1.0), (True, 1.0), (True, 2.5), (False, 0.5)])
+def test_route(path: str, hidden: int, experts_: int, top_k: int, renormalise: bool, scale: float) -> None:
+    weight = hidden**-0.5 * torch.randn(experts_, hidden, generator=torch.Generator().manual_seed(1))
+    for rows in (*ROWS, 600):
+        x = some(rows, hidden + 3, seed=rows)[:, 3:]
+        ids, weights = route(path, x, weight, top_k, renormalise=renormalise, scale=scale)
+        expected_ids, expected = route_reference.route(x, weight, top_k, renormalise=renormalise, scale=scale)
+        by_scores = scores(path, x, weight).sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        assert torch.equal(ids, by_scores)
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(ids, expected_ids)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_of_experts_that_score_the_same_the_lower_one_is_taken_first(path: str) -> None:
+    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    ids, weights = route(path, some(40, 32), weight[[0, 1, 2, 1, 0, 3, 4, 2, 1]], 9)
+    places = ids.argsort(dim=1)
+    for lower, higher in ((0, 4), (1, 3), (3, 8), (2, 7)):
+        assert torch.equal(places[:, lower] + 1, places[:, higher])
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(40))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -236,6 +265,10 @@ def test_what_is_not_finite_stays_so(path: str) -> None:
     x[1, 5] = float("nan")
     got = linear(path, x, packed(weight))
     assert got.isfinite().all(dim=1).tolist() == [True, False, True]
+    for top_k in (1, 3, 5):
+        ids, weights = route(path, x, torch.randn(5, 32, generator=torch.Generator().manual_seed(1)), top_k)
+        assert all(len(set(row)) == top_k and set(row) <= set(range(5)) for row in ids.tolist())
+        assert weights.isfinite().all(dim=1).tolist() == [True, False, True]
     assert rms_norm(path, x, some(32), 1e-6).isfinite().all(dim=1).tolist() == [True, False, True]
     gate_up, down = some(1, 32, 32, seed=1), some(1, 32, 16, seed=2)
     got = experts(path, x, torch.tensor([3]), packed(gate_up, gated=True), packed(down))

@@ -14,6 +14,7 @@
 #include "../scores/scores.inl"
 #include "../rotary/rotary.inl"
 #include "../sorting/sorting.inl"
+#include "../route/route.inl"
 
 #define MOE_TEXT2(x) #x
 #define MOE_TEXT(x) MOE_TEXT2(x)
@@ -23,5 +24,5 @@
 extern const Path MOE_JOIN(moe_path_, MOE_PATH);
 const Path MOE_JOIN(moe_path_, MOE_PATH) = {
     MOE_TEXT(MOE_PATH),
-    {linear, experts, attention, rms_norm, combine, scores, rotary, sort, gather},
+    {linear, experts, attention, rms_norm, combine, scores, rotary, sort, gather, route},
 };
