@@ -35,6 +35,7 @@ from moe_serve.model.attention.paged import Paged
 from moe_serve.model.attention.sdpa import SDPA
 from moe_serve.model.context import LayerKV
 from moe_serve.model.layers.norm import rms_norm as torch_rms_norm
+from moe_serve.model.layers.rope import Rope
 from moe_serve.model.moe.experts import Experts
 
 ROWS = (1, 4, 16, 128, 512)
@@ -202,6 +203,8 @@ def attention_case(name: str, preset: Preset, parts: Sequence[tuple[int, int]], 
     blocks = [list(range(first, first + count)) for first, count in zip(firsts, counts, strict=True)]
     step = StepShape([SequenceShape(*part, ids) for part, ids in zip(parts, blocks, strict=True)], BLOCK)
     tokens = sum(count for _, count in parts)
+    positions = torch.cat([torch.arange(start, start + count) for start, count in parts])
+    rotation = Rope(HEAD_DIM, 10000.0, CPU).rotation(positions, BF16)
     q, k, v = (some(tokens, heads, HEAD_DIM) for heads in (preset.heads, preset.kv_heads, preset.kv_heads))
     backends: dict[str, AttentionBackend] = {"torch": SDPA(preset.heads, preset.kv_heads, HEAD_DIM, CPU)}
     for path in paths:
@@ -209,7 +212,7 @@ def attention_case(name: str, preset: Preset, parts: Sequence[tuple[int, int]], 
 
     def attended(backend: AttentionBackend) -> Callable[[], object]:
         plan = backend.plan(step)
-        return lambda: backend.forward(q, k, v, kv, plan)
+        return lambda: backend.forward(q, k, v, rotation, kv, plan)
 
     pairs = sum(count * start + count * (count + 1) // 2 for start, count in parts)
     read = sum(start + count for start, count in parts) * preset.kv_heads * HEAD_DIM * 2 * 2
