@@ -77,20 +77,18 @@ inline void score(const float* q, const float* keys, int64_t n, int64_t d, float
 
 static_assert(CHUNK == 4 * TILE && GROUP == TILE, "score() has a tile for each 16 keys of a chunk");
 
-inline __m512i rounded(vf x) {
-    const vu bits = (vu)x;
-    return (__m512i)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // Weights (n, 16), n up to a multiple of 32 with zeros, as rows (16, CHUNK) in bfloat16.
 inline void turn(const float* weights, int64_t n, int32_t* to) {
+    alignas(64) static constexpr uint16_t IN_PAIRS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i in_pairs = _mm512_load_si512(IN_PAIRS);
     for (int64_t from = 0; from < n; from += TILE_DEPTH) {
         __m512i pairs[TILE_PAIRS];
         for (int64_t i = 0; i < TILE_PAIRS; i++) {
             const int64_t key = from + 2 * i;
-            const __m512i even = key < n ? rounded(load<vf>(weights + key * GROUP)) : _mm512_setzero_si512();
-            const __m512i odd = key + 1 < n ? rounded(load<vf>(weights + (key + 1) * GROUP)) : _mm512_setzero_si512();
-            pairs[i] = even | _mm512_slli_epi32(odd, 16);
+            const __m512 even = key < n ? _mm512_loadu_ps(weights + key * GROUP) : _mm512_setzero_ps();
+            const __m512 odd = key + 1 < n ? _mm512_loadu_ps(weights + (key + 1) * GROUP) : _mm512_setzero_ps();
+            pairs[i] = _mm512_permutexvar_epi16(in_pairs, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
         }
         transpose(pairs, to + from / 2, CHUNK / 2);
     }

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t CHUNK = 64, SPAN = 1024;
 constexpr int64_t GROUP = W;          // queries that lie across a vector
-constexpr int64_t TILE_QUERIES = 64;  // of one sequence and KV head, which share the keys that were taken
+constexpr int64_t TILE_QUERIES = 128; // of one sequence and KV head, which share the keys that were taken
 
 inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -71,20 +71,23 @@ struct Buffers {
 };
 
 // Scores (n, GROUP) become weights relative to the largest so far; gives what earlier sums are to be multiplied with.
-// A query sees keys 0 to its `limit`.
+// A query sees keys 0 to its `limit`. A score that is not a number shows in `total`, and so in the result.
 inline vf soften(float* weights, int64_t n, float scale, vi limit, bool all_seen, float* most, float* total) {
     const vf before = load<vf>(most);
-    vf largest_ = before;
+    vf largest_ = splat(-INFINITY);
     for (int64_t i = 0; i < n; i++) {
-        vf s = load<vf>(weights + i * W) * scale;
-        if (!all_seen) s = select((vi)(limit >= int32_t(i)), s, splat(-INFINITY));
-        store(weights + i * W, s);
-        largest_ = select((vi)(s > largest_) | (vi)(s != s), s, largest_);
+        vf s = load<vf>(weights + i * W);
+        if (!all_seen) {
+            s = select((vi)(limit >= int32_t(i)), s, splat(-INFINITY));
+            store(weights + i * W, s);
+        }
+        largest_ = larger(s, largest_);
     }
+    largest_ = larger(largest_ * scale, before);
     const vf from = select((vi)(largest_ == splat(-INFINITY)), vf{}, largest_);
     vf sum_ = vf{};
     for (int64_t i = 0; i < n; i++) {
-        vf p = exp_(load<vf>(weights + i * W) - from);
+        vf p = exp_(load<vf>(weights + i * W) * scale - from);
         store(weights + i * W, p);
         sum_ += p;
     }
