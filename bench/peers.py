@@ -31,6 +31,7 @@ from bench.report import Report, spread
 from moe_serve.base.interpreter import import_environment
 from moe_serve.base.model_config import load_model_config
 from moe_serve.cli.random_model import PRESETS, make_model
+from moe_serve.world.member import thread_environment
 
 BENCH = Path(__file__).parent
 US = "moe_serve"
@@ -39,8 +40,6 @@ WORKLOADS = (
     *(f"small:{requests}x128/32" for requests in (1, 4, 16)),
     "small:1x2048/1",
 )
-SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Not handed on: how long idle threads spin is for each contestant to say, and none of them spins for good."""
 console = Console(stderr=True)
 
 
@@ -212,11 +211,10 @@ def begin(
 
 
 def environment_of(python: Path, threads: int) -> dict[str, str]:
-    """Of a child: this one's import path only for this interpreter, and a number of threads."""
-    kept = {name: value for name, value in os.environ.items() if name not in (*SPIN_VARIABLES, "PYTHONPATH")}
+    """Of a child: this one's import path only for this interpreter; threads, and how long idle ones spin, as for us."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = import_environment() if python == Path(sys.executable) else {}
-    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return kept | path | own
+    return kept | path | thread_environment(threads)
 
 
 def write_gguf(python: Path, checkpoint: Path, folder: Path, patience: float) -> Path:

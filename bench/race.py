@@ -27,7 +27,7 @@ class Race:
 
     def __init__(self, essential: str, left_out: dict[str, str]) -> None:
         self._essential, self._left_out = essential, left_out
-        self._running: dict[str, Contestant] = {}
+        self.running: dict[str, Contestant] = {}
         self.waited: dict[str, tuple[float, float]] = {}
         """Seconds that a contestant used on cores while others had their turns, and how long these took."""
 
@@ -35,18 +35,18 @@ class Race:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for contestant in self._running.values():
+        for contestant in self.running.values():
             contestant.close()
 
     @property
     def names(self) -> list[str]:
-        return list(self._running)
+        return list(self.running)
 
     def start(self, name: str, begin: Callable[[], Contestant]) -> float | None:
         """Seconds until it has answered a short prompt; None if it does not."""
         started = time.perf_counter()
         try:
-            self._running[name] = begin()
+            self.running[name] = begin()
         except ContestantEnded as ended:
             self.leave_out(name, str(ended))
             return None
@@ -55,7 +55,7 @@ class Race:
 
     def turn(self, name: str, prompts: list[list[int]], output_len: int) -> Any:
         """{"seconds", "answers"}, or None where it fails."""
-        others = {other: contestant for other, contestant in self._running.items() if other != name}
+        others = {other: contestant for other, contestant in self.running.items() if other != name}
         self._let_rest(list(others.values()))
         before = {other: contestant.cpu_seconds() for other, contestant in others.items()}
         started = time.perf_counter()
@@ -74,11 +74,11 @@ class Race:
 
     def _ask(self, name: str, prompts: list[list[int]], output_len: int) -> Any:
         try:
-            given = self._running[name].ask(prompts=prompts, output_len=output_len)
+            given = self.running[name].ask(prompts=prompts, output_len=output_len)
             if any(len(answer) != output_len for answer in given["answers"]) or len(given["answers"]) != len(prompts):
                 raise ContestantEnded(f"an answer does not have {output_len} tokens")
         except ContestantEnded as ended:
-            self._running.pop(name).kill()
+            self.running.pop(name).kill()
             self.leave_out(name, str(ended))
             return None
         return given
