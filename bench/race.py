@@ -51,7 +51,7 @@ class Race:
             self.leave_out(name, str(ended))
             return None
         answered = self._ask(name, [SHORT_PROMPT], SHORT_ANSWER)
-        return None if answered is None else time.perf_counter() - started
+        return None if answered is None else round(time.perf_counter() - started, 1)
 
     def turn(self, name: str, prompts: list[list[int]], output_len: int) -> Any:
         """{"seconds", "answers"}, or None where it fails."""
