@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.command import add_checkouts, import_path, keep, parser_for
+from bench.contestants import Contestant
 from bench.pairs import commit_of, compare_one, show
 from bench.report import Report
 from moe_serve.cli.random_model import PRESETS
@@ -31,34 +31,11 @@ MAX_LAYERS = 24
 console = Console(stderr=True)
 
 
-class Contestant:
+def start(checkout: Path, sizes: dict[str, object]) -> Contestant:
     """A child that has the layers of one checkout, and computes when it is told to."""
-
-    def __init__(self, checkout: Path, sizes: dict[str, object]) -> None:
-        child = str(Path(__file__).with_name("experts_contestant.py"))
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", child, json.dumps(sizes)],
-            cwd=checkout,
-            env={**os.environ, **spin_environment(), "PYTHONPATH": import_path(checkout)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def turn(self, **order: int) -> tuple[float, str]:
-        """The median of its passes in seconds, and a checksum of all outputs."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a contestant ended with code {self._process.wait()}")
-        answer = json.loads(line)
-        return statistics.median(answer["seconds"]), answer["digest"]
-
-    def close(self) -> None:
-        self._process.communicate()  # closes both pipes
+    told = [sys.executable, "-P", Path(__file__).with_name("experts_contestant.py"), json.dumps(sizes)]
+    environment = {**os.environ, **spin_environment(), "PYTHONPATH": import_path(checkout)}
+    return Contestant(told, environment, checkout)
 
 
 def main() -> None:
@@ -81,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> Report:
     sizes = sizes_of(options)
-    sides = [Contestant(checkout, sizes) for checkout in (options.before, options.after)]
+    sides = [start(checkout, sizes) for checkout in (options.before, options.after)]
     numbers: dict[str, object] = {}
     equal: dict[str, int] = {}
     for rows in options.rows:
@@ -111,10 +88,11 @@ def sizes_of(options: argparse.Namespace) -> dict[str, object]:
 
 
 def alternate(sides: Sequence[Contestant], turn: int, rows: int) -> list[tuple[float, str]]:
-    """What both gave in a turn, [before, after]; who goes first changes."""
+    """Of both, [before, after], the median of a turn's passes in seconds and a checksum of all outputs. Who goes first
+    changes."""
     passes = max(3, 24 // rows)
-    given = {side: sides[side].turn(rows=rows, passes=passes, seed=turn) for side in ((0, 1) if turn % 2 else (1, 0))}
-    return [given[0], given[1]]
+    given = {side: sides[side].ask(rows=rows, passes=passes, seed=turn) for side in ((0, 1) if turn % 2 else (1, 0))}
+    return [(statistics.median(given[side]["seconds"]), given[side]["digest"]) for side in (0, 1)]
 
 
 if __name__ == "__main__":

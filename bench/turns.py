@@ -7,19 +7,17 @@ Both stay loaded, and one sleeps while the other has its turn, so that a ratio c
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 from rich.console import Console
 from rich.progress import track
 
 from bench.command import add_checkouts, import_path, keep, parser_for
+from bench.contestants import Contestant
 from bench.offline import make_checkpoint, random_prompts
 from bench.pairs import commit_of, compare_one, show
 from bench.report import Report
@@ -27,35 +25,10 @@ from bench.report import Report
 console = Console(stderr=True)
 
 
-class Contestant:
+def start(checkout: Path, model: Path, llm: str) -> Contestant:
     """A child that has the LLM of one checkout, and generates when it is told to."""
-
-    def __init__(self, checkout: Path, model: Path, llm: str) -> None:
-        told = [sys.executable, "-P", str(Path(__file__).with_name("contestant.py")), str(model), llm]
-        environment = {**os.environ, "PYTHONPATH": import_path(checkout)}
-        self._child = subprocess.Popen(
-            told, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def turn(self, prompts: list[list[int]], output_len: int) -> tuple[float, list[list[int]]]:
-        """Seconds that the child needed, and the tokens it gave."""
-        ask, answer = self._pipes()
-        ask.write(json.dumps({"prompts": prompts, "output_len": output_len}) + "\n")
-        ask.flush()
-        line = answer.readline()
-        if not line:
-            raise SystemExit(f"a contestant ended with code {self._child.wait()}")
-        given = json.loads(line)
-        return given["seconds"], given["answers"]
-
-    def close(self) -> None:
-        self._pipes()[0].close()
-        self._child.wait()
-
-    def _pipes(self) -> tuple[IO[str], IO[str]]:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        return self._child.stdin, self._child.stdout
+    told = [sys.executable, "-P", Path(__file__).with_name("contestant.py"), model, llm]
+    return Contestant(told, {**os.environ, "PYTHONPATH": import_path(checkout)}, checkout)
 
 
 def main() -> None:
@@ -83,18 +56,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, model: Path) -> Report:
-    sides = [Contestant(checkout, model, options.llm) for checkout in (options.before, options.after)]
+    sides = [start(checkout, model, options.llm) for checkout in (options.before, options.after)]
     seconds: list[list[float]] = [[], []]
     equal = answers = 0
     for number in track(range(options.turns + 2), description="turns", console=console):
         prompts = random_prompts(options.num_requests, options.input_len, 1000, options.seed + number)
         order = (0, 1) if number % 2 == 0 else (1, 0)
-        given = {side: sides[side].turn(prompts, options.output_len) for side in order}
+        given = {side: sides[side].ask(prompts=prompts, output_len=options.output_len) for side in order}
         if number >= 2:
             for side in order:
-                seconds[side].append(given[side][0])
+                seconds[side].append(given[side]["seconds"])
             answers += len(prompts)
-            equal += sum(one == other for one, other in zip(given[0][1], given[1][1], strict=True))
+            equal += sum(one == other for one, other in zip(*(given[side]["answers"] for side in (0, 1)), strict=True))
     for side in sides:
         side.close()
     tokens = options.num_requests * options.output_len

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.peers_table import header_of, rows_of
 from bench.report import RESULTS, Report, markdown_table
 
 
@@ -64,6 +65,24 @@ def compared_table(reports: Sequence[Report]) -> str:
     ]
     header = ["tokens or passes per second", "of", "before", "after", "ratio", "quartiles", "commits"]
     return "Two checkouts by turns.\n\n" + markdown_table(header, rows) if rows else ""
+
+
+def peers_part(report: Report) -> str:
+    """Us beside other engines: a row per workload."""
+    config, numbers = report.config, _numbers(report)
+    left_out = "".join(f" Left out: {name}, {why}." for name, why in numbers["left_out"].items())
+    return "\n\n".join(
+        part
+        for part in (
+            f"Beside other engines, `{report.label}`: the same random weights and prompts in {config['dtype']}, "
+            f"{config['threads']} threads, medians of {config['turns']} turns, load before "
+            f"{report.machine['load_before']}, commit `{report.commit}`. A ratio is ours to theirs in the same turn, "
+            f"quartiles in brackets; above one moe-serve is faster.{left_out}",
+            markdown_table(header_of(report), rows_of(report)),
+            _picture(report, "Output tokens per second over the number of requests"),
+        )
+        if part
+    )
 
 
 def startup_part(report: Report) -> str:
@@ -350,6 +369,7 @@ def kernels_part(report: Report) -> str:
 
 
 PARTS = {
+    "peers": peers_part,
     "kernels": kernels_part,
     "all2all": all2all_part,
     "startup": startup_part,

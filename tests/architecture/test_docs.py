@@ -31,6 +31,7 @@ OTHERS = {
     "strict",
     "attention-backend",
     "from-literal",
+    "no-deps",
     "for",
     "timeout",
     "context",
