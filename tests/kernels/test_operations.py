@@ -104,11 +104,11 @@ def test_route(path: str, hidden: int, experts_: int, top_k: int, renormalise: b
     for rows in (*ROWS, 600):
         x = some(rows, hidden + 3, seed=rows)[:, 3:]
         ids, weights = route(path, x, weight, top_k, renormalise=renormalise, scale=scale)
-        expected_ids, expected = route_reference.route(x, weight, top_k, renormalise=renormalise, scale=scale)
+        _, expected = route_reference.route(x, weight, top_k, renormalise=renormalise, scale=scale)
+        # Not the reference's ids: scores of another order of summation may be as near as to swap places.
         by_scores = scores(path, x, weight).sort(dim=1, descending=True, stable=True).indices[:, :top_k]
         assert torch.equal(ids, by_scores)
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
-        assert torch.equal(ids, expected_ids)
 
 
 @pytest.mark.parametrize("path", PATHS)

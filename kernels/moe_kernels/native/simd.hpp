@@ -65,6 +65,23 @@ inline void narrow(bf16* to, vf x) {
 }
 
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+
+// As narrow() rounds, but still in float32.
+inline vf nearest_bf16(vf x) {
+    vu bits = (vu)x;
+    return select((vi)(x != x), x, (vf)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u));
+}
+
+// Elements as floats, and back, so that one source serves rows of either type.
+inline vf take(const bf16* from) { return widen(from); }
+inline vf take(const float* from) { return load<vf>(from); }
+inline float take_one(bf16 x) { return widen(x); }
+inline float take_one(float x) { return x; }
+inline void put(bf16* to, vf x) { narrow(to, x); }
+inline void put(float* to, vf x) { store(to, nearest_bf16(x)); }
+inline void put_one(bf16* to, float x) { *to = narrow(x); }
+inline void put_one(float* to, float x) { *to = widen(narrow(x)); }
+
 inline vf larger(vf a, vf b) { return select((vi)(a > b), a, b); }
 
 inline float sum(vf v) {

@@ -10,8 +10,9 @@ struct NormWords {
     double eps;
 };
 
-// One row; `out` may be where `x` is.
-inline void norm_row(const bf16* x, const bf16* scale, int64_t n, float eps, bf16* out) {
+// One row, into bfloat16 or into floats that are rounded to it.
+template <typename Out>
+inline void norm_row(const bf16* x, const bf16* scale, int64_t n, float eps, Out* out) {
     vf squares = vf{};
     int64_t k = 0;
     for (; k + W <= n; k += W) {
@@ -21,12 +22,8 @@ inline void norm_row(const bf16* x, const bf16* scale, int64_t n, float eps, bf1
     float total = sum(squares);
     for (; k < n; k++) total += widen(x[k]) * widen(x[k]);
     const float inverse = 1.0f / std::sqrt(total / float(n) + eps);
-    for (k = 0; k + W <= n; k += W) {
-        bf16 rounded[W];
-        narrow(rounded, widen(x + k) * inverse);
-        narrow(out + k, widen(rounded) * widen(scale + k));
-    }
-    for (; k < n; k++) out[k] = narrow(widen(narrow(widen(x[k]) * inverse)) * widen(scale[k]));
+    for (k = 0; k + W <= n; k += W) put(out + k, nearest_bf16(widen(x + k) * inverse) * widen(scale + k));
+    for (; k < n; k++) put_one(out + k, widen(narrow(widen(x[k]) * inverse)) * widen(scale[k]));
 }
 
 void rms_norm(const int64_t* words) {

@@ -14,26 +14,30 @@ struct RotaryWords {
 };
 
 // The rounding in between is that of two operations on bfloat16; a product of two such numbers is exact in float32.
-inline void rotate_half(const bf16* x, const bf16* other, const bf16* cos, const bf16* sin, int64_t n, bf16* out) {
+template <typename In>
+inline void rotate(const In* x, const bf16* cos, const bf16* sin, int64_t half, bf16* out) {
     int64_t j = 0;
-    for (; j + W <= n; j += W) {
-        bf16 rounded[W];
-        narrow(rounded, widen(x + j) * widen(cos + j));
-        narrow(out + j, widen(rounded) + widen(other + j) * widen(sin + j));
+    for (; j + W <= half; j += W) {
+        vf a = take(x + j), b = take(x + half + j), c = widen(cos + j), s = widen(sin + half + j);
+        narrow(out + j, nearest_bf16(a * c) - b * s);
+        narrow(out + half + j, nearest_bf16(b * c) + a * s);
     }
-    for (; j < n; j++) out[j] = narrow(widen(narrow(widen(x[j]) * widen(cos[j]))) + widen(other[j]) * widen(sin[j]));
+    for (; j < half; j++) {
+        float a = take_one(x[j]), b = take_one(x[half + j]), c = widen(cos[j]), s = widen(sin[half + j]);
+        out[j] = narrow(widen(narrow(a * c)) - b * s);
+        out[half + j] = narrow(widen(narrow(b * c)) + a * s);
+    }
 }
 
 // One head; `normed` (d,) is scratch.
-inline void rotate_head(const RotaryWords& a, const bf16* x, const bf16* scale, int64_t t, bf16* normed, bf16* out) {
-    const int64_t half = a.d / 2;
+inline void rotate_head(const RotaryWords& a, const bf16* x, const bf16* scale, int64_t t, float* normed, bf16* out) {
     const bf16 *cos = a.cos + t * a.d, *sin = a.sin + t * a.d;
     if (scale) {
         norm_row(x, scale, a.d, float(a.eps), normed);
-        x = normed;
+        rotate(normed, cos, sin, a.d / 2, out);
+    } else {
+        rotate(x, cos, sin, a.d / 2, out);
     }
-    rotate_half(x, x + half, cos, sin, half, out);
-    rotate_half(x + half, x, cos + half, sin + half, half, out + half);
 }
 
 void rotary(const int64_t* words) {
@@ -43,7 +47,7 @@ void rotary(const int64_t* words) {
     std::atomic<int64_t> next{0};
 #pragma omp parallel if (tasks > 1 && a.T * (a.H + 2 * a.G) * a.d > 1 << 16)
     {
-        bf16* normed = reinterpret_cast<bf16*>(thread_floats(a.d));
+        float* normed = thread_floats(a.d);
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
             const int64_t until = (task + 1) * TOKENS < a.T ? (task + 1) * TOKENS : a.T;
             for (int64_t t = task * TOKENS; t < until; t++) {

@@ -27,7 +27,7 @@ def rotary(
     All bfloat16 but `slots_T` (T,) int64. q, k and v may be views of one product: heads and rows within it contiguous;
     the caches contiguous. `cos`, `sin` (T, 1, 2, d/2), the sine's first half negated: (x1, x2) of a head becomes
     (x1 cos + x2 sin, x2 cos + x1 sin), the first product rounded. With `scales_d`, q's and k's (d,), each head is
-    first what norm.rms_norm() makes of it, to the bit. A row's bits depend on nothing but the row and the path.
+    first what norm.rms_norm() makes of it. A row's bits depend on nothing but the row and the path.
     """
     (num_tokens, heads, head_dim), kv_heads = q_THd.shape, k_TGd.shape[1]
     assert all(each.dtype == torch.bfloat16 for each in (q_THd, k_TGd, v_TGd, k_NGd, v_NGd, cos, sin))
