@@ -109,7 +109,8 @@ class Rearranging:
         """What a step did; in the order in which they were planned."""
         steps = self._collected.pop(plan.step, 0)
         if result.load:
-            self._news.append(StepLoad(step=plan.step, steps=steps, load=result.load))
+            seconds = result.expert_seconds
+            self._news.append(StepLoad(step=plan.step, steps=steps, load=result.load, expert_seconds=seconds))
         if plan.commit_epoch and self._status is not None:
             self._report("committed", self._status, commit_seconds=result.commit_seconds)
             self._status = None
@@ -150,6 +151,7 @@ class Rearranging:
                 reason=status.failed,
                 stage_seconds=status.seconds,
                 commit_seconds=commit_seconds,
+                busy_seconds=status.busy_seconds,
                 bytes_received=status.bytes_received,
                 generation=self._generation,
             )

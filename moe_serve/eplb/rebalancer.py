@@ -63,7 +63,6 @@ class Rebalancer:
         self.books = Books(unix_time)
         self.recording = Recording()
         self.window = LoadWindow(placement.num_layers, placement.num_logical, eplb_config.window_size)
-        self.last_prediction: float | None = None
         self._log: list[str] = []
         self.policy = policy or eplb_config.policy
         self._forecast = Forecast((), eplb_config.prefer_local, expert_bytes)
@@ -89,7 +88,7 @@ class Rebalancer:
 
     def hear_load(self, load: StepLoad, now: float) -> list[ForEngine]:
         """A bucket of load; perhaps it is time to ask for a rearrangement, or for another split over the copies."""
-        counts = self.window.add(load.steps, load.load)
+        counts = self.window.add(load.steps, load.load, load.expert_seconds)
         sends: list[ForEngine] = []
         if self.recording.on and load.steps == 1:
             self.recording.add(counts)
@@ -236,10 +235,10 @@ class Rebalancer:
         if not self.load().any():
             self._skip("no_load", "no tokens were seen")
         else:
-            self._inquiry.ask(PlanQuestion(number=self.next_number(), situation=self.situation(), policy=self.policy))
+            situation = replace(self.situation(), parts=self.window.parts())
+            self._inquiry.ask(PlanQuestion(number=self.next_number(), situation=situation, policy=self.policy))
 
     def _weigh(self, plan: Proposal, now: float) -> list[ForEngine]:
-        self.last_prediction = plan.balancedness_after
         if self.eplb_config.log_balancedness:
             before, after = plan.balancedness_before, plan.balancedness_after
             self._log.append(f"balancedness {before:.3f}, {after:.3f} if rearranged")
@@ -299,6 +298,7 @@ class Rebalancer:
         table[chunk.layers] = work.plan.placement.physical_to_logical_LP[chunk.layers]
         self.placement = Placement(table, self.placement.offsets, self.placement.num_logical)
         self.epoch = chunk.epoch
+        self.window.forget_seconds()
         self.books.committed(work, chunk.done.values())
         if work.chunks and not chunk.dropping:
             self._ask_chunk(work)

@@ -114,7 +114,7 @@ class Balanced:
         while first:
             chunks += 1
             self.all_report("staged", first[0].epoch)
-            fields = {"stage_seconds": 2.0, "commit_seconds": 0.25, "bytes_received": 300}
+            fields = {"stage_seconds": 2.0, "commit_seconds": 0.25, "busy_seconds": 0.05, "bytes_received": 300}
             first = stages(self.all_report("committed", first[0].epoch, **fields))
         return chunks
 
