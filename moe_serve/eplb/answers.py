@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,7 @@ def _state(question: RequestQuestion, _body: Body, _propose: Propose) -> Answere
             "window_load": situation.load_LE.astype(np.int64).tolist(),
             "balancedness": mean_of_ratios(situation.forecast.rank_loads(situation.load_LE, situation.served)),
             "predicted": None if judged is None else judged.balancedness_after,
-            "judgement": None if judged is None else asdict(judged) | {"net": judged.net},
+            "judgement": None if judged is None else judged.document(),
             "history": facts.history,
             "recording": {"on": facts.recording, "steps": facts.recorded_steps},
         }

@@ -18,6 +18,7 @@ from moe_serve.eplb.rearrangement import Proposal, Rearrangement
 MOVE_BYTES_PER_SECOND = 0.5e9
 """How fast experts move while serving waits, until that has been measured."""
 RECENT_BUCKETS = 9
+INTERVAL = "interval"
 MAX_HISTORY = 200
 
 
@@ -94,7 +95,8 @@ class Books:
         else:
             self.totals.rebalances += 1
             self.totals.last_success = self._unix_time()
-        self._remember(_entry(work, epoch, now, failure))
+        judged = {"judgement": self.judged.document()} if work.why == INTERVAL and self.judged is not None else {}
+        self._remember(_entry(work, epoch, now, failure) | judged)
         return (
             f"rearrangement ({work.why}) {'given up' if failure else 'done'}: {work.num_moves} experts, "
             f"{work.bytes_received / 2**20:.1f} MiB in {now - work.started:.2f} s, "

@@ -5,7 +5,7 @@ All shares are of the time of a step, as it is now.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.eplb.rearrangement import Proposal
@@ -41,6 +41,10 @@ class Judgement:
     @property
     def net(self) -> float:
         return self.gain - self.cost
+
+    def document(self) -> dict[str, object]:
+        """As plain JSON values."""
+        return {**asdict(self), "net": self.net}
 
 
 def judge(plan: Proposal, prices: MovePrices, *, step_interval: int) -> Judgement:

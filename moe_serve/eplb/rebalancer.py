@@ -20,7 +20,7 @@ from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.errors import ConfigError, Conflict
 from moe_serve.base.topology import Topology
 from moe_serve.eplb.answers import UNDER_WAY
-from moe_serve.eplb.books import MAX_HISTORY, Books, Totals
+from moe_serve.eplb.books import INTERVAL, MAX_HISTORY, Books, Totals
 from moe_serve.eplb.forecast import Forecast
 from moe_serve.eplb.inquiry import Asked, Inquiry
 from moe_serve.eplb.nodes import NodeSizes
@@ -243,7 +243,7 @@ class Rebalancer:
             before, after = plan.balancedness_before, plan.balancedness_after
             self._log.append(f"balancedness {before:.3f}, {after:.3f} if rearranged")
         objection = self.books.objection(plan, self.eplb_config)
-        return self.apply(plan, now, why="interval") if objection is None else self._skip(*objection)
+        return self.apply(plan, now, why=INTERVAL) if objection is None else self._skip(*objection)
 
     def _no_plan(self, reason: str) -> list[ForEngine]:
         self._log.append(f"no rearrangement: {reason}")
