@@ -12,13 +12,16 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError
 
 HERE = Path("kernels/moe_kernels")
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 PATHS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """Flags of each source in native/. A path whose flags the compiler does not know is left out."""
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 
 
 class BuildKernels(build_ext):

@@ -22,6 +22,8 @@ from torch import Tensor
 
 PATHS = available()
 ROWS = (0, 1, 2, 3, 5, 8, 17, 33, 70)
+ATTENTION_STEPS = (1.0, 2.0)
+"""With AMX a softmax's weights are rounded once more."""
 SPAN = 1024
 """Positions after which attention() joins what it has."""
 
@@ -150,7 +152,8 @@ def test_attention(path: str, heads: int, kv_heads: int, head_dim: int, block_si
     q = some(sum(count for _, count in parts), heads + 2, head_dim, seed=9)[:, :heads]
     given = (q, cached.k, cached.v, cached.blocks, cached.sequences(parts))
     got = attention(path, *given, block_size=block_size, scale=head_dim**-0.5)
-    assert_near(got, attention_reference.attention(*given, block_size=block_size, scale=head_dim**-0.5), steps=1.0)
+    expected = attention_reference.attention(*given, block_size=block_size, scale=head_dim**-0.5)
+    assert_near(got, expected, steps=ATTENTION_STEPS[path == "amx"])
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -160,7 +163,8 @@ def test_attention_over_several_spans(path: str) -> None:
     q = some(sum(count for _, count in parts), 4, 32, seed=9)
     given = (q, cached.k, cached.v, cached.blocks, cached.sequences(parts))
     got = attention(path, *given, block_size=16, scale=32**-0.5)
-    assert_near(got, attention_reference.attention(*given, block_size=16, scale=32**-0.5), steps=1.0)
+    expected = attention_reference.attention(*given, block_size=16, scale=32**-0.5)
+    assert_near(got, expected, steps=ATTENTION_STEPS[path == "amx"])
 
 
 @pytest.mark.parametrize("path", PATHS)

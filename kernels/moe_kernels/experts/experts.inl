@@ -16,47 +16,32 @@ struct Busy {
     int64_t expert, first, count;
 };
 
-// One expert's rows through some of its gate and up panels.
-inline void gate_up_task(const ExpertsWords& a, const Busy& busy, int64_t first, int64_t last, float* x) {
+// One expert's rows through some of its panels of gate and up.
+inline void gate_up_task(const ExpertsWords& a, const Busy& busy, int64_t first, int64_t panels, Taken* x, float* sums) {
     const bf16* weights = a.gate_up + busy.expert * 2 * a.F * a.D;
     for (int64_t row = 0; row < busy.count; row += BLOCK_ROWS) {
-        int block = int(busy.count - row < BLOCK_ROWS ? busy.count - row : BLOCK_ROWS);
-        widen_rows(a.rows + (busy.first + row) * a.D, a.D, block, a.D, x);
-        for (int64_t pair = first; pair < last; pair++) {
-            for (int m = 0; m < block; m += TILE_ROWS) {
-                int rows = block - m < TILE_ROWS ? block - m : TILE_ROWS;
-                float sums[TILE_ROWS * 2 * PANEL];
-                tiles_of_two(rows, x + m * a.D, a.D, weights + pair * 2 * PANEL * a.D, sums);
-                for (int i = 0; i < rows; i++) {
-                    bf16* to = a.inner + (busy.first + row + m + i) * a.F + pair * PANEL;
-                    for (int j = 0; j < PANEL; j += W) {
-                        vf gate = load<vf>(sums + i * 2 * PANEL + j), up = load<vf>(sums + i * 2 * PANEL + PANEL + j);
-                        narrow(to + j, silu(gate) * up);
-                    }
-                }
+        const int rows = int(busy.count - row < BLOCK_ROWS ? busy.count - row : BLOCK_ROWS);
+        take_rows(a.rows + (busy.first + row) * a.D, a.D, rows, a.D, x);
+        products(rows, x, a.D, weights + first * PANEL * a.D, panels, sums);
+        for (int i = 0; i < rows; i++) {
+            bf16* to = a.inner + (busy.first + row + i) * a.F + first / 2 * PANEL;
+            for (int64_t j = 0; j < panels / 2 * PANEL; j += W) {
+                const int64_t gate = sum_at(i, j / PANEL * 2 * PANEL + j % PANEL);
+                narrow(to + j, silu(load<vf>(sums + gate)) * load<vf>(sums + gate + PANEL));
             }
         }
     }
 }
 
-inline void down_task(const ExpertsWords& a, const Busy& busy, int64_t first, int64_t last, float* x) {
+inline void down_task(const ExpertsWords& a, const Busy& busy, int64_t first, int64_t panels, Taken* x, float* sums) {
     const bf16* weights = a.down + busy.expert * a.D * a.F;
     for (int64_t row = 0; row < busy.count; row += BLOCK_ROWS) {
-        int block = int(busy.count - row < BLOCK_ROWS ? busy.count - row : BLOCK_ROWS);
-        widen_rows(a.inner + (busy.first + row) * a.F, a.F, block, a.F, x);
-        for (int64_t p = first; p < last; p += 2) {
-            bool both = p + 1 < last;
-            for (int m = 0; m < block; m += TILE_ROWS) {
-                int rows = block - m < TILE_ROWS ? block - m : TILE_ROWS;
-                float sums[TILE_ROWS * 2 * PANEL];
-                const bf16* w = weights + p * PANEL * a.F;
-                if (both) tiles_of_two(rows, x + m * a.F, a.F, w, sums);
-                else tiles(rows, x + m * a.F, a.F, w, sums, 2 * PANEL);
-                for (int i = 0; i < rows; i++)
-                    for (int j = 0; j < (both ? 2 : 1) * PANEL; j += W)
-                        narrow(a.out + (busy.first + row + m + i) * a.D + p * PANEL + j,
-                               load<vf>(sums + i * 2 * PANEL + j));
-            }
+        const int rows = int(busy.count - row < BLOCK_ROWS ? busy.count - row : BLOCK_ROWS);
+        take_rows(a.inner + (busy.first + row) * a.F, a.F, rows, a.F, x);
+        products(rows, x, a.F, weights + first * PANEL * a.F, panels, sums);
+        for (int i = 0; i < rows; i++) {
+            bf16* to = a.out + (busy.first + row + i) * a.D + first * PANEL;
+            for (int64_t j = 0; j < panels * PANEL; j += W) narrow(to + j, load<vf>(sums + sum_at(i, j)));
         }
     }
 }
@@ -67,22 +52,24 @@ void experts(const int64_t* words) {
     int64_t first = 0;
     for (int64_t expert = 0; expert < a.e; first += a.counts[expert++])
         if (a.counts[expert]) busy.push_back({expert, first, a.counts[expert]});
-    const int64_t per_task = 4, pairs = a.F / PANEL, panels = a.D / PANEL;
-    const int64_t up_tasks = (pairs + per_task - 1) / per_task, down_tasks = (panels + 2 * per_task - 1) / (2 * per_task);
+    const int64_t up_panels = 2 * a.F / PANEL, down_panels = a.D / PANEL;
+    const int64_t up_tasks = (up_panels + TASK_PANELS - 1) / TASK_PANELS;
+    const int64_t down_tasks = (down_panels + TASK_PANELS - 1) / TASK_PANELS;
     const int64_t num_busy = int64_t(busy.size());
     std::atomic<int64_t> next_up{0}, next_down{0};
 #pragma omp parallel if (first * a.D * a.F > ALONE)
     {
-        float* x = thread_floats(size_t(BLOCK_ROWS * (a.D > a.F ? a.D : a.F)));
+        Session session;
+        Taken* x = reinterpret_cast<Taken*>(thread_floats(taken_floats(a.D > a.F ? a.D : a.F)));
+        alignas(64) float sums[TASK_SUMS];
         for (int64_t task; (task = next_up.fetch_add(1, std::memory_order_relaxed)) < num_busy * up_tasks;) {
-            int64_t from = task % up_tasks * per_task, to = from + per_task < pairs ? from + per_task : pairs;
-            gate_up_task(a, busy[size_t(task / up_tasks)], from, to, x);
+            const int64_t from = task % up_tasks * TASK_PANELS, left = up_panels - from;
+            gate_up_task(a, busy[size_t(task / up_tasks)], from, left < TASK_PANELS ? left : TASK_PANELS, x, sums);
         }
 #pragma omp barrier
         for (int64_t task; (task = next_down.fetch_add(1, std::memory_order_relaxed)) < num_busy * down_tasks;) {
-            int64_t from = task % down_tasks * 2 * per_task;
-            int64_t to = from + 2 * per_task < panels ? from + 2 * per_task : panels;
-            down_task(a, busy[size_t(task / down_tasks)], from, to, x);
+            const int64_t from = task % down_tasks * TASK_PANELS, left = down_panels - from;
+            down_task(a, busy[size_t(task / down_tasks)], from, left < TASK_PANELS ? left : TASK_PANELS, x, sums);
         }
     }
 }

@@ -5,6 +5,14 @@
 
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "table.hpp"
 
 extern const Path moe_path_generic;
@@ -14,16 +22,53 @@ extern const Path moe_path_avx2;
 #ifdef MOE_HAS_AVX512
 extern const Path moe_path_avx512;
 #endif
+#ifdef MOE_HAS_AVX512_BF16
+extern const Path moe_path_avx512_bf16;
+#endif
+#ifdef MOE_HAS_AMX
+extern const Path moe_path_amx;
+#endif
 
 namespace {
+
+#if defined(__x86_64__)
+// Bits of CPUID's leaf 7: the names that compilers have for them came later than the instructions.
+bool has_avx512_bf16() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & (1u << 5);
+}
+
+// The processor has it, and the kernel lets this process use the tiles' 8 KiB of state.
+bool has_amx() {
+    unsigned a, b, c, d;
+    constexpr unsigned BF16 = 1u << 22, TILES = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILES)) != (BF16 | TILES)) return false;
+#ifdef __linux__
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 // Best first.
 const Path* path_at(int index) {
     int found = 0;
+#ifdef MOE_HAS_AMX
+    static const bool amx = has_avx512() && has_avx512_bf16() && has_amx();
+    if (amx && found++ == index) return &moe_path_amx;
+#endif
+#ifdef MOE_HAS_AVX512_BF16
+    if (has_avx512() && has_avx512_bf16() && found++ == index) return &moe_path_avx512_bf16;
+#endif
 #ifdef MOE_HAS_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && found++ == index)
-        return &moe_path_avx512;
+    if (has_avx512() && found++ == index) return &moe_path_avx512;
 #endif
 #ifdef MOE_HAS_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && found++ == index) return &moe_path_avx2;

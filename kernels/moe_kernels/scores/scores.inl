@@ -36,7 +36,7 @@ void scores(const int64_t* words) {
             const int64_t row = task / groups * BLOCK_ROWS, first = task % groups * 64;
             const int64_t last = first + 64 < a.E ? first + 64 : a.E;
             const int block = int(a.T - row < BLOCK_ROWS ? a.T - row : BLOCK_ROWS);
-            widen_rows(a.x + row * a.x_stride, a.x_stride, block, a.D, x);
+            for (int m = 0; m < block; m++) widen_row(a.x + (row + m) * a.x_stride, a.D, x + m * a.D);
             for (int64_t e = first; e < last; e += 4) {
                 for (int m = 0; m < block; m++) {  // the four columns stay in the cache
                     float* out = a.out + (row + m) * a.E + e;
