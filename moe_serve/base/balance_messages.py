@@ -29,12 +29,14 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True, tag="stage_report")
 class StepLoad(msgspec.Struct, frozen=True, kw_only=True, tag="step_load"):
     """From engine 0: `load` of all ranks over the last `steps` steps, int64 (layers, 2, experts) as bytes.
 
-    `expert_seconds[rank]` what its experts took in them, all layers together; empty if nobody can tell.
+    `step_seconds` what the steps took engine 0, without the time between them; 0 if not known. `expert_seconds[rank]`
+    what the rank's experts took in them, all layers together; empty if nobody can tell.
     """
 
     step: int
     steps: int
     load: bytes
+    step_seconds: float = 0.0
     expert_seconds: list[float] = []
 
 

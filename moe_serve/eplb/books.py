@@ -5,19 +5,17 @@ A Rebalancer tells it what happened, and asks it what is to be said against a pl
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from moe_serve.base.balance_messages import StageReport
 from moe_serve.base.eplb_config import EPLBConfig
-from moe_serve.eplb.gate import Judgement, MovePrices, judge, objection
+from moe_serve.eplb.gate import Judgement, judge, objection
 from moe_serve.eplb.rearrangement import Proposal, Rearrangement
 
 MOVE_BYTES_PER_SECOND = 0.5e9
 """How fast experts move while serving waits, until that has been measured."""
-RECENT_BUCKETS = 9
 INTERVAL = "interval"
 MAX_HISTORY = 200
 
@@ -46,24 +44,15 @@ class Books:
         self.totals = Totals()
         self.judged: Judgement | None = None
         self._unix_time = unix_time
-        self._step_seconds: deque[float] = deque(maxlen=RECENT_BUCKETS)
 
-    def hear_step_seconds(self, seconds: float) -> None:
-        """How long a step took lately."""
-        self._step_seconds.append(seconds)
-
-    def prices(self) -> MovePrices:
-        """What a step takes and at what speed experts move, by what was heard so far."""
+    def bytes_per_second(self) -> float:
+        """At what speed moving holds up serving, by what was heard so far."""
         moved, seconds = self.totals.moved_bytes, self.totals.busy_seconds + sum(self.totals.commit_seconds)
-        return MovePrices(
-            # The median: a bucket that ends a long sleep says nothing about steps.
-            step_seconds=statistics.median(self._step_seconds or [0.0]),
-            bytes_per_second=moved / seconds if moved and seconds else MOVE_BYTES_PER_SECOND,
-        )
+        return moved / seconds if moved and seconds else MOVE_BYTES_PER_SECOND
 
     def objection(self, plan: Proposal, eplb_config: EPLBConfig) -> tuple[str, str] | None:
         """Why a plan is not carried out, in one word and in a sentence; None if it is."""
-        self.judged = judge(plan, self.prices(), step_interval=eplb_config.step_interval)
+        self.judged = judge(plan, bytes_per_second=self.bytes_per_second(), step_interval=eplb_config.step_interval)
         return objection(plan, self.judged, eplb_config)
 
     def skipped(self, step: int, reason: str, text: str) -> None:

@@ -17,14 +17,6 @@ SURE_ERRORS = 1.5
 
 
 @dataclass(frozen=True, slots=True)
-class MovePrices:
-    """`step_seconds` now, 0 if not known; `bytes_per_second` at which moving holds up serving."""
-
-    step_seconds: float
-    bytes_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
 class Judgement:
     """`gain` is expected, give or take `noise` (one standard error), at a `cost` spread over the next interval.
 
@@ -47,12 +39,15 @@ class Judgement:
         return {**asdict(self), "net": self.net}
 
 
-def judge(plan: Proposal, prices: MovePrices, *, step_interval: int) -> Judgement:
-    """What a plan that has a saving is expected to bring until the next one may come."""
-    saving, step = plan.saving, prices.step_seconds
+def judge(plan: Proposal, *, bytes_per_second: float, step_interval: int) -> Judgement:
+    """What a plan that has a saving is expected to bring until the next one may come.
+
+    `bytes_per_second` at which moving holds up serving.
+    """
+    saving = plan.saving
     assert saving is not None
-    measured = saving.before * saving.row_seconds
-    # A share above one comes of a step time that was heard before the experts' seconds.
+    step, measured = saving.step_seconds, saving.before * saving.row_seconds
+    # The sum of the layers' slowest is a model and may be more than was measured.
     share = min(measured / step, 1.0) if measured and step else ASSUMED_EXPERT_SHARE
     per_row = share / saving.before if saving.before else 0.0
     return Judgement(
@@ -61,7 +56,7 @@ def judge(plan: Proposal, prices: MovePrices, *, step_interval: int) -> Judgemen
         weight_rows=saving.weight_rows,
         gain=saving.rows * per_row,
         noise=saving.noise * per_row,
-        cost=plan.num_bytes / prices.bytes_per_second / (step * step_interval) if step else 0.0,
+        cost=plan.num_bytes / bytes_per_second / (step * step_interval) if step else 0.0,
     )
 
 

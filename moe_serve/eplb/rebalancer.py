@@ -72,7 +72,6 @@ class Rebalancer:
         self._step = 0
         self._now: Rearrangement | None = None
         self._previous: list[Placement] = []
-        self._last_load_at: float | None = None
         self._next_epoch = 1
         self._inquiry = Inquiry()
 
@@ -88,16 +87,14 @@ class Rebalancer:
 
     def hear_load(self, load: StepLoad, now: float) -> list[ForEngine]:
         """A bucket of load; perhaps it is time to ask for a rearrangement, or for another split over the copies."""
-        counts = self.window.add(load.steps, load.load, load.expert_seconds)
+        counts = self.window.add(load.steps, load.load, load.step_seconds, load.expert_seconds)
         sends: list[ForEngine] = []
         if self.recording.on and load.steps == 1:
             self.recording.add(counts)
             if self.recording.full:
                 self._log.append(f"the recording of expert load is full after {len(self.recording.steps)} steps")
                 sends += self._all(Record(on=False))
-        if self._last_load_at is not None and load.steps:
-            self.books.hear_step_seconds((now - self._last_load_at) / load.steps)
-        self._last_load_at, self._step = now, load.step
+        self._step = load.step
         self._until_next -= load.steps
         self._since_refresh += load.steps
         if self._now is None and not self._inquiry.is_open:

@@ -31,13 +31,14 @@ SIGMAS_BELOW, SIGMAS_ABOVE = 4.0, 5.0
 
 @dataclass(frozen=True, slots=True)
 class WindowPart:
-    """A part of the window: `load_LE` float64 rows of all its steps.
+    """A part of the window: `load_LE` float64 rows of all its steps, which took `step_seconds`; 0 if not known.
 
     `expert_seconds_R` what each rank's experts took in all of its layers and steps; empty if that is not known.
     """
 
     steps: int
     load_LE: Floats
+    step_seconds: float
     expert_seconds_R: list[float]
 
 
@@ -45,8 +46,8 @@ class WindowPart:
 class Saving:
     """What the slowest ranks cost in one step, all layers together, counted in rows, with one placement and another.
 
-    `noise` is the standard error of `before - after` over the parts of the window; `row_seconds` of one row, 0 if not
-    measured.
+    `noise` is the standard error of `before - after` over the parts of the window; `row_seconds` of one row and
+    `step_seconds` of a whole step, 0 if not measured.
     """
 
     before: float
@@ -54,6 +55,7 @@ class Saving:
     noise: float
     weight_rows: float
     row_seconds: float
+    step_seconds: float
 
     @property
     def rows(self) -> float:
@@ -103,7 +105,14 @@ def saving_of(parts: Sequence[WindowPart], before: Sequence[Slots], after: Seque
     mean_before, mean_after = (costs * steps[:, None]).sum(axis=0) / steps.sum()
     falls = costs[:, 0] - costs[:, 1]
     noise = float(falls.std(ddof=1)) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
-    return Saving(float(mean_before), float(mean_after), noise, weight_rows, _row_seconds(parts, before, weight_rows))
+    return Saving(
+        before=float(mean_before),
+        after=float(mean_after),
+        noise=noise,
+        weight_rows=weight_rows,
+        row_seconds=_row_seconds(parts, before, weight_rows),
+        step_seconds=_step_seconds(parts),
+    )
 
 
 def weight_rows_of(parts: Sequence[WindowPart], slots: Sequence[Slots]) -> float:
@@ -137,6 +146,12 @@ def _row_seconds(parts: Sequence[WindowPart], slots: Sequence[Slots], weight_row
             seconds += sum(part.expert_seconds_R)
             rows += part.steps * float((rows_R + weight_rows * used_R).sum())
     return seconds / rows if rows else 0.0
+
+
+def _step_seconds(parts: Sequence[WindowPart]) -> float:
+    """Of the parts in which experts were timed, if there are any: what they take is compared with it."""
+    timed = [part for part in parts if any(part.expert_seconds_R)] or parts
+    return sum(part.step_seconds for part in timed) / sum(part.steps for part in timed)
 
 
 def expected_largest(mean_XR: Floats, deviation_XR: Floats) -> Floats:

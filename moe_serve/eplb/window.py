@@ -24,10 +24,11 @@ MAX_PARTS = 8
 
 @dataclass(slots=True)
 class Bucket:
-    """Counts of some steps, (L, 2, E), and what each rank's experts took in them; no seconds if that is not known."""
+    """Counts of some steps, (L, 2, E), and what the steps and each rank's experts took; none if that is not known."""
 
     steps: int
     counts: Counts
+    step_seconds: float
     expert_seconds_R: Sequence[float]
 
 
@@ -51,10 +52,10 @@ class LoadWindow:
         """Steps in the window now."""
         return self._steps
 
-    def add(self, steps: int, load: bytes, expert_seconds_R: Sequence[float] = ()) -> Counts:
+    def add(self, steps: int, load: bytes, step_seconds: float = 0.0, expert_seconds_R: Sequence[float] = ()) -> Counts:
         """A bucket, int64 (L, 2, E) as bytes; the oldest go once the rest fills the window. The bucket as an array."""
         counts = np.frombuffer(load, dtype=np.int64).reshape(self.num_layers, 2, self.num_experts)
-        self._buckets.append(Bucket(steps, counts, expert_seconds_R if self._seconds_hold else ()))
+        self._buckets.append(Bucket(steps, counts, step_seconds, expert_seconds_R if self._seconds_hold else ()))
         self._seconds_hold = True
         self._steps += steps
         self._total += counts
@@ -95,7 +96,8 @@ def _part(buckets: Sequence[Bucket]) -> WindowPart:
     load_LE = np.sum([bucket.counts.sum(axis=1) for bucket in buckets], axis=0).astype(np.float64)
     told = all(bucket.expert_seconds_R for bucket in buckets)
     seconds_R = np.sum([bucket.expert_seconds_R for bucket in buckets], axis=0).tolist() if told else []
-    return WindowPart(sum(bucket.steps for bucket in buckets), load_LE, seconds_R)
+    steps, step_seconds = (sum(each) for each in zip(*((b.steps, b.step_seconds) for b in buckets), strict=True))
+    return WindowPart(int(steps), load_LE, step_seconds, seconds_R)
 
 
 @dataclass(slots=True)

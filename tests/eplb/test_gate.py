@@ -8,25 +8,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_serve.base.eplb_config import EPLBConfig
-from moe_serve.eplb.gate import ASSUMED_EXPERT_SHARE, SURE_ERRORS, Judgement, MovePrices, judge, objection
+from moe_serve.eplb.gate import ASSUMED_EXPERT_SHARE, SURE_ERRORS, Judgement, judge, objection
 from moe_serve.eplb.placement import Placement
 from moe_serve.eplb.rearrangement import Proposal
 from moe_serve.eplb.saving import Saving
 
 PLACED = Placement(np.array([[0, 1]]), (0, 1, 2), 2)
-PRICES = MovePrices(step_seconds=0.010, bytes_per_second=1e9)
+STEP, SPEED = 0.010, 1e9
 
 
 def plan(saving: Saving, *, num_bytes: int = 1_000_000) -> Proposal:
     return Proposal(0, PLACED, 0.8, 0.9, 0.1, [8], num_bytes, [[0]], saving)
 
 
-def saving(before: float, after: float, *, noise: float = 0.0, row_seconds: float = 1e-5) -> Saving:
-    return Saving(before, after, noise, weight_rows=16.0, row_seconds=row_seconds)
+def saving(
+    before: float, after: float, *, noise: float = 0.0, row_seconds: float = 1e-5, step_seconds: float = STEP
+) -> Saving:
+    return Saving(before, after, noise, weight_rows=16.0, row_seconds=row_seconds, step_seconds=step_seconds)
 
 
-def judged(of: Saving, *, prices: MovePrices = PRICES, interval: int = 100, num_bytes: int = 1_000_000) -> Judgement:
-    return judge(plan(of, num_bytes=num_bytes), prices, step_interval=interval)
+def judged(of: Saving, *, interval: int = 100, num_bytes: int = 1_000_000) -> Judgement:
+    return judge(plan(of, num_bytes=num_bytes), bytes_per_second=SPEED, step_interval=interval)
 
 
 def refused(of: Saving, *, min_gain: float = 0.01, interval: int = 100, num_bytes: int = 1_000_000) -> str | None:
@@ -50,7 +52,7 @@ def test_where_nothing_is_measured_experts_are_assumed_to_take_a_share() -> None
     found = judged(saving(400, 360, row_seconds=0.0))
     assert found.expert_share == ASSUMED_EXPERT_SHARE
     assert found.gain == pytest.approx(ASSUMED_EXPERT_SHARE * 0.1)
-    early = judged(saving(400, 360), prices=MovePrices(0.0, 1e9))
+    early = judged(saving(400, 360, step_seconds=0.0))
     assert (early.expert_share, early.cost) == (ASSUMED_EXPERT_SHARE, 0.0)
     assert judged(saving(0, 0)).gain == 0.0
 
@@ -104,30 +106,36 @@ def test_a_plan_that_changes_nothing_is_no_move_even_if_everything_is_to_be_appl
 
 numbers = st.floats(0, 1e6)
 savings = st.builds(
-    Saving, before=numbers, after=numbers, noise=numbers, weight_rows=st.just(1.0), row_seconds=st.floats(0, 1e-3)
+    Saving,
+    before=numbers,
+    after=numbers,
+    noise=numbers,
+    weight_rows=st.just(1.0),
+    row_seconds=st.floats(0, 1e-3),
+    step_seconds=st.floats(0, 10),
 )
 
 
-@given(savings, st.floats(0, 10), st.floats(1, 1e12), st.integers(0, 1 << 40), st.integers(1, 10_000))
+@given(savings, st.floats(1, 1e12), st.integers(0, 1 << 40), st.integers(1, 10_000))
 def test_nothing_is_accepted_that_loses_by_the_gate_s_own_model(
-    of: Saving, step_seconds: float, speed: float, num_bytes: int, interval: int
+    of: Saving, speed: float, num_bytes: int, interval: int
 ) -> None:
     """In seconds, worked out anew: what an interval of steps gets back against what the move takes."""
     proposal = plan(of, num_bytes=num_bytes)
-    found = judge(proposal, MovePrices(step_seconds, speed), step_interval=interval)
+    found = judge(proposal, bytes_per_second=speed, step_interval=interval)
     if objection(proposal, found, EPLBConfig(min_gain=1e-6, step_interval=interval)) is not None:
         return
     assert of.after < of.before
     assert of.rows > SURE_ERRORS * of.noise * (1 - 1e-9)
-    if step_seconds and of.row_seconds:
-        saved = min(of.row_seconds * of.before, step_seconds) * of.share * interval
+    if of.step_seconds and of.row_seconds:
+        saved = min(of.row_seconds * of.before, of.step_seconds) * of.share * interval
         assert saved > num_bytes / speed
 
 
 @given(st.floats(0.05, 0.9), st.floats(0.1, 1.0), st.integers(100, 10_000))
 def test_a_clear_gain_is_accepted(share: float, of_step: float, interval: int) -> None:
     """Experts take at least a tenth of a step and their slowest ranks get faster by 5 %; moving costs a step."""
-    row_seconds = of_step * PRICES.step_seconds / 1000
+    row_seconds = of_step * STEP / 1000
     clear = saving(1000, 1000 * (1 - share), noise=100 * share, row_seconds=row_seconds)
-    moved = int(0.1 * PRICES.step_seconds * PRICES.bytes_per_second)
+    moved = int(0.1 * STEP * SPEED)
     assert refused(clear, min_gain=0.002, interval=interval, num_bytes=moved) is None

@@ -64,7 +64,7 @@ def test_a_rank_without_rows_costs_nothing() -> None:
 def loaded(rows_E: list[float]) -> tuple[list[WindowPart], Forecast, Placement]:
     """One layer on two ranks, seen in four parts of ten steps that are alike; what a step brings each expert."""
     served = initial_placement("linear", num_layers=1, num_experts=len(rows_E), num_ranks=2)
-    return [WindowPart(10, 10 * np.array([rows_E]), [])] * 4, Forecast((), True, 1000), served
+    return [WindowPart(10, 10 * np.array([rows_E]), 0.1, [])] * 4, Forecast((), True, 1000), served
 
 
 def saved(rows_E: list[float], *, weight_rows: float | None = None) -> Saving:
@@ -74,7 +74,7 @@ def saved(rows_E: list[float], *, weight_rows: float | None = None) -> Saving:
     wanted = sticky(problem_of(load_LE, num_ranks=2, current=served))
     if weight_rows is not None:
         slots = Slots(parts[0].load_LE / 10, served.offsets)
-        parts = [WindowPart(10, part.load_LE, seconds(slots, weight_rows)) for part in parts]
+        parts = [WindowPart(10, part.load_LE, 0.1, seconds(slots, weight_rows)) for part in parts]
     saving = forecast.plan(load_LE, served, wanted, parts=parts).saving
     assert saving is not None
     return saving
@@ -120,9 +120,7 @@ def test_what_weights_are_worth_is_seen_in_how_ranks_differ(weight_rows: float, 
     numbers = np.random.default_rng(seed)
     slots = [Slots(numbers.exponential([[20.0] * 4 + [1.0] * 4], (2, 8)), (0, 4, 8)) for _ in range(6)]
     parts = [
-        WindowPart(
-            10, np.zeros((2, 8)), [slow ** (number % 2) * each for each in seconds(of_part, weight_rows, row=2e-6)]
-        )
+        WindowPart(10, np.zeros((2, 8)), 0.1, seconds(of_part, weight_rows, row=2e-6 * slow ** (number % 2)))
         for number, of_part in enumerate(slots)
     ]
     assert weight_rows_of(parts, slots) == pytest.approx(weight_rows, rel=0.35, abs=2.5)
@@ -130,17 +128,27 @@ def test_what_weights_are_worth_is_seen_in_how_ranks_differ(weight_rows: float, 
 
 def test_without_measurements_or_differences_the_usual_holds() -> None:
     uneven = [Slots(np.array([[5.0, 1.0, 1.0, 1.0]]), (0, 2, 4))]
-    assert weight_rows_of([WindowPart(1, np.zeros((1, 4)), [])], uneven) == pytest.approx(USUAL_WEIGHT_ROWS)
+    assert weight_rows_of([WindowPart(1, np.zeros((1, 4)), 0.0, [])], uneven) == pytest.approx(USUAL_WEIGHT_ROWS)
     even = [Slots(np.array([[3.0, 1.0, 3.0, 1.0]]), (0, 2, 4))]
-    assert weight_rows_of([WindowPart(1, np.zeros((1, 4)), [1.0, 1.1])], even) == pytest.approx(USUAL_WEIGHT_ROWS)
-    assert weight_rows_of([WindowPart(1, np.zeros((1, 4)), [1.0, 1.0])], [Slots(np.zeros((1, 4)), (0, 2, 4))]) > 0
+    assert weight_rows_of([WindowPart(1, np.zeros((1, 4)), 0.0, [1.0, 1.1])], even) == pytest.approx(USUAL_WEIGHT_ROWS)
+    assert weight_rows_of([WindowPart(1, np.zeros((1, 4)), 0.0, [1.0, 1.0])], [Slots(np.zeros((1, 4)), (0, 2, 4))]) > 0
 
 
 def test_a_row_costs_what_was_measured() -> None:
     saving = saved([10 * rows for rows in HOT], weight_rows=0.0)
     of_one = saving.row_seconds * (280 + saving.weight_rows * 8)
     assert of_one == pytest.approx(280e-6, rel=0.01), "of one step, both ranks together"
+    assert saving.step_seconds == pytest.approx(0.01)
     assert saved(HOT).row_seconds == 0.0
+
+
+def test_what_experts_take_is_compared_with_the_steps_in_which_they_were_timed() -> None:
+    parts, forecast, served = loaded(HOT)
+    timed = [WindowPart(10, parts[0].load_LE, 0.3, [0.1, 0.05])]
+    saving = forecast.plan(parts[0].load_LE, served, served, parts=[*parts, *timed]).saving
+    assert saving is not None
+    assert saving.step_seconds == pytest.approx(0.03)
+    assert forecast.plan(parts[0].load_LE, served, served, parts=parts).saving.step_seconds == pytest.approx(0.01)  # type: ignore[union-attr]
 
 
 def test_load_that_comes_and_goes_makes_a_saving_uncertain() -> None:
@@ -150,7 +158,7 @@ def test_load_that_comes_and_goes_makes_a_saving_uncertain() -> None:
     wanted = Placement(np.array([[0, 4, 2, 3, 1, 5, 6, 7]]), served.offsets, 8)
 
     def under(*rows: list[float]) -> Saving:
-        parts = [WindowPart(10, 10 * np.array([each]), []) for each in rows]
+        parts = [WindowPart(10, 10 * np.array([each]), 0.1, []) for each in rows]
         load_LE = np.sum([part.load_LE for part in parts], axis=0)
         found = forecast.plan(load_LE, served, wanted, parts=parts).saving
         assert found is not None
@@ -170,7 +178,7 @@ def test_the_same_placement_saves_nothing() -> None:
     assert forecast.plan(parts[0].load_LE, served, served).saving is None
     assert (
         saving_of(
-            [WindowPart(1, np.zeros((1, 2)), [])],
+            [WindowPart(1, np.zeros((1, 2)), 0.0, [])],
             [Slots(np.zeros((1, 2)), (0, 1, 2))] * 1,
             [Slots(np.zeros((1, 2)), (0, 1, 2))],
         ).share

@@ -68,7 +68,8 @@ class Balanced:
         self.step += steps
         self.now += steps * seconds
         counts = skewed() if counts is None else counts
-        orders = self.rebalancer.hear_load(StepLoad(step=self.step, steps=steps, load=counts.tobytes()), self.now)
+        told = StepLoad(step=self.step, steps=steps, load=counts.tobytes(), step_seconds=steps * seconds)
+        orders = self.rebalancer.hear_load(told, self.now)
         return self.settled(orders)
 
     def report(self, dp: int, state: StageState, epoch: int, **fields: object) -> list[Order]:
