@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def add_checkouts(parser: argparse.ArgumentParser) -> None:
     """The two that a benchmark compares."""
     parser.add_argument("--before", type=Path, required=True, help="root of the checkout to compare with")
     parser.add_argument("--after", type=Path, default=ROOT, help="root of the other one; this one if not given")
+
+
+def import_path(checkout: Path) -> str:
+    """PYTHONPATH of a child that is to run a checkout, its device code with it."""
+    return os.pathsep.join(str(checkout.resolve() / part) for part in ("", "kernels"))
 
 
 def keep(report: Report, folder: Path | None, draw: Callable[[Report, Path], None] | None = None) -> None:

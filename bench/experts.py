@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.command import add_checkouts, keep, parser_for
+from bench.command import add_checkouts, import_path, keep, parser_for
 from bench.pairs import commit_of, compare_one, show
 from bench.report import Report
 from moe_serve.cli.random_model import PRESETS
@@ -39,7 +39,7 @@ class Contestant:
         self._process = subprocess.Popen(
             [sys.executable, "-P", child, json.dumps(sizes)],
             cwd=checkout,
-            env={**os.environ, **spin_environment(), "PYTHONPATH": str(checkout.resolve())},
+            env={**os.environ, **spin_environment(), "PYTHONPATH": import_path(checkout)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

