@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ class Run:
     rearrangements: list[tuple[float, int]] = field(default_factory=list)
     tokens_per_second: float = 0.0
     gaps: list[float] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    """Rearrangements that were not made: the reason in one word and in a sentence."""
 
 
 def main() -> None:
@@ -95,6 +98,8 @@ async def drive(options: argparse.Namespace, address: Address) -> Run:
     seconds = time.monotonic() - zero
     run.tokens_per_second = len(load.token_times) / seconds
     run.gaps = [gap.seconds for gap in load.gaps]
+    history = (await get_json(address, "/eplb"))["history"]
+    run.refused = [(entry["skipped"], entry["text"]) for entry in history if "skipped" in entry]
     await load.stop()
     return run
 
@@ -131,6 +136,8 @@ def _numbers(run: Run) -> dict[str, Any]:
         "gaps_ms": percentiles(run.gaps, 1000),
         "rearrangements": len(run.rearrangements),
         "moved_experts": sum(moved for _, moved in run.rearrangements),
+        "refused": Counter(reason for reason, _ in run.refused),
+        "refused_last": run.refused[-1][1] if run.refused else "",
         "timeline": {
             "balancedness": run.balancedness,
             "topics": run.topics,

@@ -20,7 +20,7 @@ class EPLBConfig(Section):
     """Log mean / max rank load."""
     policy: str = "sticky"
     """Which placement to aim for."""
-    min_gain: float = Field(0.002, ge=0)
+    min_gain: float = Field(0.001, ge=0)
     """Least predicted gain of a rearrangement, as a share of the time of a step that is saved over the next interval
     after paying for the move; 0 applies whatever the policy says."""
     max_bytes_per_step: Size = 1 << 20
