@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,6 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
@@ -38,15 +38,19 @@ from moe_serve.cli.random_model import PRESETS, Preset, make_model
 RANKS = 2
 WIDE = Preset(hidden=512, layers=4, heads=8, kv_heads=2, experts=16, top_k=4, width=1024)
 """Experts take most of a step, as in a large model."""
+FOREIGN_CORES = 0.25
+"""A round of turns in which others computed more than this does not count: with a core per rank, a rank would wait."""
 WITHOUT, BALANCING, FROM_START = "without", "balancing", "balanced from the start"
 console = Console(stderr=True)
 
 
 @dataclass(slots=True)
 class Turns:
-    """Tokens per second of one server, prompts and answers together; `epochs` what it served after each turn."""
+    """Tokens per second of one server, prompts and answers together; `epochs` what the balancing one served then."""
 
     speeds: list[float] = field(default_factory=list)
+    disturbed: list[float] = field(default_factory=list)
+    """Of rounds that do not count."""
     epochs: list[int] = field(default_factory=list)
 
 
@@ -67,7 +71,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=12, help="at a time, in each turn")
     parser.add_argument("--input-len", type=int, default=192, help="tokens of each prompt")
     parser.add_argument("--output-len", type=int, default=4, help="tokens of each answer")
-    parser.add_argument("--turns", type=int, default=15, help="of each server, after those that do not count")
+    parser.add_argument("--turns", type=int, default=9, help="of each server, undisturbed and after the warm-up")
+    parser.add_argument("--most-seconds", type=float, default=100.0, help="for all turns")
     parser.add_argument("--warm-up", type=int, default=4, help="turns that do not count")
     parser.add_argument("--batched-tokens", type=int, default=512, help="most in one step of an engine")
     parser.add_argument("--heat", type=float, default=8.0, help="of the hot experts' router rows, the others being 1")
@@ -126,8 +131,7 @@ def server_options(options: argparse.Namespace, *, policy: str = "") -> list[str
 
 def pin(server: Started, cores: Sequence[int]) -> None:
     """Each engine on its core, with all the threads that it has."""
-    family = psutil.Process(server.pid).children(recursive=True)
-    engines = [child for child in family if "moe_serve.engine.process" in child.cmdline()]
+    engines = [child for child in family_of(server) if "moe_serve.engine.process" in child.cmdline()]
     if len(engines) != len(cores):
         raise SystemExit(f"{len(engines)} engines for {len(cores)} cores")
     for engine in engines:
@@ -137,18 +141,42 @@ def pin(server: Started, cores: Sequence[int]) -> None:
 
 
 async def alternate(servers: dict[str, Started], options: argparse.Namespace) -> dict[str, Turns]:
-    """By turns on the same prompts."""
+    """By turns on the same prompts, until enough rounds were undisturbed or the time is over."""
     found = {name: Turns() for name in servers}
     names, orders = list(servers), random.Random(options.seed)
-    for number in track(range(-options.warm_up, options.turns), description="turns", console=console):
-        batch = prompts(options, number + options.warm_up)
+    own = [psutil.Process(), *(each for server in servers.values() for each in family_of(server))]
+    deadline = time.monotonic() + options.most_seconds
+    for number in itertools.count():
+        batch, foreign, round_ = prompts(options, number), foreign_seconds(own), dict[str, float]()
+        begun = time.monotonic()
         for name in orders.sample(names, len(names)):  # in any order: nobody always comes behind the same one
-            speed = await turn(servers[name], options, batch)
-            if number >= 0:
-                found[name].speeds.append(speed)
-                if name == BALANCING:
-                    found[name].epochs.append((await get_json(servers[name].address, "/eplb"))["epoch"])
+            round_[name] = await turn(servers[name], options, batch)
+        cores = (foreign_seconds(own) - foreign) / (time.monotonic() - begun)
+        if number < options.warm_up:
+            continue
+        epoch = (await get_json(servers[BALANCING].address, "/eplb"))["epoch"]
+        for name, each in found.items():
+            (each.disturbed if cores > FOREIGN_CORES else each.speeds).append(round_[name])
+            each.epochs.append(epoch)
+        counted = len(found[WITHOUT].speeds)
+        console.print(f"round {number}: others used {cores:.2f} cores; {counted} of {options.turns} rounds count")
+        if counted == options.turns or time.monotonic() > deadline:
+            break
+    if not found[WITHOUT].speeds:
+        raise SystemExit("all rounds were disturbed by others; try again when the machine is quiet")
     return found
+
+
+def family_of(server: Started) -> list[psutil.Process]:
+    launcher = psutil.Process(server.pid)
+    return [launcher, *launcher.children(recursive=True)]
+
+
+def foreign_seconds(own: Sequence[psutil.Process]) -> float:
+    """Processor time of all processes but these, since the machine was started."""
+    times = psutil.cpu_times()
+    busy = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+    return float(busy) - sum(each.cpu_times().user + each.cpu_times().system for each in own if each.is_running())
 
 
 def prompts(options: argparse.Namespace, number: int) -> list[list[int]]:
@@ -180,6 +208,7 @@ def numbers_of(
         "balancedness_linear": round(before["balancedness"], 4),
         "balancedness_planned": round(plan["balancedness_after"], 4),
         "tokens_per_second": {name: spread(each.speeds) for name, each in turns.items()},
+        "disturbed_rounds": len(turns[WITHOUT].disturbed),
         "speed_up": speed_ups,
         "modelled_speed_up": {name: round(value, 4) for name, value in models.items()},
         "reached": {

@@ -24,7 +24,7 @@ REFUSED = {"step": 9, "skipped": "small_gain", "text": "moving 2 experts would s
 def numbers(history: list[dict[str, Any]], judgement: dict[str, float] | None = None) -> dict[str, Any]:
     turns = {
         WITHOUT: Turns([100.0, 200.0, 50.0]),
-        BALANCING: Turns([130.0, 240.0, 70.0], [1, 1, 1]),
+        BALANCING: Turns([130.0, 240.0, 70.0], epochs=[1, 1, 1]),
         FROM_START: Turns([150.0, 310.0, 70.0]),
     }
     state = {"history": history, "judgement": judgement, "balancedness": 0.99}
@@ -76,5 +76,5 @@ def test_three_servers_answer_by_turns_and_the_linear_one_is_uneven(tmp_path: Pa
     found: Any = report.numbers
     assert found["balancedness_linear"] <= 0.7
     assert found["balancedness_planned"] > 0.9
-    assert all(len(speeds["all"]) == 2 for speeds in found["tokens_per_second"].values())
+    assert all(1 <= len(speeds["all"]) <= 2 for speeds in found["tokens_per_second"].values())
     assert found["judgement"]["expert_share"] > 0
