@@ -1,6 +1,6 @@
 """Every compiled operation beside torch's own, by turns, and beside the machine's limits: `python -m bench.kernels`.
 
-Limits: what a plain sum over more memory than caches hold reads per second, and what a large float32 product computes.
+Limits: what a plain sum over more memory than caches hold reads per second, and what large products of torch's compute.
 An operation that reads weights reads other ones each time, as a step does.
 """
 
@@ -12,6 +12,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from typing import TypeVar
 
 import torch
 from moe_kernels.experts.experts import experts
@@ -32,12 +35,14 @@ from moe_serve.model.attention.paged import Paged
 from moe_serve.model.attention.sdpa import SDPA
 from moe_serve.model.context import LayerKV
 from moe_serve.model.layers.norm import rms_norm as torch_rms_norm
+from moe_serve.model.layers.rope import Rope
 from moe_serve.model.moe.experts import Experts
 
 ROWS = (1, 4, 16, 128, 512)
-RING_BYTES = 1 << 28
+RING_BYTES = 1 << 30
 """Of weights that are used in turn: more than caches hold."""
 HEAD_DIM, BLOCK = 64, 16
+T = TypeVar("T")
 console = Console(stderr=True)
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
@@ -118,10 +123,14 @@ def passes(work: Callable[[], object], seconds: float) -> float:
 
 
 def limits(options: argparse.Namespace) -> dict[str, float]:
-    memory, square = torch.ones(RING_BYTES // 4), torch.ones(1024, 1024)
+    memory = torch.ones(RING_BYTES // 4)
     reading = min(passes(memory.sum, options.seconds) for _ in range(options.turns))
-    computing = min(passes(lambda: square @ square, options.seconds) for _ in range(options.turns))
-    return {"gigabytes_per_second": RING_BYTES / reading / 1e9, "float32_gigaflops": 2 * 1024**3 / computing / 1e9}
+    found = {"gigabytes_per_second": RING_BYTES / reading / 1e9}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", BF16)):
+        square = torch.ones(2048, 2048, dtype=dtype)
+        computing = min(passes(partial(torch.mm, square, square), options.seconds) for _ in range(options.turns))
+        found[f"{name}_gigaflops"] = 2 * 2048**3 / computing / 1e9
+    return found
 
 
 def cases(preset: Preset, options: argparse.Namespace) -> Iterator[Case]:
@@ -139,14 +148,8 @@ def cases(preset: Preset, options: argparse.Namespace) -> Iterator[Case]:
         yield norm_case(preset, rows, options.paths)
 
 
-def in_turn(things: Sequence[object]) -> Callable[[], object]:
-    state = [0]
-
-    def following() -> object:
-        state[0] = (state[0] + 1) % len(things)
-        return things[state[0]]
-
-    return following
+def in_turn(things: Sequence[T]) -> Callable[[], T]:
+    return partial(next, cycle(things))
 
 
 def linear_case(preset: Preset, rows: int, paths: Sequence[str]) -> Case:
@@ -161,11 +164,14 @@ def linear_case(preset: Preset, rows: int, paths: Sequence[str]) -> Case:
 
 
 def experts_case(preset: Preset, rows: int, paths: Sequence[str]) -> Case:
-    """As many rows of the model, each for top_k experts of a layer that are drawn evenly."""
+    """As many rows of the model, each for top_k experts of a layer that are drawn evenly, others each time."""
     hidden, width, num = preset.hidden, preset.width, preset.experts
     generator = torch.Generator().manual_seed(rows)
-    chosen = torch.stack([torch.randperm(num, generator=generator)[: preset.top_k] for _ in range(rows)])
-    counts = torch.bincount(chosen.flatten(), minlength=num)
+    draws = [
+        torch.stack([torch.randperm(num, generator=generator)[: preset.top_k] for _ in range(rows)]) for _ in range(31)
+    ]
+    all_counts = [torch.bincount(chosen.flatten(), minlength=num) for chosen in draws]
+    drawn = in_turn(all_counts)
     size = num * 3 * hidden * width * 2
     layers = [layer for _ in range(max(2, RING_BYTES // size)) if (layer := Experts(num, hidden, width, BF16, CPU))]
     for layer in layers:
@@ -176,20 +182,18 @@ def experts_case(preset: Preset, rows: int, paths: Sequence[str]) -> Case:
 
     def compiled(path: str) -> Tensor:
         layer = following()
-        assert isinstance(layer, Experts)
-        return experts(path, x, counts, layer.gate_up, layer.down)
+        return experts(path, x, drawn(), layer.gate_up, layer.down)
 
     def in_torch() -> Tensor:
         layer = following()
-        assert isinstance(layer, Experts)
-        return layer._sorted(x, counts)
+        return layer._sorted(x, drawn())
 
     contestants: dict[str, Callable[[], object]] = {"torch": in_torch}
     for path in paths:
         contestants[path] = lambda path=path: compiled(path)
-    active = int((counts > 0).sum())
+    active = statistics.fmean(int((counts > 0).sum()) for counts in all_counts)
     flops = 2 * rows * preset.top_k * 3 * hidden * width
-    return Case(f"experts, {rows} rows", active * 3 * hidden * width * 2, flops, contestants)
+    return Case(f"experts, {rows} rows", int(active * 3 * hidden * width * 2), flops, contestants)
 
 
 def attention_case(name: str, preset: Preset, parts: Sequence[tuple[int, int]], paths: Sequence[str]) -> Case:
@@ -199,6 +203,8 @@ def attention_case(name: str, preset: Preset, parts: Sequence[tuple[int, int]], 
     blocks = [list(range(first, first + count)) for first, count in zip(firsts, counts, strict=True)]
     step = StepShape([SequenceShape(*part, ids) for part, ids in zip(parts, blocks, strict=True)], BLOCK)
     tokens = sum(count for _, count in parts)
+    positions = torch.cat([torch.arange(start, start + count) for start, count in parts])
+    rotation = Rope(HEAD_DIM, 10000.0, CPU).rotation(positions, BF16)
     q, k, v = (some(tokens, heads, HEAD_DIM) for heads in (preset.heads, preset.kv_heads, preset.kv_heads))
     backends: dict[str, AttentionBackend] = {"torch": SDPA(preset.heads, preset.kv_heads, HEAD_DIM, CPU)}
     for path in paths:
@@ -206,7 +212,7 @@ def attention_case(name: str, preset: Preset, parts: Sequence[tuple[int, int]], 
 
     def attended(backend: AttentionBackend) -> Callable[[], object]:
         plan = backend.plan(step)
-        return lambda: backend.forward(q, k, v, kv, plan)
+        return lambda: backend.forward(q, k, v, rotation, kv, plan)
 
     pairs = sum(count * start + count * (count + 1) // 2 for start, count in parts)
     read = sum(start + count for start, count in parts) * preset.kv_heads * HEAD_DIM * 2 * 2

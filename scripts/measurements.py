@@ -349,6 +349,12 @@ def _shared(ways: Mapping[str, Any]) -> float:
     return float(ways["shared memory"]["median"])
 
 
+def _makes(limits: Mapping[str, float]) -> str:
+    """The machine's arithmetic in the types that were tried."""
+    types = [name.removesuffix("_gigaflops") for name in limits if name.endswith("_gigaflops")]
+    return " and ".join(f"{limits[f'{name}_gigaflops']:.0f} GFLOP/s in {name}" for name in types)
+
+
 def kernels_part(report: Report) -> str:
     """Compiled operations beside torch's, and beside what the machine can."""
     config, numbers = report.config, dict(report.numbers)
@@ -361,8 +367,8 @@ def kernels_part(report: Report) -> str:
             rows.append((operation, who, f"{each['seconds'] * 1e6:,.0f}", *(f"{figure:.1f}" for figure in figures)))
     about = (
         f"Compiled operations in bfloat16, sizes of `{config['preset']}`, {config['threads']} threads, commit "
-        f"`{report.commit}`. The machine reads {limits['gigabytes_per_second']:.1f} GB/s; a large float32 product of "
-        f"torch's makes {limits['float32_gigaflops']:.0f} GFLOP/s."
+        f"`{report.commit}`. The machine reads {limits['gigabytes_per_second']:.1f} GB/s; a large product of torch's "
+        f"makes {_makes(limits)}."
     )
     return f"{about}\n\n" + markdown_table(["operation", "by", "us", "GB/s", "GFLOP/s", "times torch"], rows)
 

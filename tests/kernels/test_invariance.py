@@ -11,9 +11,11 @@ from moe_kernels.experts.experts import experts
 from moe_kernels.linear.linear import linear
 from moe_kernels.norm.norm import rms_norm
 from moe_kernels.paths import available
+from moe_kernels.rotary.rotary import rotary
+from moe_kernels.route.route import route
 from moe_kernels.scores.scores import scores
 
-from tests.kernels.test_operations import SPAN, Cached, packed, some
+from tests.kernels.test_operations import SPAN, Cached, Heads, packed, some
 
 PATHS = available()
 
@@ -38,6 +40,9 @@ def test_a_row_of_a_product_is_the_same_alone_and_among_others(path: str) -> Non
     assert torch.equal(rms_norm(path, x[7:8], scale, 1e-6), rms_norm(path, x, scale, 1e-6)[7:8])
     columns = some(70, 208, seed=3).float()
     assert torch.equal(scores(path, x[35:36], columns), scores(path, x, columns)[35:36])
+    x = some(300, 208)
+    for alone, among in zip(route(path, x[290:291], columns, 7), route(path, x, columns, 7), strict=True):
+        assert torch.equal(alone, among[290:291])
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -73,3 +78,20 @@ def test_a_token_attends_the_same_however_its_prompt_is_cut_and_whoever_is_besid
         assert torch.equal(torch.cat((first, second)), whole), at
     for position in (0, 1, 31, 32, length - 1):
         assert torch.equal(attended([(position, 1), (0, 1)])[0], whole[position]), position
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.usefixtures("threads")
+def test_a_head_is_rotated_the_same_alone_and_among_others(path: str) -> None:
+    given, scales = Heads(200, 6, 2, 64), (some(64, seed=1), some(64, seed=2))
+
+    def rotated(rows: slice) -> list[torch.Tensor]:
+        views, caches = (view[rows] for view in given.views), given.caches()
+        turns = given.cos[rows], given.sin[rows]
+        q = rotary(path, *views, *caches, given.slots[rows], *turns, scales_d=scales, eps=1e-6)
+        return [q, *(cache[given.slots[rows]] for cache in caches)]
+
+    whole = rotated(slice(None))
+    for rows in (slice(7, 8), slice(150, 151), slice(3, 90)):
+        for alone, among in zip(rotated(rows), whole, strict=True):
+            assert torch.equal(alone, among[rows]), rows

@@ -16,8 +16,14 @@ from moe_kernels.linear.packing import can_pack, pack, pack_gated, unpack
 from moe_kernels.norm import reference as norm_reference
 from moe_kernels.norm.norm import rms_norm
 from moe_kernels.paths import available
+from moe_kernels.rotary import reference as rotary_reference
+from moe_kernels.rotary.rotary import rotary
+from moe_kernels.route import reference as route_reference
+from moe_kernels.route.route import route
 from moe_kernels.scores import reference as scores_reference
 from moe_kernels.scores.scores import scores
+from moe_kernels.sorting import reference as sorting_reference
+from moe_kernels.sorting.sorting import sort_rows
 from torch import Tensor
 
 PATHS = available()
@@ -89,6 +95,33 @@ def test_scores(path: str, hidden: int, experts_: int) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("hidden", "experts_", "top_k"), [(16, 1, 1), (24, 4, 4), (100, 67, 8), (64, 512, 10), (7, 3, 1)]
+)
+@pytest.mark.parametrize(("renormalise", "scale"), [(False, 1.0), (True, 1.0), (True, 2.5), (False, 0.5)])
+def test_route(path: str, hidden: int, experts_: int, top_k: int, renormalise: bool, scale: float) -> None:
+    weight = hidden**-0.5 * torch.randn(experts_, hidden, generator=torch.Generator().manual_seed(1))
+    for rows in (*ROWS, 600):
+        x = some(rows, hidden + 3, seed=rows)[:, 3:]
+        ids, weights = route(path, x, weight, top_k, renormalise=renormalise, scale=scale)
+        expected_ids, expected = route_reference.route(x, weight, top_k, renormalise=renormalise, scale=scale)
+        by_scores = scores(path, x, weight).sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        assert torch.equal(ids, by_scores)
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(ids, expected_ids)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_of_experts_that_score_the_same_the_lower_one_is_taken_first(path: str) -> None:
+    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    ids, weights = route(path, some(40, 32), weight[[0, 1, 2, 1, 0, 3, 4, 2, 1]], 9)
+    places = ids.argsort(dim=1)
+    for lower, higher in ((0, 4), (1, 3), (3, 8), (2, 7)):
+        assert torch.equal(places[:, lower] + 1, places[:, higher])
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(40))
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("hidden", "width"), [(16, 16), (64, 48), (160, 208)])
 @pytest.mark.parametrize("counts", [(0, 0, 0), (1, 0, 2), (17, 33, 0), (0, 0, 5), (70, 1, 4), (9,)])
 def test_experts(path: str, hidden: int, width: int, counts: tuple[int, ...]) -> None:
@@ -119,6 +152,65 @@ def test_combine(path: str, tokens: int, top_k: int, hidden: int) -> None:
     assert_near(got, combine_reference.combine(terms, pairs, weights), steps=1.0)
     order = torch.randperm(len(pairs), generator=generator)
     assert torch.equal(combine(path, terms[order], pairs[order], weights), got)
+    terms = some(tokens * top_k, hidden, seed=6)
+    got = combine(path, terms, None, weights)
+    assert_near(got, combine_reference.combine(terms, None, weights), steps=1.0)
+    assert torch.equal(combine(path, terms, torch.arange(tokens * top_k), weights), got)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "hidden"), [(0, 2, 16), (1, 1, 7), (5, 3, 40), (130, 8, 33), (12_500, 8, 24)]
+)
+@pytest.mark.parametrize(("first", "local"), [(0, 20), (3, 5), (17, 3), (7, 0), (40, 2)])
+def test_sort_rows(
+    path: str, id_dtype: torch.dtype, tokens: int, top_k: int, hidden: int, first: int, local: int
+) -> None:
+    slots = torch.randint(-1, 20, (tokens, top_k + 1), generator=torch.Generator().manual_seed(7)).to(id_dtype)
+    for x, of_them in ((some(tokens, hidden), slots[:, 1:]), (some(tokens, hidden + 3)[:, 3:].float(), slots)):
+        got = sort_rows(path, x, of_them, first, local)
+        for mine, wanted in zip(got, sorting_reference.sort_rows(x, of_them, first, local), strict=True):
+            assert mine.dtype == wanted.dtype
+            assert torch.equal(mine, wanted)
+
+
+class Heads:
+    """q, k and v as views of one product, angles, and an empty cache that has more slots than rows."""
+
+    def __init__(self, rows: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        qkv = some(rows, heads + 2 * kv_heads, head_dim, seed=rows)
+        self.views = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        angles = torch.arange(1, rows + 1)[:, None] * torch.rand(head_dim // 2)
+        cos, sin = angles.cos(), angles.sin()
+        self.cos = torch.stack((cos, cos), dim=1)[:, None].to(torch.bfloat16)
+        self.sin = torch.stack((-sin, sin), dim=1)[:, None].to(torch.bfloat16)
+        self.slots = torch.randperm(rows + 5, generator=torch.Generator().manual_seed(1))[:rows]
+        self.size = (rows + 5, kv_heads, head_dim)
+
+    def caches(self) -> tuple[Tensor, Tensor]:
+        return torch.full(self.size, 7.0, dtype=torch.bfloat16), torch.full(self.size, 7.0, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 2), (4, 2, 24), (6, 2, 64), (8, 1, 128), (3, 3, 70)]
+)
+def test_rotary(path: str, heads: int, kv_heads: int, head_dim: int) -> None:
+    scales = some(head_dim, seed=1), some(head_dim, seed=2)
+    for rows in ROWS:
+        given = Heads(rows, heads, kv_heads, head_dim)
+        caches, expected_caches = given.caches(), given.caches()
+        q = rotary(path, *given.views, *caches, given.slots, given.cos, given.sin)
+        expected = rotary_reference.rotary(*given.views, *expected_caches, given.slots, given.cos, given.sin)
+        for got, wanted in zip((q, *caches), (expected, *expected_caches), strict=True):
+            assert torch.equal(got, wanted)  # torch rounds in the same places
+        q = rotary(path, *given.views, *caches, given.slots, given.cos, given.sin, scales_d=scales, eps=1e-6)
+        expected = rotary_reference.rotary(
+            *given.views, *expected_caches, given.slots, given.cos, given.sin, scales_d=scales, eps=1e-6
+        )
+        for got, wanted in zip((q, *caches), (expected, *expected_caches), strict=True):
+            assert_near(got, wanted)
 
 
 class Cached:
@@ -173,6 +265,10 @@ def test_what_is_not_finite_stays_so(path: str) -> None:
     x[1, 5] = float("nan")
     got = linear(path, x, packed(weight))
     assert got.isfinite().all(dim=1).tolist() == [True, False, True]
+    for top_k in (1, 3, 5):
+        ids, weights = route(path, x, torch.randn(5, 32, generator=torch.Generator().manual_seed(1)), top_k)
+        assert all(len(set(row)) == top_k and set(row) <= set(range(5)) for row in ids.tolist())
+        assert weights.isfinite().all(dim=1).tolist() == [True, False, True]
     assert rms_norm(path, x, some(32), 1e-6).isfinite().all(dim=1).tolist() == [True, False, True]
     gate_up, down = some(1, 32, 32, seed=1), some(1, 32, 16, seed=2)
     got = experts(path, x, torch.tensor([3]), packed(gate_up, gated=True), packed(down))

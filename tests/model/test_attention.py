@@ -14,12 +14,18 @@ from torch import Tensor
 
 from moe_serve.model.attention.base import ATTENTION, AttentionBackend, SequenceShape, StepShape
 from moe_serve.model.context import LayerKV
+from moe_serve.model.layers.norm import HeadNorm
+from moe_serve.model.layers.rope import Rope, Rotation, rotate
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 CPU = torch.device("cpu")
 NAMES = ["sdpa", *(f"paged {path}" for path in available()[:1])]
 """A backend's, and the compiled path that it runs on, for bfloat16. All paths: tests/kernels."""
 HEADS = [(4, 4), (4, 2), (6, 1), (1, 1)]
+
+
+def rotation_of(positions_T: Tensor, like: Tensor) -> Rotation:
+    return Rope(like.shape[2], 100.0, like.device).rotation(positions_T.to(like.device), like.dtype)
 
 
 def naive(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
@@ -36,17 +42,22 @@ def naive(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Sequence:
-    """All q, k and v a sequence will ever have, and how far it is."""
+    """All q, k and v a sequence will ever have, and how far it is. `rotated_k` is what lies in the cache."""
 
     q_THd: Tensor
     k_TGd: Tensor
     v_TGd: Tensor
+    norm: HeadNorm | None = None
     block_ids: list[int] = field(default_factory=list)
     done: int = 0
+    rotated_k: Tensor = field(init=False)
     expected: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.expected = naive(self.q_THd, self.k_TGd, self.v_TGd)
+        q_THd, k_TGd = (self.q_THd, self.k_TGd) if self.norm is None else self.norm(self.q_THd, self.k_TGd)
+        rotation = rotation_of(torch.arange(self.length), self.q_THd)
+        self.rotated_k = rotate(k_TGd, rotation)
+        self.expected = naive(rotate(q_THd, rotation), self.rotated_k, self.v_TGd)
 
     @property
     def length(self) -> int:
@@ -67,11 +78,12 @@ class Cache:
         dtype: torch.dtype | None = None,
         device: torch.device = CPU,
         seed: int = 0,
+        norm: HeadNorm | None = None,
     ) -> None:
         self.heads, self.head_dim, self.block_size = heads, head_dim, block_size
         backend, _, path = name.partition(" ")
         dtype = dtype or (torch.bfloat16 if path else torch.float32)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.norm = dtype, device, norm
         self.numbers = torch.Generator().manual_seed(seed)
         kind: Any = ATTENTION.load(backend)
         self.backend: AttentionBackend = kind(*heads, head_dim, device, path or None)
@@ -83,7 +95,7 @@ class Cache:
     def sequence(self, length: int) -> Sequence:
         shapes = [(length, count, self.head_dim) for count in (self.heads[0], self.heads[1], self.heads[1])]
         q, k, v = ((2 * torch.randn(shape, generator=self.numbers)).to(self.dtype).to(self.device) for shape in shapes)
-        return Sequence(q, k, v)
+        return Sequence(q, k, v, self.norm)
 
     def step(self, parts: list[tuple[Sequence, int]]) -> None:
         """Let each sequence take some tokens, and compare what comes out with the oracle."""
@@ -100,10 +112,9 @@ class Cache:
         )
         # As a layer makes them: views of one product, not contiguous.
         qkv = torch.cat((q, k, v), dim=1)
-        groups = self.heads[1]
-        out = self.backend.forward(
-            qkv[:, : -2 * groups], qkv[:, -2 * groups : -groups], qkv[:, -groups:], self.kv, plan
-        )
+        views = qkv.split((self.heads[0], self.heads[1], self.heads[1]), dim=1)
+        positions = torch.cat([torch.arange(part.start, part.stop) for _, part in rows])
+        out = self.backend.forward(*views, rotation_of(positions, qkv), self.kv, plan, self.norm)
         expected = torch.cat([sequence.expected[part] for sequence, part in rows])
         assert out.shape == expected.shape
         assert out.dtype == self.dtype
@@ -148,8 +159,8 @@ def test_any_block_size_will_do(name: str, block_size: int) -> None:
     random_life(Cache(name, (4, 2), block_size=block_size, num_blocks=120), [33, 5, 20, 16], block_size)
 
 
-@pytest.mark.parametrize("head_dim", [1, 10, 64, 128])
-def test_any_head_dimension_will_do(name: str, head_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [2, 10, 64, 128])
+def test_any_even_head_dimension_will_do(name: str, head_dim: int) -> None:
     random_life(Cache(name, (4, 2), head_dim=head_dim), [9, 12, 3], head_dim)
 
 
@@ -158,6 +169,13 @@ def test_sixteen_bit_types_are_close(name: str, dtype: torch.dtype) -> None:
     if name != "sdpa" and dtype == torch.float16:
         pytest.skip("compiled for bfloat16")
     random_life(Cache(name, (4, 2), head_dim=16, dtype=dtype), [9, 12, 3, 25], 5)
+
+
+def test_heads_are_normed_before_they_are_rotated(name: str) -> None:
+    numbers = torch.Generator().manual_seed(1)
+    dtype = torch.float32 if name == "sdpa" else torch.bfloat16
+    scales = [(1 + torch.rand(8, generator=numbers)).to(dtype) for _ in "qk"]
+    random_life(Cache(name, (4, 2), norm=HeadNorm(scales[0], scales[1], 1e-6)), [17, 1, 9, 30], 3)
 
 
 def test_many_decodes_of_very_different_lengths_in_one_step(name: str) -> None:
@@ -180,7 +198,7 @@ def test_sequences_that_share_a_prefix_share_its_blocks(name: str) -> None:
     cache = Cache(name, (4, 2))
     first, second = cache.sequence(10), cache.sequence(9)
     second.k_TGd[:8], second.v_TGd[:8] = first.k_TGd[:8], first.v_TGd[:8]
-    second.expected = naive(second.q_THd, second.k_TGd, second.v_TGd)
+    second.__post_init__()
     cache.step([(first, 10)])
     second.block_ids, second.done = first.block_ids[:2], 8
     cache.step([(second, 1)])
@@ -191,7 +209,7 @@ def test_new_keys_and_values_lie_in_their_slots_and_nowhere_else(name: str) -> N
     sequence = cache.sequence(6)
     cache.step([(sequence, 6)])
     slots = [sequence.block_ids[position // 4] * 4 + position % 4 for position in range(6)]
-    assert torch.equal(cache.kv.k_NGd[slots], sequence.k_TGd)
+    assert torch.equal(cache.kv.k_NGd[slots], sequence.rotated_k)
     assert torch.equal(cache.kv.v_NGd[slots], sequence.v_TGd)
     theirs = {block * 4 + offset for block in sequence.block_ids for offset in range(4)}
     others = [slot for slot in range(cache.kv.k_NGd.shape[0]) if slot not in theirs]
@@ -203,7 +221,8 @@ def test_a_dummy_step_has_a_plan(name: str) -> None:
     cache = Cache(name, (4, 2))
     plan = cache.backend.plan(StepShape([], 4))
     nothing = torch.empty(0, 8, 8, dtype=cache.dtype)
-    out = cache.backend.forward(nothing[:, :4], nothing[:, 4:6], nothing[:, 6:], cache.kv, plan)
+    rotation = rotation_of(torch.arange(0), nothing)
+    out = cache.backend.forward(nothing[:, :4], nothing[:, 4:6], nothing[:, 6:], rotation, cache.kv, plan)
     assert out.shape == (0, 4, 8)
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def combine(terms_RD: Tensor, pairs_R: Tensor, weights_TK: Tensor) -> Tensor:
+def combine(terms_RD: Tensor, pairs_R: Tensor | None, weights_TK: Tensor) -> Tensor:
     """As combine.combine()."""
     num_tokens, top_k = weights_TK.shape
     terms = torch.zeros(num_tokens * top_k, terms_RD.shape[1])
-    terms[pairs_R] = terms_RD.float()
+    terms[slice(None) if pairs_R is None else pairs_R] = terms_RD.float()
     total = torch.zeros(num_tokens, terms_RD.shape[1])
     for k in range(top_k):
         total += weights_TK[:, k : k + 1] * terms[k::top_k]

@@ -36,10 +36,14 @@ inline float* thread_floats(int64_t count) {
 
 namespace {
 
-constexpr int64_t TASK_PANELS = 8;
-constexpr int64_t TASK_SUMS = TASK_PANELS * PANEL * BLOCK_ROWS;
+constexpr int64_t PASS_PANELS = 8;
+constexpr int64_t PASS_SUMS = PASS_PANELS * PANEL * BLOCK_ROWS;
 
-// Sums of up to TASK_PANELS panels, two by two: (rows, 32) at each BLOCK_ROWS * 32. A few rows are in the first cache as a
+// Panels of a task: of many rows' more, so that rows are not fetched again for each few, yet not more than the second
+// cache holds while block after block of rows passes.
+inline int64_t task_panels(int64_t rows) { return rows > BLOCK_ROWS ? 4 * PASS_PANELS : PASS_PANELS; }
+
+// Sums of up to PASS_PANELS panels, two by two: (rows, 32) at each BLOCK_ROWS * 32. A few rows are in the first cache as a
 // whole, and then each panel is one stream of memory.
 inline void products(int rows, const Taken* x, int64_t K, const bf16* w, int64_t panels, float* sums) {
     const int64_t depth = rows > BLOCK_ROWS / 2 ? DEPTH : K;
@@ -64,26 +68,29 @@ struct LinearWords {
 
 void linear(const int64_t* words) {
     const LinearWords& a = *reinterpret_cast<const LinearWords*>(words);
-    const int64_t panels = a.N / PANEL, tasks = (panels + TASK_PANELS - 1) / TASK_PANELS;
+    const int64_t panels = a.N / PANEL, per_task = task_panels(a.R), tasks = (panels + per_task - 1) / per_task;
     std::atomic<int64_t> next{0};
 #pragma omp parallel if (tasks > 1 && a.R * a.K * a.N > ALONE)
     {
         Session session;
         Taken* x = reinterpret_cast<Taken*>(thread_floats(taken_floats(a.K)));
-        alignas(64) float sums[TASK_SUMS];
+        alignas(64) float sums[PASS_SUMS];
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-            const int64_t first = task * TASK_PANELS, count = panels - first < TASK_PANELS ? panels - first : TASK_PANELS;
+            const int64_t last = (task + 1) * per_task < panels ? (task + 1) * per_task : panels;
             for (int64_t row = 0; row < a.R; row += BLOCK_ROWS) {
                 const int rows = int(a.R - row < BLOCK_ROWS ? a.R - row : BLOCK_ROWS);
                 take_rows(a.x + row * a.x_stride, a.x_stride, rows, a.K, x);
-                products(rows, x, a.K, a.weight + first * PANEL * a.K, count, sums);
-                for (int i = 0; i < rows; i++) {
-                    for (int64_t j = 0; j < count * PANEL; j += W) {
-                        vf v = load<vf>(sums + sum_at(i, j));
-                        const int64_t column = first * PANEL + j, at = (row + i) * a.N + column;
-                        if (a.bias) v += widen(a.bias + column);
-                        if (a.wide) store(static_cast<float*>(a.out) + at, v);
-                        else narrow(static_cast<bf16*>(a.out) + at, v);
+                for (int64_t first = task * per_task; first < last; first += PASS_PANELS) {
+                    const int64_t count = last - first < PASS_PANELS ? last - first : PASS_PANELS;
+                    products(rows, x, a.K, a.weight + first * PANEL * a.K, count, sums);
+                    for (int i = 0; i < rows; i++) {
+                        for (int64_t j = 0; j < count * PANEL; j += W) {
+                            vf v = load<vf>(sums + sum_at(i, j));
+                            const int64_t column = first * PANEL + j, at = (row + i) * a.N + column;
+                            if (a.bias) v += widen(a.bias + column);
+                            if (a.wide) store(static_cast<float*>(a.out) + at, v);
+                            else narrow(static_cast<bf16*>(a.out) + at, v);
+                        }
                     }
                 }
             }

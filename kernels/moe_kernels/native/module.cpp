@@ -86,7 +86,7 @@ PyObject* paths(PyObject*, PyObject*) {
     return names;
 }
 
-constexpr Py_ssize_t MAX_WORDS = 16;
+constexpr Py_ssize_t MAX_WORDS = 24;
 
 // run(path, operation, *words): ints, and floats as doubles.
 PyObject* run(PyObject*, PyObject* const* given, Py_ssize_t count) {

@@ -12,6 +12,9 @@
 #include "../norm/norm.inl"
 #include "../combine/combine.inl"
 #include "../scores/scores.inl"
+#include "../rotary/rotary.inl"
+#include "../sorting/sorting.inl"
+#include "../route/route.inl"
 
 #define MOE_TEXT2(x) #x
 #define MOE_TEXT(x) MOE_TEXT2(x)
@@ -19,4 +22,7 @@
 #define MOE_JOIN(a, b) MOE_JOIN2(a, b)
 
 extern const Path MOE_JOIN(moe_path_, MOE_PATH);
-const Path MOE_JOIN(moe_path_, MOE_PATH) = {MOE_TEXT(MOE_PATH), {linear, experts, attention, rms_norm, combine, scores}};
+const Path MOE_JOIN(moe_path_, MOE_PATH) = {
+    MOE_TEXT(MOE_PATH),
+    {linear, experts, attention, rms_norm, combine, scores, rotary, sort, gather, route},
+};

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #ifndef MOE_WIDTH
 #error "the path's file says how many floats a vector has"
@@ -50,13 +53,18 @@ inline bf16 narrow(float x) {
 }
 
 inline void narrow(bf16* to, vf x) {
+#ifdef __AVX512BF16__
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &rounded, sizeof rounded);
+#else
     vu bits = (vu)x;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vu nan = (vu)(x != x);
     store(to, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vh));
+#endif
 }
 
-inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 inline vf larger(vf a, vf b) { return select((vi)(a > b), a, b); }
 
 inline float sum(vf v) {
@@ -76,8 +84,14 @@ inline float largest(vf v) {
 }
 
 // e to the x, to 2 units in the last place: 2^n from the exponent's bits, and a polynomial of degree 6 for what is left
-// (Cephes, expf.c). 0 below -87.3, infinite above 88.7.
+// (Cephes, expf.c). 0 below -87.3, infinite above 88.7; with AVX-512 what lies between 0 and the smallest normal number
+// is kept, and a NaN passes because the processor's max and min give the second operand then.
 inline vf exp_(vf x) {
+#ifdef __AVX512F__
+    __m512 y = _mm512_min_ps(_mm512_set1_ps(100.0f), _mm512_max_ps(_mm512_set1_ps(-110.0f), (__m512)x));
+    vf whole = (vf)_mm512_roundscale_ps(y * _mm512_set1_ps(1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf r = (vf)y - whole * 0.693359375f - whole * -2.12194440e-4f;
+#else
     vf high = splat(88.7f), low = splat(-87.3f);
     vi over = (vi)(x > high), under = (vi)(x < low), nan = (vi)(x != x);
     vf y = select(over | nan, high, select(under, low, x));
@@ -85,15 +99,20 @@ inline vf exp_(vf x) {
     vi n = __builtin_convertvector(scaled + select((vi)(scaled < 0), splat(-0.5f), splat(0.5f)), vi);
     vf whole = __builtin_convertvector(n, vf);
     vf r = y - whole * 0.693359375f - whole * -2.12194440e-4f;
+#endif
     vf p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
+#ifdef __AVX512F__
+    return (vf)_mm512_scalef_ps((__m512)(p * r * r + r + 1.0f), (__m512)whole);
+#else
     vf result = (p * r * r + r + 1.0f) * (vf)((n + 127) << 23);
     result = select(under, splat(0.0f), select(over, splat(__builtin_inff()), result));
     return select(nan, x, result);
+#endif
 }
 
 inline vf silu(vf x) { return x / (1.0f + exp_(-x)); }

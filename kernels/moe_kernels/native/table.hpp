@@ -8,7 +8,7 @@ typedef void (*Operation)(const int64_t* words);
 
 struct Path {
     const char* name;
-    Operation operations[6];
+    Operation operations[10];
 };
 
-enum OperationIndex { LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, NUM_OPERATIONS };
+enum OperationIndex { LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER, ROUTE, NUM_OPERATIONS };

@@ -36,12 +36,13 @@ class AllGatherReduceScatter:
     ) -> Pending[Arrived]:
         parts = (x_TD, physical_ids_TK, weights_TK)
         if self._group.size == 1:
-            alone = sort_gathered(parts, rows_by_rank, self._layout, self._group.rank)
+            alone = self._sorted(parts, rows_by_rank)
             return Pending(lambda: alone)
         gathered = self._group.start_all_gather_ragged(pack(parts), rows_by_rank)
-        return gathered.then(
-            lambda packed: sort_gathered(unpack(packed, parts), rows_by_rank, self._layout, self._group.rank)
-        )
+        return gathered.then(lambda packed: self._sorted(unpack(packed, parts), rows_by_rank))
+
+    def _sorted(self, parts: Sequence[Tensor], rows_by_rank: Sequence[int]) -> Sorted:
+        return sort_gathered(parts, rows_by_rank, self._layout, self._group.rank, self._path)
 
     def combine(self, outputs: Tensor, arrived: Arrived) -> Pending[Tensor]:
         ticket = arrived.ticket

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from moe_kernels.combine.combine import combine
+from moe_kernels.sorting import sorting
 from torch import Tensor
 
 from moe_serve.model.all2all.base import Sorted
@@ -26,25 +27,30 @@ class GatheredTicket:
     dtype: torch.dtype
 
 
-def sort_gathered(arrived: Sequence[Tensor], rows_by_rank: Sequence[int], layout: ExpertLayout, rank: int) -> Sorted:
+def sort_gathered(
+    arrived: Sequence[Tensor], rows_by_rank: Sequence[int], layout: ExpertLayout, rank: int, path: str | None = None
+) -> Sorted:
     """Everybody's x (A, D), slots (A, K) and weights (A, K): those of this rank's experts, and the ticket home."""
     x_AD, slots_AK, weights_AK = arrived
-    pairs, counts_e = sort_by_expert(slots_AK, layout.first_slot(rank), layout.num_local(rank))
-    ticket = GatheredTicket(pairs, weights_AK, tuple(rows_by_rank), x_AD.dtype)
-    return Sorted(x_AD.index_select(0, pairs // slots_AK.shape[1]), counts_e, ticket)
+    rows, pairs, counts_e = sort_rows(x_AD, slots_AK, layout.first_slot(rank), layout.num_local(rank), path)
+    return Sorted(rows, counts_e, GatheredTicket(pairs, weights_AK, tuple(rows_by_rank), x_AD.dtype))
 
 
-def sort_by_expert(slots_TK: Tensor, first_slot: int, num_local: int) -> tuple[Tensor, Tensor]:
-    """The pairs whose slot lies in [first_slot, first_slot + num_local), by expert, then in order of the batch.
+def sort_rows(
+    x_TD: Tensor, slots_TK: Tensor, first_slot: int, num_local: int, path: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows whose slots lie in [first_slot, first_slot + num_local), by expert, then in order of the batch.
 
-    Gives `pairs` (R,) int64, each t * K + k, and `counts_e` (e,) int64.
+    Gives them (R, D), their `pairs` (R,) int64, each t * K + k, and `counts_e` (e,) int64.
     """
+    if path is not None:
+        return sorting.sort_rows(path, x_TD, slots_TK, first_slot, num_local)
     slots = slots_TK.reshape(-1)
     ours = (slots >= first_slot) & (slots < first_slot + num_local)
     local = torch.where(ours, slots - first_slot, num_local)
     counts = torch.bincount(local, minlength=num_local + 1)
-    pairs = local.argsort(stable=True)
-    return pairs[: local.numel() - int(counts[num_local])], counts[:num_local]
+    pairs = local.argsort(stable=True)[: local.numel() - int(counts[num_local])]
+    return x_TD.index_select(0, pairs // slots_TK.shape[1]), pairs, counts[:num_local]
 
 
 def pack(parts: Sequence[Tensor]) -> Tensor:
@@ -78,7 +84,7 @@ def add_in_order(terms_TKD: Tensor, weights_TK: Tensor, dtype: torch.dtype, path
     """The K terms of each row, weighted and added first to last in float32: (T, D) of `dtype`."""
     if path is not None and terms_TKD.dtype == dtype == torch.bfloat16:
         terms = terms_TKD.reshape(-1, terms_TKD.shape[-1])
-        return combine(path, terms, torch.arange(len(terms)), weights_TK.contiguous())
+        return combine(path, terms, None, weights_TK.contiguous())
     total_TD = terms_TKD[:, 0].float() * weights_TK[:, :1]
     for k in range(1, weights_TK.shape[1]):
         total_TD.addcmul_(terms_TKD[:, k].float(), weights_TK[:, k : k + 1])

@@ -24,7 +24,7 @@ from torch import Tensor
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.tables import ALL2ALL
 from moe_serve.model.all2all.base import All2All, Arrived, Sorted
-from moe_serve.model.all2all.rows import add_in_order, add_to_rows, sort_by_expert
+from moe_serve.model.all2all.rows import add_in_order, add_to_rows, sort_rows
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.parallel.collectives import Group, sum_parts
 from moe_serve.parallel.pending import Pending
@@ -126,8 +126,8 @@ class SharedMemoryAllToAll:
 
     def _sort(self, sent: _Sent) -> Arrived:
         buffer = sent.buffer
-        pairs, counts_e = sort_by_expert(buffer.slots, self._first_slot, self._num_local)
-        return Sorted(buffer.rows.index_select(0, pairs // buffer.slots.shape[1]), counts_e, _Ticket(sent, pairs))
+        rows, pairs, counts_e = sort_rows(buffer.rows, buffer.slots, self._first_slot, self._num_local, self._path)
+        return Sorted(rows, counts_e, _Ticket(sent, pairs))
 
 
 class _RowBytes:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.model.all2all.base import Arrived, Sorted
-from moe_serve.model.all2all.rows import add_in_order, add_parts, pack, sort_by_expert, unpack
+from moe_serve.model.all2all.rows import add_in_order, add_parts, pack, sort_rows, unpack
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.parallel.collectives import Group
 from moe_serve.parallel.pending import Pending
@@ -97,11 +97,9 @@ class TorchAllToAll:
 
     def _receive(self, arrived: Sequence[Tensor], num_received: list[int], home: _Home) -> Sorted:
         x_SD, slots_SK = arrived
-        pairs, counts_e = sort_by_expert(slots_SK, self._first_slot, self._num_local)
+        rows, pairs, counts_e = sort_rows(x_SD, slots_SK, self._first_slot, self._num_local, self._path)
         num_pairs = [int(part.sum()) for part in torch.split(slots_SK >= 0, num_received)]
-        return Sorted(
-            x_SD.index_select(0, pairs // slots_SK.shape[1]), counts_e, _Ticket(home, pairs.argsort(), num_pairs)
-        )
+        return Sorted(rows, counts_e, _Ticket(home, pairs.argsort(), num_pairs))
 
     def _add_up(self, terms: Tensor, home: _Home) -> Tensor:
         """The terms that came home, put in their places (those of no expert stay zero) and added."""

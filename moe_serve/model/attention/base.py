@@ -1,4 +1,4 @@
-"""The attention interface: store this step's keys and values in the paged cache, then attend. And its table."""
+"""The attention interface: rotate, store this step's keys and values in the paged cache, attend. And its table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moe_serve.base.registry import Registry
 from moe_serve.model.context import LayerKV
+from moe_serve.model.layers.norm import HeadNorm
+from moe_serve.model.layers.rope import Rotation
 
 ATTENTION = Registry(
     "attention backend",
@@ -49,8 +51,20 @@ class AttentionBackend(Protocol):
         """Once per step, on the host: index tensors that every layer uses."""
         ...
 
-    def forward(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, kv: LayerKV, plan: object) -> Tensor:
-        """Write k and v to their slots, attend causally over each sequence's whole past. Returns (T, H, d)."""
+    def forward(
+        self,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        rotation: Rotation,
+        kv: LayerKV,
+        plan: object,
+        norm: HeadNorm | None = None,
+    ) -> Tensor:
+        """Norm the heads of q and k where there is a norm, rotate them, write k and v to their slots, attend.
+
+        Causally over each sequence's whole past. Returns (T, H, d).
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""Attention by the compiled kernel, straight from the cache: nothing is gathered, padded or masked."""
+"""Attention by compiled kernels: rotated straight into the cache, attended straight from it, nothing gathered."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from moe_kernels.attention.attention import attention
+from moe_kernels.rotary.rotary import rotary
 from torch import Tensor
 
 from moe_serve.model.attention.base import StepShape, slots_of
 from moe_serve.model.context import LayerKV
+from moe_serve.model.layers.norm import HeadNorm
+from moe_serve.model.layers.rope import Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,30 @@ class Paged:
             block_size=step.block_size,
         )
 
-    def forward(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, kv: LayerKV, plan: object) -> Tensor:
+    def forward(
+        self,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        rotation: Rotation,
+        kv: LayerKV,
+        plan: object,
+        norm: HeadNorm | None = None,
+    ) -> Tensor:
         assert isinstance(plan, PagedPlan)
-        kv.k_NGd.index_copy_(0, plan.slots_T, k_TGd)
-        kv.v_NGd.index_copy_(0, plan.slots_T, v_TGd)
+        q_THd = rotary(
+            self._path,
+            q_THd,
+            k_TGd,
+            v_TGd,
+            kv.k_NGd,
+            kv.v_NGd,
+            plan.slots_T,
+            rotation.cos,
+            rotation.sin,
+            scales_d=None if norm is None else (norm.q_scale_d, norm.k_scale_d),
+            eps=0.0 if norm is None else norm.eps,
+        )
         return attention(
             self._path,
             q_THd,

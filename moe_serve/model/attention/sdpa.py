@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from moe_serve.model.attention.base import SequenceShape, StepShape, slots_of
 from moe_serve.model.context import LayerKV
+from moe_serve.model.layers.norm import HeadNorm
+from moe_serve.model.layers.rope import Rotation, rotate
 
 Row = tuple[int, SequenceShape]
 CPU_BATCH_ELEMENTS = 2**20
@@ -88,8 +90,20 @@ class SDPA:
             prefills=[self._prefill(row, seq, step.block_size) for row, seq in rows if seq.num_tokens > 1],
         )
 
-    def forward(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, kv: LayerKV, plan: object) -> Tensor:
+    def forward(
+        self,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        rotation: Rotation,
+        kv: LayerKV,
+        plan: object,
+        norm: HeadNorm | None = None,
+    ) -> Tensor:
         assert isinstance(plan, AttentionPlan)
+        if norm is not None:
+            q_THd, k_TGd = norm(q_THd, k_TGd)
+        q_THd, k_TGd = rotate(q_THd, rotation), rotate(k_TGd, rotation)
         if plan.entered is not None:
             for part in (kv.k_NGd, kv.v_NGd):
                 part.view(-1, plan.block_size, *part.shape[1:]).index_fill_(0, plan.entered, 0)

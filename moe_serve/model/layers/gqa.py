@@ -9,8 +9,8 @@ from moe_serve.base.progress import Phase
 from moe_serve.model.attention.base import AttentionBackend
 from moe_serve.model.context import ForwardContext, LayerKV, TokenKV
 from moe_serve.model.layers.linear import Linear, weight
-from moe_serve.model.layers.norm import rms_norm
-from moe_serve.model.layers.rope import Rotation, rotate
+from moe_serve.model.layers.norm import HeadNorm
+from moe_serve.model.layers.rope import Rotation
 from moe_serve.model.partition import Partition
 from moe_serve.parallel.collectives import Group
 
@@ -30,7 +30,6 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         config = partition.config
-        self.path = path
         self.partition, self.group, self.backend = partition, group, backend
         self.num_heads, self.num_kv_heads = len(partition.heads), len(partition.kv_heads)
         self.head_dim, self.eps, self.qk_norm = config.head_dim, config.rms_norm_eps, config.qk_norm
@@ -41,9 +40,10 @@ class Attention(nn.Module):
         self.o_bias = weight(config.hidden_size, dtype=dtype, device=device) if config.o_bias else None
         if self.qk_norm != "none":
             whole = self.qk_norm == "full"
-            sizes = (self.num_heads, self.num_kv_heads) if whole else (1, 1)
-            self.q_norm = weight(sizes[0], self.head_dim, dtype=dtype, device=device)
-            self.k_norm = weight(sizes[1], self.head_dim, dtype=dtype, device=device)
+            shapes = [
+                (heads, self.head_dim) if whole else (self.head_dim,) for heads in (self.num_heads, self.num_kv_heads)
+            ]
+            self.q_norm, self.k_norm = (weight(*shape, dtype=dtype, device=device) for shape in shapes)
 
     @property
     def token_kv(self) -> TokenKV:
@@ -53,20 +53,20 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> Tensor:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x_TD).view(-1, heads + 2 * kv_heads, self.head_dim)
-        if self.qk_norm == "none":
-            qk = rotate(qkv[:, : heads + kv_heads], rotation)
-            q_THd, k_TGd = qk[:, :heads], qk[:, heads:]
-        else:
-            q_THd, k_TGd = self._normed(qkv[:, :heads], qkv[:, heads : heads + kv_heads], ctx)
-            q_THd, k_TGd = rotate(q_THd, rotation), rotate(k_TGd, rotation)
-        out_THd = self.backend.forward(q_THd, k_TGd, qkv[:, heads + kv_heads :], kv, ctx.attention)
+        q_THd, k_TGd, v_TGd = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        if self.qk_norm == "full":
+            q_THd, k_TGd = self._normed(q_THd, k_TGd, ctx)
+        out_THd = self.backend.forward(q_THd, k_TGd, v_TGd, rotation, kv, ctx.attention, self._head_norm())
         out_TD = self._sum(self.o(out_THd.reshape(-1, heads * self.head_dim)), ctx)
         return out_TD if self.o_bias is None else out_TD + self.o_bias
 
+    def _head_norm(self) -> HeadNorm | None:
+        if self.qk_norm != "head":
+            return None
+        return HeadNorm(self.q_norm, self.k_norm, self.eps)
+
     def _normed(self, q_THd: Tensor, k_TGd: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        if self.qk_norm == "head":
-            q_scale, k_scale = self.q_norm.view(-1), self.k_norm.view(-1)
-            return rms_norm(q_THd, q_scale, self.eps, self.path), rms_norm(k_TGd, k_scale, self.eps, self.path)
+        """Over all heads of all TP ranks at once."""
         q_wide, k_wide = q_THd.float(), k_TGd.float()
         sums_2T = self._sums(q_wide, k_wide, ctx)
         config = self.partition.config

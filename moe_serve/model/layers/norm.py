@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from moe_kernels.norm import norm
 from torch import Tensor, nn
@@ -21,6 +23,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMSNorm of each head of q and of k, (T, heads, d), by scales (d,) that the heads share."""
+
+    q_scale_d: Tensor
+    k_scale_d: Tensor
+    eps: float
+
+    def __call__(self, q_THd: Tensor, k_TGd: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm(q_THd, self.q_scale_d, self.eps), rms_norm(k_TGd, self.k_scale_d, self.eps)
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float, path: str | None = None) -> Tensor:

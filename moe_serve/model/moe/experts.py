@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_serve.model.all2all.base import Arrived, Batched, RankMajor, Sorted
-from moe_serve.model.all2all.rows import add_to_rows, sort_by_expert
+from moe_serve.model.all2all.rows import add_to_rows, sort_rows
 from moe_serve.model.kernels import path_for
 from moe_serve.model.layers.linear import weight
 
@@ -98,8 +98,8 @@ class Experts(nn.Module):
             case Batched(rows, _, _, weights):
                 out = self._batched(rows)
             case RankMajor(rows, ids_RK, weights_RK):
-                pairs, counts_e = sort_by_expert(ids_RK, 0, self.gate_up.shape[0])
-                terms = self._sorted(rows.index_select(0, pairs // ids_RK.shape[1]), counts_e)
+                wanted, pairs, counts_e = sort_rows(rows, ids_RK, 0, self.gate_up.shape[0], self.path)
+                terms = self._sorted(wanted, counts_e)
                 return add_to_rows(terms, pairs, weights_RK, rows.dtype, self.path)
         return out if weights is None else (out.float() * weights.unsqueeze(-1)).to(out.dtype)
 

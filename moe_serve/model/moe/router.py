@@ -6,7 +6,7 @@ Shape letters: T rows, D hidden, E logical experts, K top-k.
 from __future__ import annotations
 
 import torch
-from moe_kernels.scores.scores import scores
+from moe_kernels.route.route import route
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,15 +39,13 @@ class Router(nn.Module):
         settings = self.settings
         assert settings.score == "softmax"
         assert settings.num_groups == 1
-        scores_TE = self._logits(x_TD).softmax(dim=-1)
+        if self.path is not None:
+            renormalise, scale = settings.norm_topk_prob, settings.scale
+            return route(self.path, x_TD, self.weight, settings.top_k, renormalise=renormalise, scale=scale)
+        scores_TE = functional.linear(x_TD.float(), self.weight).softmax(dim=-1)
         weights_TK, ids_TK = scores_TE.topk(settings.top_k, dim=-1)
         if settings.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         if settings.scale != 1.0:
             weights_TK = weights_TK * settings.scale
         return ids_TK, weights_TK
-
-    def _logits(self, x_TD: Tensor) -> Tensor:
-        if self.path is not None:
-            return scores(self.path, x_TD, self.weight)
-        return functional.linear(x_TD.float(), self.weight)
