@@ -38,8 +38,6 @@ from moe_serve.cli.random_model import PRESETS, Preset, make_model
 RANKS = 2
 WIDE = Preset(hidden=512, layers=4, heads=8, kv_heads=2, experts=16, top_k=4, width=1024)
 """Experts take most of a step, as in a large model."""
-FOREIGN_CORES = 0.25
-"""A round of turns in which others computed more than this does not count: with a core per rank, a rank would wait."""
 WITHOUT, BALANCING, FROM_START = "without", "balancing", "balanced from the start"
 console = Console(stderr=True)
 
@@ -74,6 +72,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=9, help="of each server, undisturbed and after the warm-up")
     parser.add_argument("--most-seconds", type=float, default=100.0, help="for all turns")
     parser.add_argument("--warm-up", type=int, default=4, help="turns that do not count")
+    parser.add_argument(
+        "--foreign-cores",
+        type=float,
+        default=0.25,
+        help="a round in which others used more of the cores does not count",
+    )
     parser.add_argument("--batched-tokens", type=int, default=512, help="most in one step of an engine")
     parser.add_argument("--heat", type=float, default=8.0, help="of the hot experts' router rows, the others being 1")
     parser.add_argument("--window", type=int, default=20, help="steps in the window")
@@ -156,7 +160,7 @@ async def alternate(servers: dict[str, Started], options: argparse.Namespace) ->
             continue
         epoch = (await get_json(servers[BALANCING].address, "/eplb"))["epoch"]
         for name, each in found.items():
-            (each.disturbed if cores > FOREIGN_CORES else each.speeds).append(round_[name])
+            (each.disturbed if cores > options.foreign_cores else each.speeds).append(round_[name])
             each.epochs.append(epoch)
         counted = len(found[WITHOUT].speeds)
         console.print(f"round {number}: others used {cores:.2f} cores; {counted} of {options.turns} rounds count")
