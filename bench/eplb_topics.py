@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ class Run:
     rearrangements: list[tuple[float, int]] = field(default_factory=list)
     tokens_per_second: float = 0.0
     gaps: list[float] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    """Rearrangements that were not made: the reason in one word and in a sentence."""
 
 
 def main() -> None:
@@ -61,6 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policy", default="sticky", help="of the server that balances")
     parser.add_argument("--window", type=int, default=100, help="steps in the window")
     parser.add_argument("--interval", type=int, default=200, help="steps between two rearrangements")
+    parser.add_argument("--min-gain", type=float, help="as in --eplb-config; the server's default if not given")
     parser.add_argument("--clients", type=int, default=16, help="streams at a time")
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--stretch", type=float, default=20.0, help="seconds of one topic")
@@ -75,6 +79,8 @@ def server_options(options: argparse.Namespace, policy: str) -> list[str]:
         "window_size": options.window,
         "step_interval": options.interval,
     }
+    if options.min_gain is not None:
+        eplb["min_gain"] = options.min_gain
     return ["-dp", str(options.dp), "-ep", "--enable-eplb", "--eplb-config", json.dumps(eplb)]
 
 
@@ -95,6 +101,8 @@ async def drive(options: argparse.Namespace, address: Address) -> Run:
     seconds = time.monotonic() - zero
     run.tokens_per_second = len(load.token_times) / seconds
     run.gaps = [gap.seconds for gap in load.gaps]
+    history = (await get_json(address, "/eplb"))["history"]
+    run.refused = [(entry["skipped"], entry["text"]) for entry in history if "skipped" in entry]
     await load.stop()
     return run
 
@@ -113,6 +121,8 @@ def report_of(options: argparse.Namespace, runs: dict[str, Run]) -> Report:
         name: getattr(options, name)
         for name in ("dp", "redundant", "policy", "window", "interval", "clients", "output_len", "stretch", "rounds")
     }
+    if options.min_gain is not None:
+        config["min_gain"] = options.min_gain
     numbers: dict[str, Any] = {policy: _numbers(run) for policy, run in runs.items()}
     before, after = (numbers[policy] for policy in ("static", options.policy))
     numbers["ratio"] = {
@@ -131,6 +141,8 @@ def _numbers(run: Run) -> dict[str, Any]:
         "gaps_ms": percentiles(run.gaps, 1000),
         "rearrangements": len(run.rearrangements),
         "moved_experts": sum(moved for _, moved in run.rearrangements),
+        "refused": dict(Counter(reason for reason, _ in run.refused)),
+        "refused_last": run.refused[-1][1] if run.refused else "",
         "timeline": {
             "balancedness": run.balancedness,
             "topics": run.topics,

@@ -21,10 +21,11 @@ END_SECONDS = 40.0
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A ready server; `begun` is when its process was started, in time.monotonic()."""
+    """A ready server; `begun` is when its process was started, in time.monotonic(); `pid` of its launcher."""
 
     address: Address
     begun: float
+    pid: int
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def started(model: str | None, server_options: Sequence[str], *, preset: str = "
             begun = time.monotonic()
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            yield Started(_await_ready(process, log), begun)
+            yield Started(_await_ready(process, log), begun, process.pid)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)

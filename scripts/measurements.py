@@ -163,6 +163,30 @@ def topics_part(report: Report) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def gain_part(report: Report) -> str:
+    """Servers with hot experts put together, balancing, and balanced from the start, by turns on a core per rank."""
+    config, numbers = report.config, _numbers(report)
+    rows = [
+        (name, speeds["median"], f"{numbers['speed_up'].get(name, 1.0):.2f}", ", ".join(map(str, speeds["all"])))
+        for name, speeds in numbers["tokens_per_second"].items()
+    ]
+    modelled, reached = numbers["modelled_speed_up"], numbers["reached"]
+    models = {"rows_alone": "if only the slowest rank's rows count", "gate": "by what the server decides by"}
+    told = [
+        f"{words} {modelled[name]:.2f}" + (f", of which {reached[name]:.0%} were reached" if name in reached else "")
+        for name, words in models.items()
+    ]
+    moved = f"{numbers['rearrangements']} rearrangements, {numbers['moved_experts']} experts."
+    refused = f" Refused at last: {numbers['refused'][-1]}." if numbers["refused"] else ""
+    return (
+        f"Load balancing on a core per rank, `{report.label}`: dp={config['ranks']}, {config['requests']} x "
+        f"{config['input_len']} / {config['output_len']} tokens in {config['dtype']}, balancedness "
+        f"{numbers['balancedness_linear']:.2f} with the linear placement, commit `{report.commit}`. Modelled speed-up: "
+        f"{'; '.join(told)}. {moved if numbers['rearrangements'] else 'Here nothing was moved.'}{refused}\n\n"
+        + markdown_table(["", "tokens/s", "times", "turns"], rows)
+    )
+
+
 def balancedness_part(report: Report) -> str:
     """All policies on made-up and recorded loads."""
     config, numbers = report.config, _numbers(report)
@@ -378,6 +402,7 @@ PARTS = {
     "serve": serve_part,
     "eplb_stall": stall_part,
     "eplb_topics": topics_part,
+    "eplb_gain": gain_part,
     "eplb_balancedness": balancedness_part,
     "overload": overload_part,
     "soak": soak_part,

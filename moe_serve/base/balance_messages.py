@@ -20,16 +20,24 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True, tag="stage_report")
     reason: str = ""
     stage_seconds: float = 0.0
     commit_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    """Spent between steps on moving, but for the commit."""
     bytes_received: int = 0
     generation: int = 1
 
 
 class StepLoad(msgspec.Struct, frozen=True, kw_only=True, tag="step_load"):
-    """From engine 0: `load` of all ranks over the last `steps` steps, int64 (layers, 2, experts) as bytes."""
+    """From engine 0: `load` of all ranks over the last `steps` steps, int64 (layers, 2, experts) as bytes.
+
+    `step_seconds` what the steps took engine 0, without the time between them; 0 if not known. `expert_seconds[rank]`
+    what the rank's experts took in them, all layers together; empty if nobody can tell.
+    """
 
     step: int
     steps: int
     load: bytes
+    step_seconds: float = 0.0
+    expert_seconds: list[float] = []
 
 
 class DropStage(msgspec.Struct, frozen=True, tag="drop_stage"):

@@ -151,6 +151,9 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
     load: bytes = b""
     """With collect_load, from expert-parallel rank 0: int64 (layers, prefill and decode, experts), over all ranks; of a
     worker its stage's layers, of an engine all."""
+    expert_seconds: list[float] = []
+    """With `load`: what the experts of each expert-parallel rank took in the same steps and layers. Empty where their
+    end is not seen, as on a CUDA device."""
     stage: StageStatus | None = None
     commit_seconds: float = 0.0
 
@@ -164,6 +167,8 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True, tag="stage_status")
     pieces_posted: int = 0
     bytes_received: int = 0
     seconds: float = 0.0
+    busy_seconds: float = 0.0
+    """Spent between steps on it."""
 
 
 class StageExperts(msgspec.Struct, frozen=True, kw_only=True, tag="stage_experts"):

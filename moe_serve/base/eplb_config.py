@@ -20,9 +20,9 @@ class EPLBConfig(Section):
     """Log mean / max rank load."""
     policy: str = "sticky"
     """Which placement to aim for."""
-    min_gain: float = Field(0.01, ge=0)
-    """Least predicted gain of a rearrangement, as a share of the expert time saved over the next interval after
-    paying for the move; 0 applies whatever the policy says."""
+    min_gain: float = Field(0.001, ge=0)
+    """Least predicted gain of a rearrangement, as a share of the time of a step that is saved over the next interval
+    after paying for the move; 0 applies whatever the policy says."""
     max_bytes_per_step: Size = 1 << 20
     """Most bytes of expert weights that a rank sends or receives between two steps."""
     prefer_local: bool = True

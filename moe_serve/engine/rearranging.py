@@ -52,6 +52,8 @@ class Rearranging:
         self._steps = 0
         self._collected: dict[int, int] = {}
         """Steps counted since the collection before, by the step that collects."""
+        self._step_seconds = 0.0
+        """Of the steps since the collection before."""
         self._news: list[News] = []
         self.wants_turn = False
         """Something to tell in a vote: a sleeping world should wake for it, once."""
@@ -108,8 +110,18 @@ class Rearranging:
     def learn(self, plan: StepPlan, result: StepResult) -> None:
         """What a step did; in the order in which they were planned."""
         steps = self._collected.pop(plan.step, 0)
-        if result.load:
-            self._news.append(StepLoad(step=plan.step, steps=steps, load=result.load))
+        self._step_seconds += result.seconds
+        if steps:
+            seconds, self._step_seconds = self._step_seconds, 0.0
+            if result.load:
+                load = StepLoad(
+                    step=plan.step,
+                    steps=steps,
+                    load=result.load,
+                    step_seconds=seconds,
+                    expert_seconds=result.expert_seconds,
+                )
+                self._news.append(load)
         if plan.commit_epoch and self._status is not None:
             self._report("committed", self._status, commit_seconds=result.commit_seconds)
             self._status = None
@@ -150,6 +162,7 @@ class Rearranging:
                 reason=status.failed,
                 stage_seconds=status.seconds,
                 commit_seconds=commit_seconds,
+                busy_seconds=status.busy_seconds,
                 bytes_received=status.bytes_received,
                 generation=self._generation,
             )

@@ -55,6 +55,7 @@ def refused(status: int, message: str) -> Answered:
 
 def _state(question: RequestQuestion, _body: Body, _propose: Propose) -> Answered:
     situation, facts = question.situation, question.facts
+    judged = facts.judged
     return _json(
         {
             "placement": placement_to_document(situation.served, situation.forecast.num_nodes),
@@ -63,7 +64,8 @@ def _state(question: RequestQuestion, _body: Body, _propose: Propose) -> Answere
             "window_steps": facts.window_steps,
             "window_load": situation.load_LE.astype(np.int64).tolist(),
             "balancedness": mean_of_ratios(situation.forecast.rank_loads(situation.load_LE, situation.served)),
-            "predicted": facts.predicted,
+            "predicted": None if judged is None else judged.balancedness_after,
+            "judgement": None if judged is None else judged.document(),
             "history": facts.history,
             "recording": {"on": facts.recording, "steps": facts.recorded_steps},
         }

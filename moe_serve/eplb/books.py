@@ -1,22 +1,22 @@
 """What rearrangements brought and cost: totals for the metrics, a history for people, and what the next would cost.
 
-It decides nothing; a Rebalancer tells it what happened and asks it for prices.
+A Rebalancer tells it what happened, and asks it what is to be said against a plan.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from moe_serve.base.balance_messages import StageReport
 from moe_serve.base.eplb_config import EPLBConfig
+from moe_serve.eplb.gate import Judgement, judge, objection
 from moe_serve.eplb.rearrangement import Proposal, Rearrangement
 
-COPY_BYTES_PER_SECOND = 1e9
-"""How fast a commit copies, until one has been measured."""
-RECENT_BUCKETS = 9
+MOVE_BYTES_PER_SECOND = 0.5e9
+"""How fast experts move while serving waits, until that has been measured."""
+INTERVAL = "interval"
 MAX_HISTORY = 200
 
 
@@ -30,6 +30,8 @@ class Totals:
     moved_bytes: int = 0
     stage_seconds: list[float] = field(default_factory=list)
     commit_seconds: list[float] = field(default_factory=list)
+    busy_seconds: float = 0.0
+    """Between steps, for moving; the slowest rank's. Serving waits."""
     last_success: float = 0.0
     """Unix time."""
 
@@ -40,33 +42,18 @@ class Books:
     def __init__(self, unix_time: Callable[[], float]) -> None:
         self.history: list[dict[str, object]] = []
         self.totals = Totals()
+        self.judged: Judgement | None = None
         self._unix_time = unix_time
-        self._step_seconds: deque[float] = deque(maxlen=RECENT_BUCKETS)
 
-    def hear_step_seconds(self, seconds: float) -> None:
-        """How long a step took lately."""
-        self._step_seconds.append(seconds)
-
-    def cost_share(self, plan: Proposal, step_interval: int) -> float:
-        """Seconds the move would stall serving, as a share of the next interval."""
-        # The median: a bucket that ends a long sleep says nothing about steps.
-        horizon = statistics.median(self._step_seconds or [0.0]) * step_interval
-        moved, seconds = self.totals.moved_bytes, sum(self.totals.commit_seconds)
-        speed = moved / seconds if moved and seconds else COPY_BYTES_PER_SECOND
-        return plan.num_bytes / speed / horizon if horizon else 0.0
+    def bytes_per_second(self) -> float:
+        """At what speed moving holds up serving, by what was heard so far."""
+        moved, seconds = self.totals.moved_bytes, self.totals.busy_seconds + sum(self.totals.commit_seconds)
+        return moved / seconds if moved and seconds else MOVE_BYTES_PER_SECOND
 
     def objection(self, plan: Proposal, eplb_config: EPLBConfig) -> tuple[str, str] | None:
         """Why a plan is not carried out, in one word and in a sentence; None if it is."""
-        if not plan.chunks:
-            return "no_moves", "the policy keeps everything where it is"
-        paid = plan.gain - self.cost_share(plan, eplb_config.step_interval)
-        if not eplb_config.min_gain or paid >= eplb_config.min_gain:
-            return None
-        return (
-            "small_gain",
-            f"moving {plan.num_moves} experts would save {paid:.2%} of the expert time over the next "
-            f"{eplb_config.step_interval} steps, less than min_gain ({eplb_config.min_gain:.2%})",
-        )
+        self.judged = judge(plan, bytes_per_second=self.bytes_per_second(), step_interval=eplb_config.step_interval)
+        return objection(plan, self.judged, eplb_config)
 
     def skipped(self, step: int, reason: str, text: str) -> None:
         """An interval was over and nothing was moved; `reason` in one word, for the metrics."""
@@ -77,6 +64,7 @@ class Books:
         """A chunk is in use everywhere: serving waited for the slowest engine."""
         self.totals.stage_seconds.append(max(report.stage_seconds for report in reports))
         self.totals.commit_seconds.append(max(report.commit_seconds for report in reports))
+        self.totals.busy_seconds += max(report.busy_seconds for report in reports)
         assert work.chunk is not None
         work.num_chunks += 1
         work.num_moves += sum(work.plan.moves_of_layers[layer] for layer in work.chunk.layers)
@@ -96,7 +84,8 @@ class Books:
         else:
             self.totals.rebalances += 1
             self.totals.last_success = self._unix_time()
-        self._remember(_entry(work, epoch, now, failure))
+        judged = {"judgement": self.judged.document()} if work.why == INTERVAL and self.judged is not None else {}
+        self._remember(_entry(work, epoch, now, failure) | judged)
         return (
             f"rearrangement ({work.why}) {'given up' if failure else 'done'}: {work.num_moves} experts, "
             f"{work.bytes_received / 2**20:.1f} MiB in {now - work.started:.2f} s, "

@@ -5,6 +5,7 @@ Shape letters: L layers, E logical experts, R expert-parallel ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from moe_serve.eplb.nodes import NodeSizes
 from moe_serve.eplb.placement import Placement, moves
 from moe_serve.eplb.policies.base import Floats
 from moe_serve.eplb.rearrangement import Proposal, chunks_of
+from moe_serve.eplb.saving import Slots, WindowPart, saving_of
 from moe_serve.eplb.search.scores import mean_of_ratios, ratio_of_sums, sum_by_rank
 from moe_serve.eplb.search.weights import Split, solve_split, split_loads
 
@@ -30,10 +32,16 @@ class Forecast:
     def num_nodes(self) -> int:
         return max(1, len(self.node_sizes))
 
-    def plan(self, load_LE: Floats, served: Placement, wanted: Placement, *, epoch: int = 0) -> Proposal:
-        """From the placement served since `epoch` to another; ConfigError if that is of another model or world."""
+    def plan(
+        self, load_LE: Floats, served: Placement, wanted: Placement, *, epoch: int = 0, parts: Sequence[WindowPart] = ()
+    ) -> Proposal:
+        """From the placement served since `epoch` to another; ConfigError if that is of another model or world.
+
+        `parts` add up to the load; without them nothing is said of the time that would be saved.
+        """
         check_alike(served, wanted)
-        before, after = self.rank_loads(load_LE, served), self.rank_loads(load_LE, wanted)
+        old, new = self.split(load_LE, served), self.split(load_LE, wanted)
+        before, after = _by_rank(old, load_LE), _by_rank(new, load_LE)
         moves_of_layers = np.bincount(moves(served, wanted).layer, minlength=served.num_layers).tolist()
         return Proposal(
             epoch=epoch,
@@ -44,6 +52,7 @@ class Forecast:
             moves_of_layers=moves_of_layers,
             num_bytes=sum(moves_of_layers) * self.expert_bytes,
             chunks=chunks_of(served, wanted, load_LE, self.expert_bytes),
+            saving=saving_of(parts, _of_parts(old, parts), _of_parts(new, parts)) if parts else None,
         )
 
     def split(self, load_LE: Floats, placement: Placement) -> Split:
@@ -52,7 +61,15 @@ class Forecast:
 
     def rank_loads(self, load_LE: Floats, placement: Placement) -> Floats:
         """float64 (L, R): rows each rank computes, split so."""
-        return sum_by_rank(split_loads(self.split(load_LE, placement), load_LE), placement.offsets)
+        return _by_rank(self.split(load_LE, placement), load_LE)
+
+
+def _by_rank(split: Split, load_LE: Floats) -> Floats:
+    return sum_by_rank(split_loads(split, load_LE), split.placement.offsets)
+
+
+def _of_parts(split: Split, parts: Sequence[WindowPart]) -> list[Slots]:
+    return [Slots(split_loads(split, part.load_LE) / part.steps, split.placement.offsets) for part in parts]
 
 
 def check_alike(served: Placement, other: Placement) -> None:

@@ -5,20 +5,25 @@ A question holds everything that its answer depends on. Whoever solves one (eplb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from moe_serve.base.parcel import Parcel
 from moe_serve.eplb.forecast import Forecast
+from moe_serve.eplb.gate import Judgement
 from moe_serve.eplb.placement import Placement
 from moe_serve.eplb.policies.base import Floats
 from moe_serve.eplb.rearrangement import Proposal
+from moe_serve.eplb.saving import WindowPart
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What a plan is made from: the load float64 (L, E), what is served since `epoch`, and how it is judged."""
+    """What a plan is made from: the load float64 (L, E), what is served since `epoch`, and how it is judged.
+
+    `parts` add up to the load, for whoever is to say what a plan saves.
+    """
 
     epoch: int
     load_LE: Floats
@@ -26,6 +31,7 @@ class Situation:
     forecast: Forecast
     num_groups: int
     seed: int
+    parts: list[WindowPart] = field(default_factory=list)
 
 
 class PlanQuestion(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
@@ -60,7 +66,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     in_flight: bool
     window_steps: int
-    predicted: float | None
+    judged: Judgement | None
     history: list[dict[str, object]]
     totals: dict[str, object]
     recording: bool

@@ -15,6 +15,7 @@ from moe_serve.base.parcel import Parcel
 from moe_serve.eplb.desk.plan import layers_by_gain
 from moe_serve.eplb.placement import Placement
 from moe_serve.eplb.policies.base import Floats
+from moe_serve.eplb.saving import Saving
 
 Order = StageExperts | SetShares | DropStage | Record
 MAX_CHUNK_BYTES = 64 << 20
@@ -31,10 +32,11 @@ class ForEngine:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A placement and what it is expected to bring. Gain: share of the expert time saved, the move not yet paid.
+    """A placement and what it is expected to bring. `gain`: the share by which the slowest ranks' rows would fall.
 
     It starts from what is served since `epoch`, and is carried out in `chunks` of layers. In a layer,
-    `moves_of_layers[layer]` slots get an expert that is new to their rank.
+    `moves_of_layers[layer]` slots get an expert that is new to their rank. `saving` where the parts of the window were
+    known: what the gain amounts to in time.
     """
 
     epoch: int
@@ -45,6 +47,7 @@ class Proposal:
     moves_of_layers: list[int]
     num_bytes: int
     chunks: list[list[int]]
+    saving: Saving | None = None
 
     @property
     def num_moves(self) -> int:

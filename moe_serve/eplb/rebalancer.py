@@ -20,7 +20,7 @@ from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.errors import ConfigError, Conflict
 from moe_serve.base.topology import Topology
 from moe_serve.eplb.answers import UNDER_WAY
-from moe_serve.eplb.books import MAX_HISTORY, Books, Totals
+from moe_serve.eplb.books import INTERVAL, MAX_HISTORY, Books, Totals
 from moe_serve.eplb.forecast import Forecast
 from moe_serve.eplb.inquiry import Asked, Inquiry
 from moe_serve.eplb.nodes import NodeSizes
@@ -63,7 +63,6 @@ class Rebalancer:
         self.books = Books(unix_time)
         self.recording = Recording()
         self.window = LoadWindow(placement.num_layers, placement.num_logical, eplb_config.window_size)
-        self.last_prediction: float | None = None
         self._log: list[str] = []
         self.policy = policy or eplb_config.policy
         self._forecast = Forecast((), eplb_config.prefer_local, expert_bytes)
@@ -73,7 +72,6 @@ class Rebalancer:
         self._step = 0
         self._now: Rearrangement | None = None
         self._previous: list[Placement] = []
-        self._last_load_at: float | None = None
         self._next_epoch = 1
         self._inquiry = Inquiry()
 
@@ -89,16 +87,14 @@ class Rebalancer:
 
     def hear_load(self, load: StepLoad, now: float) -> list[ForEngine]:
         """A bucket of load; perhaps it is time to ask for a rearrangement, or for another split over the copies."""
-        counts = self.window.add(load.steps, load.load)
+        counts = self.window.add(load.steps, load.load, load.step_seconds, load.expert_seconds)
         sends: list[ForEngine] = []
         if self.recording.on and load.steps == 1:
             self.recording.add(counts)
             if self.recording.full:
                 self._log.append(f"the recording of expert load is full after {len(self.recording.steps)} steps")
                 sends += self._all(Record(on=False))
-        if self._last_load_at is not None and load.steps:
-            self.books.hear_step_seconds((now - self._last_load_at) / load.steps)
-        self._last_load_at, self._step = now, load.step
+        self._step = load.step
         self._until_next -= load.steps
         self._since_refresh += load.steps
         if self._now is None and not self._inquiry.is_open:
@@ -236,15 +232,15 @@ class Rebalancer:
         if not self.load().any():
             self._skip("no_load", "no tokens were seen")
         else:
-            self._inquiry.ask(PlanQuestion(number=self.next_number(), situation=self.situation(), policy=self.policy))
+            situation = replace(self.situation(), parts=self.window.parts())
+            self._inquiry.ask(PlanQuestion(number=self.next_number(), situation=situation, policy=self.policy))
 
     def _weigh(self, plan: Proposal, now: float) -> list[ForEngine]:
-        self.last_prediction = plan.balancedness_after
         if self.eplb_config.log_balancedness:
             before, after = plan.balancedness_before, plan.balancedness_after
             self._log.append(f"balancedness {before:.3f}, {after:.3f} if rearranged")
         objection = self.books.objection(plan, self.eplb_config)
-        return self.apply(plan, now, why="interval") if objection is None else self._skip(*objection)
+        return self.apply(plan, now, why=INTERVAL) if objection is None else self._skip(*objection)
 
     def _no_plan(self, reason: str) -> list[ForEngine]:
         self._log.append(f"no rearrangement: {reason}")
@@ -299,6 +295,7 @@ class Rebalancer:
         table[chunk.layers] = work.plan.placement.physical_to_logical_LP[chunk.layers]
         self.placement = Placement(table, self.placement.offsets, self.placement.num_logical)
         self.epoch = chunk.epoch
+        self.window.forget_seconds()
         self.books.committed(work, chunk.done.values())
         if work.chunks and not chunk.dropping:
             self._ask_chunk(work)

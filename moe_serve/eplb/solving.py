@@ -73,7 +73,9 @@ def propose(situation: Situation, policy: str) -> Proposal:
 
 def predict(situation: Situation, placement: Placement) -> Proposal:
     """What a placement would bring; ConfigError if it is of another model or world."""
-    return situation.forecast.plan(situation.load_LE, situation.served, placement, epoch=situation.epoch)
+    return situation.forecast.plan(
+        situation.load_LE, situation.served, placement, epoch=situation.epoch, parts=situation.parts
+    )
 
 
 def _load(policy: str) -> Policy:

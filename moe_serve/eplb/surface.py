@@ -99,7 +99,7 @@ def _facts(rebalancer: Rebalancer) -> Facts:
         epoch=rebalancer.epoch,
         in_flight=rebalancer.in_flight,
         window_steps=rebalancer.window.num_steps,
-        predicted=rebalancer.last_prediction,
+        judged=rebalancer.books.judged,
         history=rebalancer.history,
         totals={
             "rebalances": totals.rebalances,

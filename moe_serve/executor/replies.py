@@ -23,6 +23,7 @@ def combine_replies(replies: Sequence[Reply], *, sampling_worker: int) -> Reply:
             told,
             padding_rows=sum(result.padding_rows for result in results),
             load=b"".join(result.load for result in results),
+            expert_seconds=_added([result.expert_seconds for result in results if result.load]),
             stage=_combine_stages(stages, len(replies)) if stages else told.stage,
             commit_seconds=max(result.commit_seconds for result in results),
         )
@@ -39,7 +40,13 @@ def _combine_stages(stages: list[StageStatus], num_workers: int) -> StageStatus:
         pieces_posted=max(stage.pieces_posted for stage in stages),
         bytes_received=sum(stage.bytes_received for stage in stages),
         seconds=max(stage.seconds for stage in stages),
+        busy_seconds=max(stage.busy_seconds for stage in stages),
     )
+
+
+def _added(of_stages: Sequence[Sequence[float]]) -> list[float]:
+    """By rank of a stage; nothing unless all stages know it."""
+    return [sum(each) for each in zip(*of_stages, strict=True)] if all(of_stages) else []
 
 
 def combine_facts(replies: Sequence[Reply], *, start_seconds: float) -> WorkerFacts:

@@ -35,9 +35,13 @@ class LayerKV:
 
 @dataclass(slots=True)
 class StepClock:
-    """Seconds spent in exchanges between ranks during one step."""
+    """Seconds of one step, all layers together: in exchanges between ranks, and with this rank's experts.
+
+    The latter stay 0 where the host does not see their end.
+    """
 
     all2all_seconds: float = 0.0
+    expert_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from moe_serve.base.topology import Topology, split_range
 from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
 from moe_serve.model.decoder import Decoder
-from moe_serve.worker.eplb.expert_balance import ExpertBalance
+from moe_serve.worker.eplb.expert_balance import Collected, ExpertBalance
 from moe_serve.worker.handover import Handover
 from moe_serve.worker.inputs import RequestTable, StepInputs, rows_by_ep_rank
 from moe_serve.worker.sampling.logprobs import token_logprobs
@@ -77,7 +77,7 @@ class Runner:
         )
         padded_before = self._decoder.all2all.padding_rows
         hidden_TD = self._forward(inputs, ctx)
-        load = self._watch(plan, inputs, ctx)
+        collected = self._watch(plan, inputs, ctx)
         failed: dict[str, str] = {}
         prompt_logprobs: dict[str, list[TokenLogprob]] = {}
         sampled: list[Sampled] = []
@@ -92,7 +92,8 @@ class Runner:
             seconds=time.perf_counter() - started,
             all2all_seconds=clock.all2all_seconds,
             padding_rows=self._decoder.all2all.padding_rows - padded_before,
-            load=load,
+            load=collected.load,
+            expert_seconds=collected.expert_seconds,
             stage=None if self._balance is None else self._balance.status(),
             commit_seconds=commit_seconds,
         )
@@ -108,16 +109,17 @@ class Runner:
             self._handover.pass_on(out_TD)
         return out_TD
 
-    def _watch(self, plan: StepPlan, inputs: StepInputs, ctx: ForwardContext) -> bytes:
+    def _watch(self, plan: StepPlan, inputs: StepInputs, ctx: ForwardContext) -> Collected:
         """Count which experts this rank's own rows went to."""
         if self._balance is None:
-            return b""
+            return Collected()
         assert ctx.routes is not None
         assert inputs.decode_T is not None
         if plan.collect_load:
             self._progress.enter(Phase.COLLECT_LOAD)
         part = split_range(len(inputs.decode_T), self._topology.tp, self._tp_rank)
-        return self._balance.after_step(plan, ctx.routes, inputs.decode_T[part.start : part.stop])
+        decode_S = inputs.decode_T[part.start : part.stop]
+        return self._balance.after_step(plan, ctx.routes, decode_S, expert_seconds=ctx.clock.expert_seconds)
 
     def _sample(self, hidden_TD: Tensor, inputs: StepInputs, failed: dict[str, str]) -> list[Sampled]:
         if not inputs.sample_rows:

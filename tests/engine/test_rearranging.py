@@ -67,7 +67,7 @@ class Sim:
         verdict = Verdict(True, [5, 0], commit_epoch=commit, drop_after_pieces=drop, recording=recording)
         plan = self.engine.plan(StepPlan(step=self.steps, scheduled=[], tokens_by_dp_rank=[5, 0]), verdict)
         load = b"x" if plan.collect_load else b""
-        result = StepResult(step=self.steps, stage=self.script.stage, load=load, commit_seconds=0.25)
+        result = StepResult(step=self.steps, stage=self.script.stage, load=load, seconds=0.5, commit_seconds=0.25)
         self.engine.learn(plan, result)
         return plan
 
@@ -96,6 +96,16 @@ def test_a_stage_goes_to_the_workers_and_its_progress_into_votes_and_news() -> N
     staged, committed = (news for news in sim.engine.take_news() if isinstance(news, StageReport))
     assert (staged.state, staged.stage_seconds, staged.bytes_received) == ("staged", 1.5, 80)
     assert (committed.state, committed.commit_seconds, committed.bytes_received) == ("committed", 0.25, 80)
+
+
+def test_load_is_told_with_the_seconds_of_the_steps_since_it_was_told_last() -> None:
+    sim = Sim(interval=3)
+    for _ in range(7):
+        sim.step()
+    sim.now += 3600
+    sim.step(recording=True)
+    told = [(news.step, news.steps, news.step_seconds) for news in sim.engine.take_news() if isinstance(news, StepLoad)]
+    assert told == [(3, 3, 1.5), (6, 3, 1.5), (8, 2, 1.0)]
 
 
 def test_an_order_of_another_generation_of_the_world_is_not_carried_out() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from moe_serve.eplb.window import LoadWindow, Recording
+from moe_serve.eplb.window import MAX_PARTS, LoadWindow, Recording
 
 LAYERS, EXPERTS = 2, 3
 
@@ -50,6 +50,30 @@ def test_the_newest_steps_alone_can_be_asked_for() -> None:
         window.add(5, bucket(value))
     found = [int(window.load(steps)[0, 0, 0]) for steps in (1, 5, 6, 20, 1000)]
     assert found == [8, 8, 12, 15, 15]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30))
+def test_the_parts_of_a_window_are_few_and_add_up_to_it(steps: list[int]) -> None:
+    window = LoadWindow(LAYERS, EXPERTS, 1000)
+    for number, each in enumerate(steps):
+        window.add(each, bucket(number), 2.0, [0.5, 0.25])
+    parts = window.parts()
+    assert min(len(steps), MAX_PARTS) / 2 <= len(parts) <= MAX_PARTS
+    assert sum(part.steps for part in parts) == window.num_steps
+    assert (sum(part.load_LE for part in parts) == window.load().sum(axis=1)).all()
+    assert sum(part.step_seconds for part in parts) == 2 * len(steps)
+    assert np.sum([part.expert_seconds_R for part in parts], axis=0).tolist() == [0.5 * len(steps), 0.25 * len(steps)]
+
+
+def test_seconds_are_told_only_where_they_are_those_of_the_present_placement() -> None:
+    window = LoadWindow(LAYERS, EXPERTS, 1000)
+    window.add(5, bucket(1), 0.0, [1.0, 2.0])
+    window.add(5, bucket(1))
+    assert [part.expert_seconds_R for part in window.parts()] == [[1.0, 2.0], []]
+    window.forget_seconds()
+    for number in range(3):
+        window.add(5, bucket(1), 0.0, [float(number), 1.0])
+    assert [part.expert_seconds_R for part in window.parts()] == [[], [], [], [1.0, 1.0], [2.0, 1.0]]
 
 
 def test_a_bucket_of_another_size_is_an_error() -> None:

@@ -68,7 +68,8 @@ class Balanced:
         self.step += steps
         self.now += steps * seconds
         counts = skewed() if counts is None else counts
-        orders = self.rebalancer.hear_load(StepLoad(step=self.step, steps=steps, load=counts.tobytes()), self.now)
+        told = StepLoad(step=self.step, steps=steps, load=counts.tobytes(), step_seconds=steps * seconds)
+        orders = self.rebalancer.hear_load(told, self.now)
         return self.settled(orders)
 
     def report(self, dp: int, state: StageState, epoch: int, **fields: object) -> list[Order]:
@@ -114,7 +115,7 @@ class Balanced:
         while first:
             chunks += 1
             self.all_report("staged", first[0].epoch)
-            fields = {"stage_seconds": 2.0, "commit_seconds": 0.25, "bytes_received": 300}
+            fields = {"stage_seconds": 2.0, "commit_seconds": 0.25, "busy_seconds": 0.05, "bytes_received": 300}
             first = stages(self.all_report("committed", first[0].epoch, **fields))
         return chunks
 

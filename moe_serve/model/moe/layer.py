@@ -61,7 +61,10 @@ class MoELayer(nn.Module):
         dispatched = _exchange(Phase.DISPATCH, lambda: self.all2all.dispatch(x_SD, slots_SK, weights_SK, rows), ctx)
         shared_SD = None if self.shared is None else self.shared(x_SD)  # computed while the rows travel
         arrived = _exchange(Phase.DISPATCH, dispatched.wait, ctx)
+        started = time.perf_counter()
         outputs = self.experts(arrived)
+        if x_SD.device.type == "cpu":
+            ctx.clock.expert_seconds += time.perf_counter() - started
         combined: Pending[Tensor] = _exchange(Phase.COMBINE, lambda: self.all2all.combine(outputs, arrived), ctx)
         out_SD = _exchange(Phase.COMBINE, combined.wait, ctx)
         return out_SD if shared_SD is None else out_SD + shared_SD

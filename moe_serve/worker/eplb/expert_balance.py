@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from moe_serve.model.moe.layer import MoELayer
 from moe_serve.parallel.collectives import Group
 from moe_serve.worker.eplb.load_recorder import LoadRecorder
 from moe_serve.worker.eplb.migrate import Migrator, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """`load` and `expert_seconds` as in StepResult; nothing in a step that does not collect."""
+
+    load: bytes = b""
+    expert_seconds: list[float] = field(default_factory=list)
 
 
 class ExpertBalance:
@@ -43,6 +52,8 @@ class ExpertBalance:
         self._placed = placement
         self._epoch = 0
         self._shares: dict[int, Tensor] = {}
+        self._busy_seconds = 0.0
+        self._expert_seconds = 0.0
         self._recorder = LoadRecorder(len(layers), placement.num_logical, group.device)
         self._migrator = Migrator(
             {number: layer.experts for number, layer in layers.items()},
@@ -61,16 +72,32 @@ class ExpertBalance:
             seconds = time.perf_counter() - started
         if plan.drop_after_pieces >= 0:
             self._migrator.drop(plan.drop_after_pieces)
-        self._migrator.poll()
+        if self._migrator.status is not None:
+            started = time.perf_counter()
+            self._migrator.poll()
+            self._busy_seconds += time.perf_counter() - started
         return seconds
 
-    def after_step(self, plan: StepPlan, routes: Sequence[Tensor], decode_S: Tensor) -> bytes:
-        """Count the step; the load of this stage's layers over all ranks, from rank 0, if the plan asks for it."""
+    def after_step(
+        self, plan: StepPlan, routes: Sequence[Tensor], decode_S: Tensor, *, expert_seconds: float = 0.0
+    ) -> Collected:
+        """Count the step; the load of this stage's layers over all ranks, from rank 0, if the plan asks for it.
+
+        `expert_seconds` of this rank in this step; 0 if not known.
+        """
         self._recorder.add(routes, decode_S)
+        self._expert_seconds += expert_seconds
         if not plan.collect_load or not self._layers:
-            return b""
-        load_L2E = self._group.all_reduce(self._recorder.take())
-        return load_L2E.cpu().numpy().tobytes() if self._group.rank == 0 else b""
+            return Collected()
+        load_N = self._recorder.take().flatten()
+        nanoseconds_R = load_N.new_zeros(self._group.size)
+        nanoseconds_R[self._group.rank] = int(1e9 * self._expert_seconds)
+        self._expert_seconds = 0.0
+        sum_N = self._group.all_reduce(torch.cat([load_N, nanoseconds_R])).cpu()
+        if self._group.rank:
+            return Collected()
+        seconds = [each / 1e9 for each in sum_N[len(load_N) :].tolist()]
+        return Collected(sum_N[: len(load_N)].numpy().tobytes(), seconds if any(seconds) else [])
 
     @torch.inference_mode()
     def stage(self, command: StageExperts) -> None:
@@ -78,6 +105,7 @@ class ExpertBalance:
         rows = {layer: row for layer, row in command.rows.items() if layer in self._layers}
         self._shares = self._table(command, rows, layers=sorted(command.rows))
         self._migrator.begin(Stage(command.epoch, rows))
+        self._busy_seconds = 0.0
 
     @torch.inference_mode()
     def set_shares(self, command: SetShares) -> None:
@@ -106,6 +134,7 @@ class ExpertBalance:
             pieces_posted=status.pieces_posted,
             bytes_received=status.bytes_received,
             seconds=status.seconds,
+            busy_seconds=self._busy_seconds,
         )
 
     def _commit(self, epoch: int) -> None:

@@ -112,6 +112,7 @@ class Part:
             dict(enumerate(self.layers)), placement, self.groups.ep, migration, max_bytes_per_step=300
         )
         self.steps = 0
+        self.uncollected = 1
 
     def step(self, *, commit: int = 0, drop: int = -1, collect: bool = False) -> tuple[list[list[int]], bytes]:
         """A step through all layers, each compared with the oracle; rows by layer and slot, and the collected load."""
@@ -140,7 +141,12 @@ class Part:
         part = split_range(len(x_TD), scene.tp, tp_rank)
         assert ctx.routes is not None
         decode_S = (torch.arange(len(x_TD)) % 2)[part.start : part.stop]
-        return counts, self.balance.after_step(plan, ctx.routes, decode_S)
+        assert ctx.clock.expert_seconds > 0, "also of a rank without rows: it was asked"
+        collected = self.balance.after_step(plan, ctx.routes, decode_S, expert_seconds=0.25 * (1 + self.seat.rank))
+        if collected.load:
+            assert collected.expert_seconds == [0.25 * (1 + rank) * self.uncollected for rank in range(RANKS)]
+        self.uncollected = 1 if collect else self.uncollected + 1
+        return counts, collected.load
 
     def stage(self, epoch: int) -> None:
         """Take a stage of the scene's next placement up."""
