@@ -1,5 +1,5 @@
-// Attention's inner products with AMX: scores as keys (16, d) times queries (d, 16), so that queries lie across a vector
-// for the softmax; weights are rounded to bfloat16 and turned around for their product with the values.
+// Attention's inner products with AMX: scores as keys (16, d) times queries (d, 16), so that queries lie across a
+// vector for the softmax; weights are rounded to bfloat16 and turned around for their product with the values.
 
 namespace {
 
@@ -95,7 +95,8 @@ inline void turn(const float* weights, int64_t n, int32_t* to) {
 }
 
 template <int N>
-inline void weigh_tiles(float* sums, int64_t width, const float* keep, const int32_t* weights, const int32_t* values, int64_t n) {
+inline void weigh_tiles(float* sums, int64_t width, const float* keep, const int32_t* weights, const int32_t* values,
+                        int64_t n) {
     _tile_zero(0);
     if (N > 1) _tile_zero(1);
     for (int64_t from = 0; from < n; from += TILE_DEPTH) {
@@ -118,7 +119,8 @@ inline void weigh_tiles(float* sums, int64_t width, const float* keep, const int
         }
 }
 
-inline void weigh(float* sums, const float* keep, const float* weights, const float* values, int64_t n, int64_t d, int64_t) {
+inline void weigh(float* sums, const float* keep, const float* weights, const float* values, int64_t n, int64_t d,
+                  int64_t) {
     const int64_t width = up_to(d, 16);
     const int32_t* v = reinterpret_cast<const int32_t*>(values);
     alignas(64) int32_t rows[TILE * CHUNK / 2];

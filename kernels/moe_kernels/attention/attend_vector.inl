@@ -44,7 +44,8 @@ inline void score(const float* q, const float* keys, int64_t n, int64_t d, float
 }
 
 template <int R, int N>
-inline void sums_of(float* sums, int64_t width, const float* keep, const float* weights, const float* values, int64_t n) {
+inline void sums_of(float* sums, int64_t width, const float* keep, const float* weights, const float* values,
+                    int64_t n) {
     vf acc[R][N];
     for (int r = 0; r < R; r++)
         for (int j = 0; j < N; j++) acc[r][j] = load<vf>(sums + r * width + j * W) * keep[r];
@@ -59,14 +60,16 @@ inline void sums_of(float* sums, int64_t width, const float* keep, const float* 
 }
 
 template <int R>
-inline void sums_of_rows(float* sums, const float* keep, const float* weights, const float* values, int64_t n, int64_t width) {
+inline void sums_of_rows(float* sums, const float* keep, const float* weights, const float* values, int64_t n,
+                         int64_t width) {
     constexpr int N = W == 16 ? 4 : 2;
     int64_t at = 0;
     for (; at + N * W <= width; at += N * W) sums_of<R, N>(sums + at, width, keep, weights, values + at, n);
     for (; at < width; at += W) sums_of<R, 1>(sums + at, width, keep, weights, values + at, n);
 }
 
-inline void weigh(float* sums, const float* keep, const float* weights, const float* values, int64_t n, int64_t d, int64_t queries) {
+inline void weigh(float* sums, const float* keep, const float* weights, const float* values, int64_t n, int64_t d,
+                  int64_t queries) {
     const int64_t width = up_to(d, 16);
     int64_t r = 0;
     for (; r + 4 <= queries; r += 4) sums_of_rows<4>(sums + r * width, keep + r, weights + r, values, n, width);

@@ -67,7 +67,10 @@ struct Buffers {
         return groups * queries_floats(d) + keys_floats(d) + values_floats(d) + CHUNK * GROUP;
     }
     Buffers(float* from, int64_t groups, int64_t d)
-        : q(from), keys(q + groups * queries_floats(d)), values(keys + keys_floats(d)), weights(values + values_floats(d)) {}
+        : q(from),
+          keys(q + groups * queries_floats(d)),
+          values(keys + keys_floats(d)),
+          weights(values + values_floats(d)) {}
 };
 
 // Scores (n, GROUP) become weights relative to the largest so far; gives what earlier sums are to be multiplied with.
@@ -144,7 +147,8 @@ inline void join(Partial whole, Partial part, int64_t rows, int64_t width) {
         store(add, exp_(splat(part.most[r] - most)));
         whole.most[r] = most;
         whole.total[r] = whole.total[r] * keep[0] + part.total[r] * add[0];
-        for (int64_t i = 0; i < width; i++) whole.sums[r * width + i] = whole.sums[r * width + i] * keep[0] + part.sums[r * width + i] * add[0];
+        for (int64_t i = 0; i < width; i++)
+            whole.sums[r * width + i] = whole.sums[r * width + i] * keep[0] + part.sums[r * width + i] * add[0];
     }
 }
 
@@ -190,7 +194,8 @@ void attention(const int64_t* words) {
         const int64_t buffers = up_to(Buffers::floats(max_queries / GROUP, a.d), 16);
         float* own = thread_floats(buffers + 2 * partial_size);
         const Buffers b(own, max_queries / GROUP, a.d);
-        const Partial whole = partial_at(own + buffers, max_queries), part = partial_at(own + buffers + partial_size, max_queries);
+        const Partial whole = partial_at(own + buffers, max_queries),
+                      part = partial_at(own + buffers + partial_size, max_queries);
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tiles;) {
             const TileOfQueries& t = tiles_[size_t(i)];
             const int64_t queries = t.tokens * per_kv;

@@ -74,9 +74,11 @@ void experts(const int64_t* words) {
         Session session;
         Taken* x = reinterpret_cast<Taken*>(thread_floats(taken_floats(a.D > a.F ? a.D : a.F)));
         alignas(64) float sums[PASS_SUMS];
-        for (size_t i; (i = next_up.fetch_add(1, std::memory_order_relaxed)) < up.size();) gate_up_task(a, up[i], x, sums);
+        for (size_t i; (i = next_up.fetch_add(1, std::memory_order_relaxed)) < up.size();)
+            gate_up_task(a, up[i], x, sums);
 #pragma omp barrier
-        for (size_t i; (i = next_down.fetch_add(1, std::memory_order_relaxed)) < down.size();) down_task(a, down[i], x, sums);
+        for (size_t i; (i = next_down.fetch_add(1, std::memory_order_relaxed)) < down.size();)
+            down_task(a, down[i], x, sums);
     }
 }
 

@@ -26,8 +26,8 @@ inline float* thread_floats(int64_t count) {
 
 // What the products of a path give: Taken, an input or a pair of them; Session, alive while a thread multiplies;
 // taken_floats(K), the buffer for BLOCK_ROWS rows; take_rows(), which fills it; product(), which adds to the sums
-// (rows, 32) of those rows with one panel, or with two that follow each other, what some of the K inputs give; DEPTH, for
-// how many inputs the rows stay in the first cache.
+// (rows, 32) of those rows with one panel, or with two that follow each other, what some of the K inputs give; DEPTH,
+// for how many inputs the rows stay in the first cache.
 #ifdef MOE_AMX
 #include "product_amx.inl"
 #else
@@ -43,8 +43,8 @@ constexpr int64_t PASS_SUMS = PASS_PANELS * PANEL * BLOCK_ROWS;
 // cache holds while block after block of rows passes.
 inline int64_t task_panels(int64_t rows) { return rows > BLOCK_ROWS ? 4 * PASS_PANELS : PASS_PANELS; }
 
-// Sums of up to PASS_PANELS panels, two by two: (rows, 32) at each BLOCK_ROWS * 32. A few rows are in the first cache as a
-// whole, and then each panel is one stream of memory.
+// Sums of up to PASS_PANELS panels, two by two: (rows, 32) at each BLOCK_ROWS * 32. A few rows are in the first cache
+// as a whole, and then each panel is one stream of memory.
 inline void products(int rows, const Taken* x, int64_t K, const bf16* w, int64_t panels, float* sums) {
     const int64_t depth = rows > BLOCK_ROWS / 2 ? DEPTH : K;
     for (int64_t from = 0; from < K; from += depth) {

@@ -68,7 +68,8 @@ inline void tile_sums(const Taken* x, int64_t K, const bf16* w, int64_t from, in
     if (A == 2 && B == 2) _tile_stored(3, last, out);
 }
 
-inline void product(int rows, const Taken* x, int64_t K, const bf16* w, bool both, int64_t from, int64_t to, float* sums) {
+inline void product(int rows, const Taken* x, int64_t K, const bf16* w, bool both, int64_t from, int64_t to,
+                    float* sums) {
     if (rows > TILE) return both ? tile_sums<2, 2>(x, K, w, from, to, sums) : tile_sums<2, 1>(x, K, w, from, to, sums);
     return both ? tile_sums<1, 2>(x, K, w, from, to, sums) : tile_sums<1, 1>(x, K, w, from, to, sums);
 }

@@ -24,7 +24,8 @@ template <int M, int N>
 inline void add_pair(const Taken* x, int64_t apart, const vi (&pairs)[N], vf (&acc)[M][N]) {
     for (int m = 0; m < M; m++)
         for (int j = 0; j < N; j++)
-            acc[m][j] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j], (__m512bh)_mm512_set1_epi32(x[m * apart]), (__m512bh)pairs[j]);
+            acc[m][j] =
+                (vf)_mm512_dpbf16_ps((__m512)acc[m][j], (__m512bh)_mm512_set1_epi32(x[m * apart]), (__m512bh)pairs[j]);
 }
 
 #else
@@ -85,7 +86,8 @@ inline void tiles(int rows, const Taken* x, int64_t K, const bf16* w, int64_t fr
     }
 }
 
-inline void product(int rows, const Taken* x, int64_t K, const bf16* w, bool both, int64_t from, int64_t to, float* sums) {
+inline void product(int rows, const Taken* x, int64_t K, const bf16* w, bool both, int64_t from, int64_t to,
+                    float* sums) {
     for (int m = 0; m < rows; m += TILE_ROWS, x += TILE_ROWS * taken_stride(K), sums += TILE_ROWS * 2 * PANEL) {
         const int count = rows - m < TILE_ROWS ? rows - m : TILE_ROWS;
         // Two panels at once put more sums in flight, where the registers hold them.

@@ -106,7 +106,8 @@ inline float largest(vf v) {
 inline vf exp_(vf x) {
 #ifdef __AVX512F__
     __m512 y = _mm512_min_ps(_mm512_set1_ps(100.0f), _mm512_max_ps(_mm512_set1_ps(-110.0f), (__m512)x));
-    vf whole = (vf)_mm512_roundscale_ps(y * _mm512_set1_ps(1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf whole = (vf)_mm512_roundscale_ps(y * _mm512_set1_ps(1.44269504088896341f),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     vf r = (vf)y - whole * 0.693359375f - whole * -2.12194440e-4f;
 #else
     vf high = splat(88.7f), low = splat(-87.3f);

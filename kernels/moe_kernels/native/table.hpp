@@ -11,4 +11,16 @@ struct Path {
     Operation operations[10];
 };
 
-enum OperationIndex { LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER, ROUTE, NUM_OPERATIONS };
+enum OperationIndex {
+    LINEAR,
+    EXPERTS,
+    ATTENTION,
+    RMS_NORM,
+    COMBINE,
+    SCORES,
+    ROTARY,
+    SORT,
+    GATHER,
+    ROUTE,
+    NUM_OPERATIONS
+};

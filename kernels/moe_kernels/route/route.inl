@@ -63,7 +63,8 @@ void route(const int64_t* words) {
 #pragma omp parallel if (tasks > 1 && a.T * a.E > 1 << 14)
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         const int64_t until = (task + 1) * ROWS < a.T ? (task + 1) * ROWS : a.T;
-        for (int64_t t = task * ROWS; t < until; t++) route_row(a, a.scores + t * a.E, a.ids + t * a.K, a.weights + t * a.K);
+        for (int64_t t = task * ROWS; t < until; t++)
+            route_row(a, a.scores + t * a.E, a.ids + t * a.K, a.weights + t * a.K);
     }
 }
 
