@@ -66,8 +66,9 @@ def objection(plan: Proposal, judged: Judgement, eplb_config: EPLBConfig) -> tup
         return "no_moves", "the policy keeps everything where it is"
     if not eplb_config.min_gain:
         return None
-    what = f"moving {plan.num_moves} experts would save {judged.gain:.2%} of the time of a step"
-    if judged.gain <= SURE_ERRORS * judged.noise:
+    would = f"save {judged.gain:.2%}" if judged.gain >= 0 else f"lose {-judged.gain:.2%}"
+    what = f"moving {plan.num_moves} experts would {would} of the time of a step"
+    if 0 < judged.gain <= SURE_ERRORS * judged.noise:
         return "within_noise", f"{what}, give or take {judged.noise:.2%}: that may be chance"
     if judged.net >= eplb_config.min_gain:
         return None
