@@ -92,14 +92,6 @@ inline float sum(vf v) {
     return parts[0];
 }
 
-inline float largest(vf v) {
-    float parts[W];
-    store(parts, v);
-    float most = parts[0];
-    for (int i = 1; i < W; i++) most = parts[i] > most ? parts[i] : most;
-    return most;
-}
-
 // e to the x, to 2 units in the last place: 2^n from the exponent's bits, and a polynomial of degree 6 for what is left
 // (Cephes, expf.c). 0 below -87.3, infinite above 88.7; with AVX-512 what lies between 0 and the smallest normal number
 // is kept, and a NaN passes because the processor's max and min give the second operand then.

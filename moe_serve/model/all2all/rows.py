@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from moe_kernels.combine.combine import combine
-from moe_kernels.sorting import sorting
+from moe_kernels.sorting import reference, sorting
 from torch import Tensor
 
 from moe_serve.model.all2all.base import Sorted
@@ -45,12 +45,7 @@ def sort_rows(
     """
     if path is not None:
         return sorting.sort_rows(path, x_TD, slots_TK, first_slot, num_local)
-    slots = slots_TK.reshape(-1)
-    ours = (slots >= first_slot) & (slots < first_slot + num_local)
-    local = torch.where(ours, slots - first_slot, num_local)
-    counts = torch.bincount(local, minlength=num_local + 1)
-    pairs = local.argsort(stable=True)[: local.numel() - int(counts[num_local])]
-    return x_TD.index_select(0, pairs // slots_TK.shape[1]), pairs, counts[:num_local]
+    return reference.sort_rows(x_TD, slots_TK, first_slot, num_local)
 
 
 def pack(parts: Sequence[Tensor]) -> Tensor:
