@@ -1,17 +1,21 @@
 """Which compiled code runs the operations: one of the paths that were built and that this processor can run.
 
+And what an operation is made of, its memory and its call, which may be written down as they happen (recording.py).
+
 torch must have been imported before: its threads (libgomp) are those that the compiled code uses, and a second copy
 would take cores from them.
 """
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from importlib import import_module
 from pathlib import Path as File
-from typing import Any
+from typing import Any, Protocol
 
-import torch  # noqa: F401 - see above
+import torch
+from torch import Tensor
 
 _native: Any
 try:
@@ -19,8 +23,27 @@ try:
 except ImportError:
     _native = None
 
-LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER, ROUTE = range(10)
+LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER, ROUTE, MOE, ADD = range(12)
 """As in native/table.hpp."""
+MAX_WORDS = 24
+"""As in native/module.cpp: of one operation."""
+
+
+class Recorder(Protocol):
+    """Who writes down what happens in his thread."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+    def next_layer(self) -> None: ...
+
+    def note(self, path: str, operation: int, words: tuple[int | float, ...]) -> None: ...
+
+
+class _ThisThread(threading.local):
+    recorder: Recorder | None = None
+
+
+this_thread = _ThisThread()
 
 
 @cache
@@ -41,7 +64,20 @@ def run(path: str, operation: int, *words: int | float) -> None:
 
     Whoever calls has checked shapes, types and strides, and keeps what is pointed at: nothing is checked from here on.
     """
+    if this_thread.recorder is not None:
+        this_thread.recorder.note(path, operation, words)
     _native.run(_indices()[path], operation, *words)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory for what an operation makes, contiguous, filled with anything; a recorder's where there is one."""
+    recorder = this_thread.recorder
+    return torch.empty(shape, dtype=dtype) if recorder is None else recorder.empty(shape, dtype)
+
+
+def replay(path: str, lines: Tensor) -> None:
+    """Run recorded operations again, `lines` (n, 1 + MAX_WORDS) int64: one call for all of them."""
+    _native.replay(_indices()[path], lines.data_ptr(), lines.shape[0])
 
 
 @cache

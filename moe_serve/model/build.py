@@ -12,6 +12,7 @@ from moe_serve.base.errors import NoSharedMemory
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.tables import ALL2ALL
+from moe_serve.model.all2all.alone import Alone
 from moe_serve.model.all2all.base import All2All
 from moe_serve.model.all2all.shape import (
     LIMITS,
@@ -77,8 +78,11 @@ def build_model(
 
 
 def make_all2all(name: str, group: Group, layout: ExpertLayout, shape: DispatchShape) -> All2All:
-    """The backend of this name, or what stands in for it where the ranks, which all find out, have no memory for it."""
+    """The backend of this name, or what stands in for it: where the ranks, which all find out, have no memory for it,
+    and where there is but one."""
     check_dispatch(name, shape, layout)
+    if group.size == 1:
+        return Alone()
     try:
         return cast(type[All2All], ALL2ALL.load(name))(group, layout, shape)
     except NoSharedMemory as error:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from moe_kernels.recording import next_layer
 from torch import Tensor, nn
 
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Phase, Progress
+from moe_serve.model.all2all.alone import Alone
 from moe_serve.model.all2all.base import All2All
 from moe_serve.model.attention.base import AttentionBackend
 from moe_serve.model.context import ForwardContext, LayerKV, TokenKV
@@ -16,7 +18,7 @@ from moe_serve.model.layers.embedding import VocabEmbedding, VocabHead
 from moe_serve.model.layers.gqa import Attention
 from moe_serve.model.layers.linear import Linear
 from moe_serve.model.layers.mlp import DenseMLP, GatedMLP
-from moe_serve.model.layers.norm import RMSNorm
+from moe_serve.model.layers.norm import RMSNorm, add
 from moe_serve.model.layers.rope import Rope, Rotation
 from moe_serve.model.moe.experts import Experts
 from moe_serve.model.moe.layer import MoELayer
@@ -41,12 +43,14 @@ class DecoderLayer(nn.Module):
         self.feed_forward_phase = Phase.EXPERTS if isinstance(feed_forward, MoELayer) else Phase.DENSE
 
     def forward(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> Tensor:
-        if x_TD.shape[0]:  # a dummy step brings no rows, on all TP ranks alike; its experts still serve other engines
+        if x_TD.shape[0]:
             ctx.progress.enter(Phase.ATTENTION, layer=self.index)
-            x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, kv, ctx)
+            out_TD = self.attention(self.attention_norm(x_TD), rotation, kv, ctx)
+            x_TD, normed_TD = self.feed_forward_norm.after_sum(x_TD, out_TD)
+        else:  # a dummy step brings no rows, on all TP ranks alike; its experts still serve other engines
+            normed_TD = x_TD
         ctx.progress.enter(self.feed_forward_phase, layer=self.index)
-        out_TD: Tensor = self.feed_forward(self.feed_forward_norm(x_TD), ctx)
-        return x_TD + out_TD
+        return add(x_TD, self.feed_forward(normed_TD, ctx), self.feed_forward_norm.path)
 
     def targets(self) -> dict[str, Tensor]:
         """Logical weight -> where it lives, but for the experts, of which a layer does not know which it holds."""
@@ -112,15 +116,30 @@ class Decoder(nn.Module):
 
         All ranks of a stage call this in step.
         """
+        return self.through(*self.enter(token_ids_T, ctx, hidden_TD), ctx)
+
+    def enter(
+        self, token_ids_T: Tensor, ctx: ForwardContext, hidden_TD: Tensor | None = None
+    ) -> tuple[Tensor, Rotation]:
+        """The first half of forward(): what the layers begin with."""
         if self.embedding is not None:
             ctx.progress.enter(Phase.EMBEDDING)
             hidden_TD = self.embedding(token_ids_T, ctx.progress)
         assert hidden_TD is not None, "a stage that is not the first needs the hidden states of the one before"
-        x_TD = hidden_TD
-        rotation = self.rope.rotation(ctx.positions_T, x_TD.dtype)
+        return hidden_TD, self.rope.rotation(ctx.positions_T, hidden_TD.dtype)
+
+    def through(self, x_TD: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
+        """The second half: all layers and the norm behind them."""
         for layer, kv in zip(self._layers, ctx.kv, strict=True):
             x_TD = layer(x_TD, rotation, kv, ctx)
+            next_layer()
         return x_TD if self.norm is None else self.norm(x_TD)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether its layers exchange nothing with any other rank."""
+        groups = [layer.attention.group for layer in self._layers]
+        return all(group.size == 1 for group in groups) and isinstance(self.all2all, Alone)
 
     @torch.inference_mode()
     def logits(self, hidden_SD: Tensor, progress: Progress) -> Tensor:

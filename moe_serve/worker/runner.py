@@ -14,6 +14,7 @@ from moe_serve.base.topology import Topology, split_range
 from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
 from moe_serve.model.decoder import Decoder
+from moe_serve.model.replay import ReplayedDecoder
 from moe_serve.worker.eplb.expert_balance import Collected, ExpertBalance
 from moe_serve.worker.handover import Handover
 from moe_serve.worker.inputs import RequestTable, StepInputs, rows_by_ep_rank
@@ -44,10 +45,12 @@ class Runner:
         progress: Progress,
         handover: Handover,
         balance: ExpertBalance | None = None,
+        enforce_eager: bool = False,
     ) -> None:
         self._balance = balance
         self._handover = handover
         self._decoder = decoder
+        self._run_layers = decoder if enforce_eager else ReplayedDecoder(decoder).forward
         self._kv = kv
         self._topology = topology
         _, _, self._tp_rank = topology.coordinates(rank)
@@ -104,7 +107,7 @@ class Runner:
         if not decoder.partition.is_first:
             size = (len(inputs.token_ids_T), decoder.config.hidden_size)
             hidden_TD = self._handover.take(torch.empty(size, dtype=decoder.dtype, device=decoder.device))
-        out_TD: Tensor = decoder(inputs.token_ids_T, ctx, hidden_TD)
+        out_TD: Tensor = self._run_layers(inputs.token_ids_T, ctx, hidden_TD)
         if not decoder.partition.is_last:
             self._handover.pass_on(out_TD)
         return out_TD

@@ -259,6 +259,7 @@ class Worker:
             progress=self._progress,
             handover=Handover(groups.pp, self._progress),
             balance=self._balance,
+            enforce_eager=self._config.model.enforce_eager,
         )
 
     @contextmanager

@@ -13,8 +13,10 @@ from moe_kernels.experts.experts import experts
 from moe_kernels.linear import reference as linear_reference
 from moe_kernels.linear.linear import linear
 from moe_kernels.linear.packing import can_pack, pack, pack_gated, unpack
+from moe_kernels.moe import reference as moe_reference
+from moe_kernels.moe.moe import moe
 from moe_kernels.norm import reference as norm_reference
-from moe_kernels.norm.norm import rms_norm
+from moe_kernels.norm.norm import add, add_rms_norm, rms_norm
 from moe_kernels.paths import available
 from moe_kernels.rotary import reference as rotary_reference
 from moe_kernels.rotary.rotary import rotary
@@ -140,6 +142,38 @@ def test_rms_norm(path: str, size: int) -> None:
         heads = some(rows, 5, size, seed=rows)[:, 1:4]  # as q lies between k and v
         for x in (some(rows, size, seed=rows), heads):
             assert_near(rms_norm(path, x, scale, 1e-6), norm_reference.rms_norm(x, scale, 1e-6))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [7, 16, 24, 100, 1024])
+def test_sums(path: str, size: int) -> None:
+    scale = some(size, seed=1)
+    for rows in (*ROWS, 600):
+        x, delta = some(rows, size, seed=rows), some(rows, size, seed=rows + 1)
+        total, normed = add_rms_norm(path, x, delta, scale, 1e-6)
+        assert torch.equal(total, x + delta)
+        assert torch.equal(normed, rms_norm(path, x + delta, scale, 1e-6))
+        assert torch.equal(add(path, x, delta), x + delta)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("tokens", "top_k"), [(0, 2), (1, 1), (1, 3), (17, 3), (700, 2)])
+@pytest.mark.parametrize("first_slot", [0, 2])
+def test_moe(path: str, id_dtype: torch.dtype, tokens: int, top_k: int, first_slot: int) -> None:
+    """Slots from -1 to 5 of which 4 are here: some rows have no expert, and some experts no row."""
+    hidden, width = 48, 32
+    gate_up, down = some(4, 2 * width, hidden, seed=1) * 0.1, some(4, hidden, width, seed=2) * 0.1
+    x = some(tokens, hidden + 16, seed=3)[:, 16:]
+    generator = torch.Generator().manual_seed(4)
+    slots = torch.randint(-1, 6, (tokens, top_k), generator=generator).to(id_dtype)
+    weights = torch.rand(tokens, top_k, generator=generator)
+    gate_up_packed, down_packed = packed(gate_up, gated=True), packed(down)
+    got = moe(path, x, slots, weights, gate_up_packed, down_packed, first_slot=first_slot)
+    assert_near(got, moe_reference.moe(x, slots, weights, gate_up, down, first_slot=first_slot), steps=4.0)
+    rows, pairs, counts_e = sort_rows(path, x, slots, first_slot, 4)
+    by_parts = combine(path, experts(path, rows, counts_e, gate_up_packed, down_packed), pairs, weights)
+    assert torch.equal(got, by_parts)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,11 @@ def all_logits(
     chunk: int | None = None,
     topology: Topology | None = None,
     rank: int = 0,
+    forward: Callable[[Tensor, ForwardContext], Tensor] | None = None,
 ) -> list[Tensor]:
     """(tokens, V) float32 for each prompt of this rank's engine, `chunk` tokens of each a step (None: whole prompts).
+
+    `forward` in place of the decoder's own.
 
     All ranks call this with the same prompts; an engine whose prompts are done takes dummy steps. Sequences get their
     blocks interleaved, the last first, so that no sequence's blocks are neighbours.
@@ -125,7 +129,7 @@ def all_logits(
             kv=kv,
             rows_by_ep_rank=rows_by_ep_rank([sum(group) for group in counts], topology),
         )
-        hidden_TD = decoder(torch.tensor(ids, dtype=torch.int64, device=decoder.device), ctx)
+        hidden_TD = (forward or decoder)(torch.tensor(ids, dtype=torch.int64, device=decoder.device), ctx)
         if ours:
             parts = torch.split(decoder.logits(hidden_TD, ctx.progress), [count for _, count in ours])
             for (index, _), part in zip(ours, parts, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_kernels.paths import ATTENTION, run
+from moe_kernels.paths import ATTENTION, empty, run
 
 
 def attention(
@@ -38,7 +38,7 @@ def attention(
     assert blocks.dtype == torch.int32
     assert sequences_S4.dtype == torch.int64
     q_THd = q_THd if q_THd.stride(2) == 1 and q_THd.stride(1) == head_dim else q_THd.contiguous()
-    out = torch.empty(num_tokens, heads, head_dim, dtype=q_THd.dtype)
+    out = empty(num_tokens, heads, head_dim, dtype=q_THd.dtype)
     if num_sequences := sequences_S4.shape[0]:
         cached = (k_NGd.data_ptr(), v_NGd.data_ptr(), out.data_ptr(), blocks.data_ptr(), sequences_S4.data_ptr())
         sizes = (num_sequences, heads, kv_heads, head_dim, block_size, q_THd.stride(0))

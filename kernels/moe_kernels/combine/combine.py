@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_kernels.paths import COMBINE, run
+from moe_kernels.paths import COMBINE, empty, run
 
 
 def combine(path: str, terms_RD: Tensor, pairs_R: Tensor | None, weights_TK: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ def combine(path: str, terms_RD: Tensor, pairs_R: Tensor | None, weights_TK: Ten
     else:
         assert pairs_R.dtype == torch.int64
         assert pairs_R.is_contiguous()
-    out = torch.empty(num_tokens, hidden, dtype=terms_RD.dtype)
+    out = empty(num_tokens, hidden, dtype=terms_RD.dtype)
     if num_tokens:
-        place = None if pairs_R is None else torch.empty(num_tokens * top_k, dtype=torch.int32)
+        place = None if pairs_R is None else empty(num_tokens * top_k, dtype=torch.int32)
         pairs, scratch = (0 if each is None else each.data_ptr() for each in (pairs_R, place))
         given = (terms_RD.data_ptr(), pairs, weights_TK.data_ptr(), scratch, out.data_ptr())
         run(path, COMBINE, *given, num_terms, num_tokens, top_k, hidden)

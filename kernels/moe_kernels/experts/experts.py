@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_kernels.paths import EXPERTS, run
+from moe_kernels.paths import EXPERTS, empty, run
 
 
 def experts(path: str, rows_RD: Tensor, counts_e: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -24,9 +24,9 @@ def experts(path: str, rows_RD: Tensor, counts_e: Tensor, gate_up: Tensor, down:
     assert counts_e.dtype == torch.int64
     assert counts_e.is_contiguous()
     assert counts_e.shape[0] == gate_up.shape[0] == down.shape[0]
-    out = torch.empty_like(rows_RD)
+    out = empty(num_rows, hidden, dtype=torch.bfloat16)
     if num_rows:
-        inner = torch.empty(num_rows, width, dtype=torch.bfloat16)
+        inner = empty(num_rows, width, dtype=torch.bfloat16)
         given = (rows_RD.data_ptr(), counts_e.data_ptr(), gate_up.data_ptr(), down.data_ptr())
         run(path, EXPERTS, *given, inner.data_ptr(), out.data_ptr(), counts_e.shape[0], hidden, width)
     return out

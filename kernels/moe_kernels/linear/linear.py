@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_kernels.paths import LINEAR, run
+from moe_kernels.paths import LINEAR, empty, run
 
 
 def linear(path: str, x_RK: Tensor, packed_NK: Tensor, bias_N: Tensor | None = None, *, wide: bool = False) -> Tensor:
@@ -20,7 +20,7 @@ def linear(path: str, x_RK: Tensor, packed_NK: Tensor, bias_N: Tensor | None = N
     assert packed_NK.shape[1] == width
     assert packed_NK.is_contiguous()
     x_RK = x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
-    out = torch.empty(num_rows, num_columns, dtype=torch.float32 if wide else torch.bfloat16)
+    out = empty(num_rows, num_columns, dtype=torch.float32 if wide else torch.bfloat16)
     if num_rows:
         bias = 0 if bias_N is None else bias_N.data_ptr()
         addresses = (x_RK.data_ptr(), packed_NK.data_ptr(), bias, out.data_ptr())

@@ -113,10 +113,27 @@ PyObject* run(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Py_RETURN_NONE;
 }
 
+// replay(path, address, count): `count` operations, each a line of 1 + MAX_WORDS words, the first of which says which.
+PyObject* replay(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "replay() got %zd arguments", count);
+    int64_t numbers[3];
+    for (int i = 0; i < 3; i++) numbers[i] = PyLong_AsLongLong(given[i]);
+    if (PyErr_Occurred()) return nullptr;
+    const Path* path = numbers[0] < 0 || numbers[0] > 8 ? nullptr : path_at(int(numbers[0]));
+    if (!path) return PyErr_Format(PyExc_ValueError, "no such path");
+    const int64_t* line = reinterpret_cast<const int64_t*>(numbers[1]);
+    PyThreadState* state = PyEval_SaveThread();
+    for (int64_t i = 0; i < numbers[2]; i++, line += 1 + MAX_WORDS) path->operations[line[0]](line + 1);
+    PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"paths", paths, METH_NOARGS, "Names of the paths that this processor can run, best first."},
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)), METH_FASTCALL,
      "run(path, operation, *words)"},
+    {"replay", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(replay)), METH_FASTCALL,
+     "replay(path, address, count)"},
     {nullptr, nullptr, 0, nullptr},
 };
 

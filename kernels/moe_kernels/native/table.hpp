@@ -8,7 +8,7 @@ typedef void (*Operation)(const int64_t* words);
 
 struct Path {
     const char* name;
-    Operation operations[10];
+    Operation operations[12];
 };
 
 enum OperationIndex {
@@ -22,5 +22,7 @@ enum OperationIndex {
     SORT,
     GATHER,
     ROUTE,
+    MOE,
+    ADD,
     NUM_OPERATIONS
 };

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_kernels.paths import ROTARY, run
+from moe_kernels.paths import ROTARY, empty, run
 
 
 def rotary(
@@ -40,7 +40,7 @@ def rotary(
     assert cos.is_contiguous()
     assert sin.is_contiguous()
     q_THd, k_TGd, v_TGd = (_rows(each) for each in (q_THd, k_TGd, v_TGd))
-    out = torch.empty(num_tokens, heads, head_dim, dtype=q_THd.dtype)
+    out = empty(num_tokens, heads, head_dim, dtype=q_THd.dtype)
     if num_tokens:
         given = (q_THd.data_ptr(), k_TGd.data_ptr(), v_TGd.data_ptr(), out.data_ptr())
         cached = (k_NGd.data_ptr(), v_NGd.data_ptr(), slots_T.data_ptr())

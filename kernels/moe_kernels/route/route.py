@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_kernels.paths import ROUTE, run
+from moe_kernels.paths import ROUTE, empty, run
 
 
 def route(
@@ -25,10 +25,10 @@ def route(
     assert weight_ED.shape[1] == hidden
     assert 1 <= top_k <= num_experts
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32)
+    ids = empty(num_tokens, top_k, dtype=torch.int64)
+    weights = empty(num_tokens, top_k, dtype=torch.float32)
     if num_tokens:
-        scratch = torch.empty(num_tokens, num_experts, dtype=torch.float32)
+        scratch = empty(num_tokens, num_experts, dtype=torch.float32)
         given = (x_TD.data_ptr(), weight_ED.data_ptr(), scratch.data_ptr(), ids.data_ptr(), weights.data_ptr())
         sizes = (num_tokens, num_experts, hidden, x_TD.stride(0), top_k)
         run(path, ROUTE, *given, *sizes, int(renormalise), float(scale))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_kernels.paths import SCORES, run
+from moe_kernels.paths import SCORES, empty, run
 
 
 def scores(path: str, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def scores(path: str, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     assert weight_ED.is_contiguous()
     assert weight_ED.shape[1] == hidden
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    out = torch.empty(num_tokens, num_experts, dtype=torch.float32)
+    out = empty(num_tokens, num_experts, dtype=torch.float32)
     if num_tokens:
         addresses = (x_TD.data_ptr(), weight_ED.data_ptr(), out.data_ptr())
         run(path, SCORES, *addresses, num_tokens, num_experts, hidden, x_TD.stride(0))

@@ -57,7 +57,7 @@ class Attention(nn.Module):
         if self.qk_norm == "full":
             q_THd, k_TGd = self._normed(q_THd, k_TGd, ctx)
         out_THd = self.backend.forward(q_THd, k_TGd, v_TGd, rotation, kv, ctx.attention, self._head_norm())
-        out_TD = self._sum(self.o(out_THd.reshape(-1, heads * self.head_dim)), ctx)
+        out_TD = self._sum(self.o(out_THd.view(-1, heads * self.head_dim)), ctx)
         return out_TD if self.o_bias is None else out_TD + self.o_bias
 
     def _head_norm(self) -> HeadNorm | None:

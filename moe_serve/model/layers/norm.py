@@ -24,6 +24,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.path)
 
+    def after_sum(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and its norm."""
+        if self.path is not None:
+            return norm.add_rms_norm(self.path, x_TD, delta_TD, self.weight, self.eps)
+        total_TD = x_TD + delta_TD
+        return total_TD, self(total_TD)
+
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
@@ -44,3 +51,8 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float, path: str | None = None) -> T
     wide = x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     return (wide * inverse).to(x.dtype) * scale
+
+
+def add(x_TD: Tensor, delta_TD: Tensor, path: str | None) -> Tensor:
+    """x + delta, on a compiled path if there is one: the same bits."""
+    return x_TD + delta_TD if path is None else norm.add(path, x_TD, delta_TD)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from moe_kernels.experts.experts import experts
 from moe_kernels.linear.packing import pack, pack_gated
+from moe_kernels.moe.moe import moe
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -97,10 +98,12 @@ class Experts(nn.Module):
                 out = self._sorted(rows, counts_e)
             case Batched(rows, _, _, weights):
                 out = self._batched(rows)
+            case RankMajor(rows, ids_RK, weights_RK) if self.path is not None:
+                return moe(self.path, rows, ids_RK, weights_RK, self.gate_up, self.down)
             case RankMajor(rows, ids_RK, weights_RK):
-                wanted, pairs, counts_e = sort_rows(rows, ids_RK, 0, self.gate_up.shape[0], self.path)
+                wanted, pairs, counts_e = sort_rows(rows, ids_RK, 0, self.gate_up.shape[0])
                 terms = self._sorted(wanted, counts_e)
-                return add_to_rows(terms, pairs, weights_RK, rows.dtype, self.path)
+                return add_to_rows(terms, pairs, weights_RK, rows.dtype)
         return out if weights is None else (out.float() * weights.unsqueeze(-1)).to(out.dtype)
 
     def _sorted(self, rows: Tensor, counts_e: Tensor) -> Tensor:
