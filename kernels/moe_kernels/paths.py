@@ -9,6 +9,7 @@ would take cores from them.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path as File
@@ -35,6 +36,8 @@ class Recorder(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
 
     def next_layer(self) -> None: ...
+
+    def apart(self, work: Callable[[Any], Tensor], given: object) -> Tensor: ...
 
     def note(self, path: str, operation: int, words: tuple[int | float, ...]) -> None: ...
 

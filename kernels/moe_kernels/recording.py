@@ -3,14 +3,15 @@
 Run again, they read and write the same memory: whoever records hands in what changes as tensors that stay, and fills
 them anew. What operations make lies in a Workspace, which the recordings that use it share: each overwrites what the
 others left. Between the operations there may be nothing that computes, copies or looks at a number, or it would not
-happen again; Recording.missed says whether there was.
+happen again: Recording.missed says whether there was. What cannot be recorded stands in apart(), and is called again.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,33 +71,48 @@ class Workspace:
         return self._arenas[self._turn].take(num_bytes).view(dtype).view(shape)
 
 
+Apart = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Operations, and what is called after them: its result goes to `place`."""
+
+    lines: Tensor
+    work: Apart | None
+    place: Tensor | None
+
+
 class Recording:
     """What ran within record(). `missed`: the first call of torch's that a replay would leave out, or empty;
-    `makes_room` while the calls are its own."""
+    `watches` while such calls would be missed."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.missed = ""
-        self.makes_room = False
+        self.watches = True
         self._workspace = workspace
         self._path = ""
         self._noted: list[bytes] = []
-        self._lines: Tensor | None = None
+        self._parts: list[_Part] = []
 
-    def __len__(self) -> int:
-        return len(self._noted)
+    @property
+    def num_operations(self) -> int:
+        return sum(len(part.lines) for part in self._parts)
 
-    def replay(self) -> None:
-        """All operations again, in their order, on what their memory holds now."""
-        assert self._lines is not None, "still being recorded"
+    def replay(self, given: object = None) -> None:
+        """All operations again, in their order, on what their memory holds now; `given` to what stands apart()."""
+        assert self._parts, "still being recorded"
         assert not self.missed
-        paths.replay(self._path, self._lines)
+        for part in self._parts:
+            if len(part.lines):
+                paths.replay(self._path, part.lines)
+            if part.work is not None:
+                assert part.place is not None
+                part.place.copy_(part.work(given))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        self.makes_room = True
-        try:
+        with self._unwatched():
             return self._workspace.empty(shape, dtype)
-        finally:
-            self.makes_room = False
 
     def next_layer(self) -> None:
         self._workspace.next_layer()
@@ -108,10 +124,32 @@ class Recording:
         line = struct.pack(f"=q{kinds}", operation, *words)
         self._noted.append(line.ljust(8 * (1 + paths.MAX_WORDS), b"\0"))
 
-    def end(self) -> None:
-        """Nothing more comes."""
-        written = torch.frombuffer(bytearray(b"".join(self._noted)), dtype=torch.int64) if self._noted else None
-        self._lines = None if written is None else written.view(len(self._noted), -1)
+    def apart(self, work: Apart, given: object) -> Tensor:
+        with self._unwatched():
+            paths.this_thread.recorder = None
+            try:
+                made = work(given)
+            finally:
+                paths.this_thread.recorder = self
+            place = self._workspace.empty(tuple(made.shape), made.dtype).copy_(made)
+            self.end(work, place)
+        return place
+
+    def end(self, work: Apart | None = None, place: Tensor | None = None) -> None:
+        """Of a part: nothing more comes before `work`."""
+        lines = torch.frombuffer(bytearray(b"".join(self._noted) or bytes(8)), dtype=torch.int64)
+        self._parts.append(
+            _Part(lines[: len(self._noted) * (1 + paths.MAX_WORDS)].view(-1, 1 + paths.MAX_WORDS), work, place)
+        )
+        self._noted = []
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        before, self.watches = self.watches, False
+        try:
+            yield
+        finally:
+            self.watches = before
 
 
 @contextmanager
@@ -136,6 +174,16 @@ def next_layer() -> None:
         recorder.next_layer()
 
 
+def apart(work: Apart, given: object) -> Tensor:
+    """work(given), which is not recorded but called again by every replay, with what that is given.
+
+    `work` may keep tensors that operations of the same layer made: they are at the same place each time. Give it them
+    by partial(): a variable of a closure may be another tensor by then. What it gives has one shape and type.
+    """
+    recorder = paths.this_thread.recorder
+    return work(given) if recorder is None else recorder.apart(work, given)
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every call of torch's: those that only look at memory in another shape are not missed in a replay."""
 
@@ -147,9 +195,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
-        watched = not (self._recording.missed or self._recording.makes_room)
-        if watched and (func._schema.is_mutable or not _only_views(made, args)):
-            self._recording.missed = str(func)
+        recording = self._recording
+        if recording.watches and not recording.missed and (func._schema.is_mutable or not _only_views(made, args)):
+            recording.missed = str(func)
         return made
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.progress import Phase, Progress
-from moe_serve.model.all2all.alone import Alone
 from moe_serve.model.all2all.base import All2All
 from moe_serve.model.attention.base import AttentionBackend
 from moe_serve.model.context import ForwardContext, LayerKV, TokenKV
@@ -134,12 +133,6 @@ class Decoder(nn.Module):
             x_TD = layer(x_TD, rotation, kv, ctx)
             next_layer()
         return x_TD if self.norm is None else self.norm(x_TD)
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether its layers exchange nothing with any other rank."""
-        groups = [layer.attention.group for layer in self._layers]
-        return all(group.size == 1 for group in groups) and isinstance(self.all2all, Alone)
 
     @torch.inference_mode()
     def logits(self, hidden_SD: Tensor, progress: Progress) -> Tensor:

@@ -1,14 +1,16 @@
 """Decode steps as one call: the operations of a whole forward pass, recorded once for each number of rows.
 
 With few rows a step's time is Python's between the operations. They are the same in every step of so many single
-tokens, so they are recorded the first time, and run again by one call from then on (moe_kernels/recording.py): same
-operations, same bits. For a rank that exchanges with nobody, on compiled kernels; all other steps run as ever.
+tokens, so they are recorded the first time, and run again from then on (moe_kernels/recording.py): same operations,
+same bits. On a rank that exchanges with nobody the whole step is one call; where rows travel, one for each layer, with
+the exchange between them. For compiled kernels; all other steps run as ever.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from moe_kernels.recording import Recording, Workspace, record
@@ -41,7 +43,7 @@ class RecordedStep:
         """Whether what such a step needs lies where this one has it, or has room there."""
         return kv is self.kv and len(plan.blocks) <= len(self.plan.blocks)
 
-    def run(self, x_TD: Tensor, rotation: Rotation, plan: PagedPlan) -> Tensor:
+    def run(self, x_TD: Tensor, rotation: Rotation, plan: PagedPlan, ctx: ForwardContext) -> Tensor:
         """The result (T, D), good until the next recorded step, whatever its number of rows."""
         self.x_TD.copy_(x_TD)
         self.rotation.cos.copy_(rotation.cos)
@@ -49,34 +51,34 @@ class RecordedStep:
         self.plan.slots_T.copy_(plan.slots_T)
         self.plan.sequences_S4.copy_(plan.sequences_S4)
         self.plan.blocks[: len(plan.blocks)].copy_(plan.blocks)
-        self.recording.replay()
+        self.recording.replay(ctx)
         return self.out_TD
 
 
 class ReplayedDecoder:
-    """`forward` as the decoder's own. `num_replayed` steps were run by one call so far."""
+    """`forward` as the decoder's own. `num_replayed` steps were replayed so far."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._workspace = Workspace()
         self._steps: dict[int, RecordedStep] = {}
-        self._can = decoder.is_alone
+        self._can = True
         self.num_replayed = 0
 
     def forward(self, token_ids_T: Tensor, ctx: ForwardContext, hidden_TD: Tensor | None = None) -> Tensor:
-        """Hidden states (T, D); those of a replayed step only until the next one."""
+        """Hidden states (T, D), on the last stage good until the next call."""
         decoder, plan, num_rows = self._decoder, ctx.attention, len(token_ids_T)
         single = isinstance(plan, PagedPlan) and len(plan.sequences_S4) == num_rows
-        if not (self._can and single and 0 < num_rows <= MAX_ROWS and ctx.routes is None):
-            out_TD: Tensor = decoder(token_ids_T, ctx, hidden_TD)
-            return out_TD
+        if not (self._can and single and 0 < num_rows <= MAX_ROWS):
+            return cast(Tensor, decoder(token_ids_T, ctx, hidden_TD))
         assert isinstance(plan, PagedPlan)
         x_TD, rotation = decoder.enter(token_ids_T, ctx, hidden_TD)
         step = self._steps.get(num_rows)
         if step is None or not step.fits(plan, ctx.kv):
             return self._record(x_TD, rotation, plan, ctx)
         self.num_replayed += 1
-        return step.run(x_TD, rotation, plan)
+        out_TD = step.run(x_TD, rotation, plan, ctx)
+        return out_TD if decoder.partition.is_last else out_TD.clone()  # which may still be on its way a step later
 
     def _record(self, x_TD: Tensor, rotation: Rotation, plan: PagedPlan, ctx: ForwardContext) -> Tensor:
         """This step, in memory that stays; and from now on all steps of as many rows."""
@@ -92,4 +94,4 @@ class ReplayedDecoder:
             log.info("steps are not replayed: between its operations this model needs %s", recording.missed)
         else:
             self._steps[len(x_TD)] = RecordedStep(recording, ctx.kv, x_TD, rotation, kept, out_TD)
-        return out_TD
+        return out_TD.clone()

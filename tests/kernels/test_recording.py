@@ -10,7 +10,7 @@ from moe_kernels.linear.linear import linear
 from moe_kernels.linear.packing import pack
 from moe_kernels.norm.norm import add, rms_norm
 from moe_kernels.paths import available, this_thread
-from moe_kernels.recording import CHUNK_BYTES, Arena, Workspace, next_layer, record
+from moe_kernels.recording import CHUNK_BYTES, Arena, Workspace, apart, next_layer, record
 from torch import Tensor
 
 PATH = available()[0]
@@ -40,7 +40,7 @@ def test_a_replay_computes_with_what_is_there_now(layers: Callable[[Tensor], Ten
     workspace, x_TD = Workspace(), some(3, 32, seed=10)
     with record(workspace) as recording:
         out_TD = layers(x_TD)
-    assert len(recording) == 15
+    assert recording.num_operations == 15
     assert not recording.missed
     assert torch.equal(out_TD, layers(some(3, 32, seed=10))), "while it is recorded it runs"
     before = workspace.num_bytes
@@ -90,6 +90,32 @@ def test_what_a_replay_would_leave_out_is_found(
 
 
 @torch.inference_mode()
+def test_what_stands_apart_is_called_again_with_what_it_is_given(layers: Callable[[Tensor], Tensor]) -> None:
+    x_TD, calls = some(3, 32), []
+
+    def work(middle_TD: Tensor, given: float) -> Tensor:
+        calls.append(given)
+        return layers(middle_TD * given)  # none of whose operations is recorded
+
+    def whole(x_TD: Tensor, given: float) -> Tensor:
+        middle_TD = layers(x_TD)
+        return layers(apart(lambda given: work(middle_TD, given), given))
+
+    with record(Workspace()) as recording:
+        out_TD = whole(x_TD, 2.0)
+    assert not recording.missed
+    assert recording.num_operations == 30
+    for seed, given in ((1, 3.0), (2, 0.5), (1, 2.0)):
+        x_TD.copy_(some(3, 32, seed=seed))
+        recording.replay(given)
+        assert torch.equal(out_TD, whole(some(3, 32, seed=seed), given))
+    assert calls == [2.0, 3.0, 3.0, 0.5, 0.5, 2.0, 2.0]
+    with pytest.raises(ZeroDivisionError), record(Workspace()):
+        apart(lambda given: x_TD / (1 // given), 0)
+    assert this_thread.recorder is None
+
+
+@torch.inference_mode()
 def test_views_are_no_work(layers: Callable[[Tensor], Tensor]) -> None:
     x_TD = some(4, 32)
     with record(Workspace()) as recording:
@@ -106,7 +132,7 @@ def test_nothing_is_recorded_once_it_has_ended(layers: Callable[[Tensor], Tensor
     with record(Workspace()) as recording:
         pass
     layers(some(2, 32))
-    assert len(recording) == 0
+    assert recording.num_operations == 0
 
 
 def test_an_arena_gives_nothing_twice_before_it_restarts() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from moe_kernels.recording import apart
 from torch import Tensor, nn
 
 from moe_serve.base.progress import Phase
@@ -55,9 +58,16 @@ class Attention(nn.Module):
         qkv = self.qkv(x_TD).view(-1, heads + 2 * kv_heads, self.head_dim)
         q_THd, k_TGd, v_TGd = qkv.split((heads, kv_heads, kv_heads), dim=1)
         if self.qk_norm == "full":
-            q_THd, k_TGd = self._normed(q_THd, k_TGd, ctx)
+            normed = apart(partial(self._normed, q_THd, k_TGd), ctx)
+            q_THd, k_TGd = torch.split(normed, [heads, kv_heads], dim=1)
         out_THd = self.backend.forward(q_THd, k_TGd, v_TGd, rotation, kv, ctx.attention, self._head_norm())
-        out_TD = self._sum(self.o(out_THd.view(-1, heads * self.head_dim)), ctx)
+        out_TD: Tensor = self.o(out_THd.view(-1, heads * self.head_dim))
+        if self.group.size == 1 and self.o_bias is None:
+            return out_TD
+        return apart(partial(self._whole, out_TD), ctx)
+
+    def _whole(self, part_TD: Tensor, ctx: ForwardContext) -> Tensor:
+        out_TD = self._sum(part_TD, ctx)
         return out_TD if self.o_bias is None else out_TD + self.o_bias
 
     def _head_norm(self) -> HeadNorm | None:
@@ -65,8 +75,8 @@ class Attention(nn.Module):
             return None
         return HeadNorm(self.q_norm, self.k_norm, self.eps)
 
-    def _normed(self, q_THd: Tensor, k_TGd: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Over all heads of all TP ranks at once."""
+    def _normed(self, q_THd: Tensor, k_TGd: Tensor, ctx: ForwardContext) -> Tensor:
+        """q and k, beside each other as heads, normed over all heads of all TP ranks at once."""
         q_wide, k_wide = q_THd.float(), k_TGd.float()
         sums_2T = self._sums(q_wide, k_wide, ctx)
         config = self.partition.config
@@ -76,7 +86,7 @@ class Attention(nn.Module):
         )
         q = (q_wide * torch.rsqrt(q_mean + self.eps)[:, None, None]).to(q_THd.dtype) * self.q_norm
         k = (k_wide * torch.rsqrt(k_mean + self.eps)[:, None, None]).to(k_TGd.dtype) * self.k_norm
-        return q, k
+        return torch.cat((q, k), dim=1)
 
     def _sums(self, q_wide: Tensor, k_wide: Tensor, ctx: ForwardContext) -> Tensor:
         """Sums of squares of all heads of all TP ranks, (2, T); each KV head counts once however many hold it."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from moe_kernels.experts.experts import experts
 from moe_kernels.linear.packing import pack, pack_gated
+from moe_kernels.recording import apart
 from moe_kernels.scores.scores import scores
 from torch import Tensor, nn
 from torch.nn import functional
@@ -69,8 +72,9 @@ class DenseMLP(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
         """Without rows, on all TP ranks alike, nobody needs anybody."""
-        if not x_TD.shape[0]:
-            return x_TD
+        return apart(partial(self._whole, x_TD), ctx) if x_TD.shape[0] else x_TD
+
+    def _whole(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
         part_TD: Tensor = self.mlp(x_TD)
         if self.group.size > 1:
             ctx.progress.enter(Phase.TENSOR_PARALLEL)

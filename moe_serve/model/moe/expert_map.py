@@ -47,6 +47,11 @@ class ExpertMap(nn.Module):
         copies_TK = (self._draws(ids_TK, hash_T).unsqueeze(-1) >= self.shares_EC[ids_TK]).sum(dim=-1)
         return self.slots_EC[ids_TK, copies_TK]
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether a slot is its expert, now and later."""
+        return self.slots_EC is None
+
     def update(self, slots_EC: Tensor, shares_EC: Tensor) -> None:
         """Another placement or other shares; written into the same memory unless the most copies are other ones."""
         assert self.slots_EC is not None, "experts cut by width have no placement"

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
+from moe_kernels.recording import apart
 from torch import Tensor, nn
 
 from moe_serve.base.progress import Phase
 from moe_serve.base.topology import split_range
-from moe_serve.model.all2all.base import All2All
+from moe_serve.model.all2all.alone import Alone
+from moe_serve.model.all2all.base import All2All, RankMajor
 from moe_serve.model.context import ForwardContext
 from moe_serve.model.layers.mlp import SharedExpert
 from moe_serve.model.moe.expert_map import ExpertMap
@@ -40,6 +43,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router, self.expert_map, self.experts, self.shared = router, expert_map, experts, shared
         self.all2all, self.tp_group = all2all, tp_group
+        self._stays_here = isinstance(all2all, Alone) and expert_map.is_identity and shared is None
 
     def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
         """(T, D) -> (T, D). Every rank of the expert-parallel group calls this in step, with or without rows."""
@@ -47,14 +51,26 @@ class MoELayer(nn.Module):
         parts = [split_range(x_TD.shape[0], tp.size, rank) for rank in range(tp.size)]
         mine = slice(parts[tp.rank].start, parts[tp.rank].stop)
         out_SD = self._own_rows(x_TD[mine], mine, ctx)
-        if tp.size > 1:
+        if tp.size == 1:
+            return out_SD
+        sizes = [len(part) for part in parts]
+
+        def gather(ctx: ForwardContext) -> Tensor:
             ctx.progress.enter(Phase.TENSOR_PARALLEL)
-        return tp.all_gather_ragged(out_SD, [len(part) for part in parts])
+            return tp.all_gather_ragged(out_SD, sizes)
+
+        return apart(gather, ctx)
 
     def _own_rows(self, x_SD: Tensor, mine: slice, ctx: ForwardContext) -> Tensor:
         ids_SK, weights_SK = self.router(x_SD)
+        if self._stays_here and ctx.routes is None:
+            alone_SD: Tensor = self.experts(RankMajor(x_SD, ids_SK, weights_SK, None))
+            return alone_SD
+        return apart(partial(self._by_experts, x_SD, ids_SK, weights_SK, mine), ctx)
+
+    def _by_experts(self, x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor, mine: slice, ctx: ForwardContext) -> Tensor:
         if ctx.routes is not None:
-            ctx.routes.append(ids_SK)
+            ctx.routes.append(ids_SK.clone())  # the next step's may be put in the same place
         slots_SK = self.expert_map(ids_SK, None if ctx.row_hash_T is None else ctx.row_hash_T[mine])
         slots_SK = slots_SK.to(self.all2all.id_dtype)
         rows = ctx.rows_by_ep_rank
