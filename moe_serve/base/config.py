@@ -36,8 +36,8 @@ class ModelSection(Section):
     """What computes in bfloat16 on a CPU: operations compiled for its instructions, or torch's own. auto takes the
     best that was measured to be faster than torch: amx, avx512 or avx2."""
     enforce_eager: bool = False
-    """Run every decode step operation by operation. Without it, a rank that is alone records a step of the compiled
-    kernels once for each number of rows and runs it again by one call: for looking into a step, or comparing."""
+    """Run every decode step operation by operation: for looking into a step, or comparing. Without it, steps of the
+    compiled kernels are recorded once for each number of rows, up to 64, and replayed."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto reads the checkpoint; dummy makes random weights of its shapes (for measuring)."""
     max_model_len: Size | None = None

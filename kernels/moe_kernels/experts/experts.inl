@@ -10,6 +10,13 @@ struct ExpertsWords {
     bf16* inner;           // (R, F), what stands between the two products
     bf16* out;             // (R, D)
     int64_t e, D, F;
+    // Null, or (R,), each t * K + k: then row r is row t of `rows`, which are `stride` apart, and its result goes to
+    // row t * K + k of `out`.
+    const int64_t* pairs;
+    int64_t K, stride;
+
+    const bf16* row(int64_t r) const { return rows + (pairs ? pairs[r] / K * stride : r * D); }
+    bf16* result(int64_t r) const { return out + (pairs ? pairs[r] : r) * D; }
 };
 
 // Some panels of one expert, for all of its rows.
@@ -22,7 +29,7 @@ inline void gate_up_task(const ExpertsWords& a, const ExpertTask& t, Taken* x, f
     const bf16* weights = a.gate_up + t.expert * 2 * a.F * a.D;
     for (int64_t row = 0; row < t.count; row += BLOCK_ROWS) {
         const int rows = int(t.count - row < BLOCK_ROWS ? t.count - row : BLOCK_ROWS);
-        take_rows(a.rows + (t.first_row + row) * a.D, a.D, rows, a.D, x);
+        for (int i = 0; i < rows; i++) take_row(a.row(t.first_row + row + i), a.D, x + i * taken_stride(a.D));
         for (int64_t first = t.begin; first < t.end; first += PASS_PANELS) {
             const int64_t panels = t.end - first < PASS_PANELS ? t.end - first : PASS_PANELS;
             products(rows, x, a.D, weights + first * PANEL * a.D, panels, sums);
@@ -46,7 +53,7 @@ inline void down_task(const ExpertsWords& a, const ExpertTask& t, Taken* x, floa
             const int64_t panels = t.end - first < PASS_PANELS ? t.end - first : PASS_PANELS;
             products(rows, x, a.F, weights + first * PANEL * a.F, panels, sums);
             for (int i = 0; i < rows; i++) {
-                bf16* to = a.out + (t.first_row + row + i) * a.D + first * PANEL;
+                bf16* to = a.result(t.first_row + row + i) + first * PANEL;
                 for (int64_t j = 0; j < panels * PANEL; j += W) narrow(to + j, load<vf>(sums + sum_at(i, j)));
             }
         }

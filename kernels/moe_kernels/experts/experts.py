@@ -28,5 +28,5 @@ def experts(path: str, rows_RD: Tensor, counts_e: Tensor, gate_up: Tensor, down:
     if num_rows:
         inner = empty(num_rows, width, dtype=torch.bfloat16)
         given = (rows_RD.data_ptr(), counts_e.data_ptr(), gate_up.data_ptr(), down.data_ptr())
-        run(path, EXPERTS, *given, inner.data_ptr(), out.data_ptr(), counts_e.shape[0], hidden, width)
+        run(path, EXPERTS, *given, inner.data_ptr(), out.data_ptr(), counts_e.shape[0], hidden, width, 0, 0, 0)
     return out

@@ -25,7 +25,7 @@ inline float* thread_floats(int64_t count) {
 }  // namespace
 
 // What the products of a path give: Taken, an input or a pair of them; Session, alive while a thread multiplies;
-// taken_floats(K), the buffer for BLOCK_ROWS rows; take_rows(), which fills it; product(), which adds to the sums
+// taken_floats(K), the buffer for BLOCK_ROWS rows, taken_stride(K) apart; take_row(), which fills one; product(), which adds to the sums
 // (rows, 32) of those rows with one panel, or with two that follow each other, what some of the K inputs give; DEPTH,
 // for how many inputs the rows stay in the first cache.
 #ifdef MOE_AMX
@@ -35,6 +35,10 @@ inline float* thread_floats(int64_t count) {
 #endif
 
 namespace {
+
+inline void take_rows(const bf16* x, int64_t stride, int rows, int64_t K, Taken* to) {
+    for (int m = 0; m < rows; m++) take_row(x + m * stride, K, to + m * taken_stride(K));
+}
 
 constexpr int64_t PASS_PANELS = 8;
 constexpr int64_t PASS_SUMS = PASS_PANELS * PANEL * BLOCK_ROWS;

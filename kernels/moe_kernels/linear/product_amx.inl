@@ -12,12 +12,9 @@ inline int64_t taken_stride(int64_t K) { return (K + TILE_DEPTH - 1) / TILE_DEPT
 inline int64_t taken_floats(int64_t K) { return BLOCK_ROWS * taken_stride(K) / 2; }
 
 // Rows without a name below the last one hold what was there before, and give sums that nobody reads.
-inline void take_rows(const bf16* x, int64_t stride, int rows, int64_t K, Taken* to) {
-    const int64_t apart = taken_stride(K);
-    for (int m = 0; m < rows; m++) {
-        std::memcpy(to + m * apart, x + m * stride, size_t(K) * 2);
-        if (K % TILE_DEPTH) std::memset(to + m * apart + K, 0, TILE_DEPTH);
-    }
+inline void take_row(const bf16* x, int64_t K, Taken* to) {
+    std::memcpy(to, x, size_t(K) * 2);
+    if (K % TILE_DEPTH) std::memset(to + K, 0, TILE_DEPTH);
 }
 
 // A panel's last 16 inputs, where their number is no multiple of 32, and as many zeros.

@@ -16,9 +16,7 @@ struct Session {
 typedef int32_t Taken;  // a pair of inputs
 constexpr int64_t TAKEN_PER_PAIR = 1;
 
-inline void take_rows(const bf16* x, int64_t stride, int rows, int64_t K, Taken* to) {
-    for (int m = 0; m < rows; m++) std::memcpy(to + m * (K / 2), x + m * stride, size_t(K) * 2);
-}
+inline void take_row(const bf16* x, int64_t K, Taken* to) { std::memcpy(to, x, size_t(K) * 2); }
 
 template <int M, int N>
 inline void add_pair(const Taken* x, int64_t apart, const vi (&pairs)[N], vf (&acc)[M][N]) {
@@ -33,9 +31,7 @@ inline void add_pair(const Taken* x, int64_t apart, const vi (&pairs)[N], vf (&a
 typedef float Taken;
 constexpr int64_t TAKEN_PER_PAIR = 2;
 
-inline void take_rows(const bf16* x, int64_t stride, int rows, int64_t K, Taken* to) {
-    for (int m = 0; m < rows; m++) widen_row(x + m * stride, K, to + m * K);
-}
+inline void take_row(const bf16* x, int64_t K, Taken* to) { widen_row(x, K, to); }
 
 template <int M, int N>
 inline void add_pair(const Taken* x, int64_t apart, const vi (&pairs)[N], vf (&acc)[M][N]) {

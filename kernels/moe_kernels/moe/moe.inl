@@ -12,10 +12,8 @@ struct MoeWords {
     int64_t T, K, D, F, e, first, x_stride, wide;
     int64_t* pairs;   // scratch from here on: (T * K,)
     int64_t* counts;  // (e + 1,)
-    int32_t* place;   // (T * K,)
-    bf16* rows;       // (T * K, D)
     bf16* inner;      // (T * K, F)
-    bf16* terms;      // (T * K, D)
+    bf16* terms;      // (T, K, D)
 };
 
 template <typename Words>
@@ -24,16 +22,23 @@ inline void run_words(void (*operation)(const int64_t*), const Words& words) {
     operation(reinterpret_cast<const int64_t*>(&words));
 }
 
+// Terms of pairs whose expert is not here are zeros.
+inline void clear_others(const MoeWords& a, int64_t R) {
+    std::vector<bool> here(size_t(a.T * a.K), false);
+    for (int64_t r = 0; r < R; r++) here[size_t(a.pairs[r])] = true;
+    for (int64_t p = 0; p < a.T * a.K; p++)
+        if (!here[size_t(p)]) std::memset(a.terms + p * a.D, 0, size_t(a.D) * sizeof(bf16));
+}
+
 void moe(const int64_t* words) {
     const MoeWords& a = *reinterpret_cast<const MoeWords*>(words);
     run_words(sort, SortWords{a.slots, a.pairs, a.counts, a.T * a.K, a.first, a.e, a.wide});
-    const int64_t R = a.counts[a.e], size = sizeof(bf16);
-    if (R) {
-        run_words(gather, GatherWords{reinterpret_cast<const char*>(a.x), a.pairs, reinterpret_cast<char*>(a.rows), R,
-                                      a.K, a.D * size, a.x_stride * size});
-        run_words(experts, ExpertsWords{a.rows, a.counts, a.gate_up, a.down, a.inner, a.terms, a.e, a.D, a.F});
-    }
-    run_words(combine, CombineWords{a.terms, a.pairs, a.weights, a.place, a.out, R, a.T, a.K, a.D});
+    const int64_t R = a.counts[a.e];
+    if (R)
+        run_words(experts, ExpertsWords{a.x, a.counts, a.gate_up, a.down, a.inner, a.terms, a.e, a.D, a.F, a.pairs, a.K,
+                                        a.x_stride});
+    if (R < a.T * a.K) clear_others(a, R);
+    run_words(combine, CombineWords{a.terms, nullptr, a.weights, nullptr, a.out, a.T * a.K, a.T, a.K, a.D});
 }
 
 }  // namespace

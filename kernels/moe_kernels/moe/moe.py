@@ -30,12 +30,12 @@ def moe(
     out = empty(num_tokens, hidden, dtype=torch.bfloat16)
     if num_tokens:
         num_pairs = num_tokens * top_k
-        numbers = empty(2 * num_pairs + num_local + 1, dtype=torch.int64)
-        rows = empty(num_pairs, 2 * hidden + width, dtype=torch.bfloat16)
-        pairs, scratch = numbers.data_ptr(), rows.data_ptr()
+        pairs = empty(num_pairs, dtype=torch.int64)
+        counts = empty(num_local + 1, dtype=torch.int64)
+        inner = empty(num_pairs, width, dtype=torch.bfloat16)
+        terms = empty(num_pairs, hidden, dtype=torch.bfloat16)
         given = (x_TD.data_ptr(), slots_TK.data_ptr(), weights_TK.data_ptr(), gate_up.data_ptr(), down.data_ptr())
         sizes = (num_tokens, top_k, hidden, width, num_local, first_slot, x_TD.stride(0))
-        counted = (pairs, pairs + 8 * num_pairs, pairs + 8 * (num_pairs + num_local + 1))
-        kept = (scratch, scratch + 4 * num_pairs * hidden, scratch + 2 * num_pairs * hidden)
-        run(path, MOE, *given, out.data_ptr(), *sizes, int(slots_TK.dtype == torch.int64), *counted, *kept)
+        scratch = (pairs.data_ptr(), counts.data_ptr(), inner.data_ptr(), terms.data_ptr())
+        run(path, MOE, *given, out.data_ptr(), *sizes, int(slots_TK.dtype == torch.int64), *scratch)
     return out
