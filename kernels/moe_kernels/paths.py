@@ -19,7 +19,7 @@ try:
 except ImportError:
     _native = None
 
-LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER, ROUTE = range(10)
+LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER, ROUTE, ARGMAX = range(11)
 """As in native/table.hpp."""
 
 

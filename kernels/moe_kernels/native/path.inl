@@ -15,6 +15,7 @@
 #include "../rotary/rotary.inl"
 #include "../sorting/sorting.inl"
 #include "../route/route.inl"
+#include "../argmax/argmax.inl"
 
 #define MOE_TEXT2(x) #x
 #define MOE_TEXT(x) MOE_TEXT2(x)
@@ -24,5 +25,5 @@
 extern const Path MOE_JOIN(moe_path_, MOE_PATH);
 const Path MOE_JOIN(moe_path_, MOE_PATH) = {
     MOE_TEXT(MOE_PATH),
-    {linear, experts, attention, rms_norm, combine, scores, rotary, sort, gather, route},
+    {linear, experts, attention, rms_norm, combine, scores, rotary, sort, gather, route, argmax},
 };

@@ -8,7 +8,7 @@ typedef void (*Operation)(const int64_t* words);
 
 struct Path {
     const char* name;
-    Operation operations[10];
+    Operation operations[11];
 };
 
 enum OperationIndex {
@@ -22,5 +22,6 @@ enum OperationIndex {
     SORT,
     GATHER,
     ROUTE,
+    ARGMAX,
     NUM_OPERATIONS
 };
