@@ -17,6 +17,8 @@ from itertools import cycle
 from typing import TypeVar
 
 import torch
+from moe_kernels.argmax import reference as argmax_reference
+from moe_kernels.argmax.argmax import argmax
 from moe_kernels.experts.experts import experts
 from moe_kernels.linear.linear import linear
 from moe_kernels.norm.norm import rms_norm
@@ -146,6 +148,8 @@ def cases(preset: Preset, options: argparse.Namespace) -> Iterator[Case]:
         yield attention_case(f"attention, {name}", preset, sequences, options.paths)
     for rows in options.rows:
         yield norm_case(preset, rows, options.paths)
+    for rows, vocab in ((1, 151_936), (16, 151_936), (32, 32_000), (32, 512)):
+        yield argmax_case(rows, vocab, options.paths)
 
 
 def in_turn(things: Sequence[T]) -> Callable[[], T]:
@@ -227,6 +231,14 @@ def norm_case(preset: Preset, rows: int, paths: Sequence[str]) -> Case:
     for path in paths:
         contestants[path] = lambda path=path: rms_norm(path, x, scale, 1e-6)
     return Case(f"rms norm, {rows} rows", 2 * rows * preset.hidden * 2, 4 * rows * preset.hidden, contestants)
+
+
+def argmax_case(rows: int, vocab: int, paths: Sequence[str]) -> Case:
+    logits = torch.randn(rows, vocab)
+    contestants: dict[str, Callable[[], object]] = {"torch": lambda: argmax_reference.argmax(logits)}
+    for path in paths:
+        contestants[path] = lambda path=path: argmax(path, logits)
+    return Case(f"argmax, {rows} rows of {vocab:,}", rows * vocab * 4, 0, contestants)
 
 
 def some(*shape: int) -> Tensor:

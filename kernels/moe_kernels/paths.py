@@ -24,7 +24,7 @@ try:
 except ImportError:
     _native = None
 
-LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER, ROUTE, MOE, ADD = range(12)
+LINEAR, EXPERTS, ATTENTION, RMS_NORM, COMBINE, SCORES, ROTARY, SORT, GATHER, ROUTE, MOE, ADD, ARGMAX = range(13)
 """As in native/table.hpp."""
 MAX_WORDS = 24
 """As in native/module.cpp: of one operation."""

@@ -74,7 +74,7 @@ def build_model(
     embedding = maker.embedding() if partition.is_first else None
     layers = [maker.layer(index) for index in partition.layers]
     norm, head = (maker.norm(), maker.head(embedding)) if partition.is_last else (None, None)
-    return Decoder(partition, layers, embedding, norm, head, backend, all2all)
+    return Decoder(partition, layers, embedding, norm, head, backend, all2all, path)
 
 
 def make_all2all(name: str, group: Group, layout: ExpertLayout, shape: DispatchShape) -> All2All:

@@ -69,7 +69,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A rank's part of the model. `attention_backend.plan()` makes what `ctx.attention` needs.
 
-    `layers` of its pipeline stage. `embedding` on the first stage only; `norm` and `head` on the last only.
+    `layers` of its pipeline stage. `embedding` on the first stage only; `norm` and `head` on the last only. `path` of
+    moe_kernels that all of it runs on, torch's own operations if None.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Decoder(nn.Module):
         head: VocabHead | None,
         attention_backend: AttentionBackend,
         all2all: All2All,
+        path: str | None = None,
     ) -> None:
         super().__init__()
         assert (embedding is not None) == partition.is_first
@@ -88,7 +90,7 @@ class Decoder(nn.Module):
         self.partition = partition
         self.embedding, self.layers, self.norm, self.head = embedding, nn.ModuleList(layers), norm, head
         self._layers = tuple(layers)  # the same again: what comes out of a ModuleList has lost its type
-        self.attention_backend, self.all2all = attention_backend, all2all
+        self.attention_backend, self.all2all, self.path = attention_backend, all2all, path
         config = partition.config
         self.rope = Rope(config.head_dim, config.rope_theta, self.device)
 

@@ -14,12 +14,13 @@ from moe_serve.base.topology import Topology, split_range
 from moe_serve.model.attention.base import SequenceShape, StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
 from moe_serve.model.decoder import Decoder
+from moe_serve.model.layers.argmax import argmax
 from moe_serve.model.replay import ReplayedDecoder
 from moe_serve.worker.eplb.expert_balance import Collected, ExpertBalance
 from moe_serve.worker.handover import Handover
 from moe_serve.worker.inputs import RequestTable, StepInputs, rows_by_ep_rank
 from moe_serve.worker.sampling.logprobs import token_logprobs
-from moe_serve.worker.sampling.sampler import broken_rows, sample
+from moe_serve.worker.sampling.sampler import sample
 
 NOT_FINITE = (
     "the model gave logits that are not finite for this request; a wider --dtype (bfloat16, float32) may help, "
@@ -132,11 +133,15 @@ class Runner:
             return []
         self._progress.enter(Phase.SAMPLE)
         names = inputs.sample_ids
-        if bad := broken_rows(logits_SV):
-            failed |= {names[row]: NOT_FINITE for row in bad}
-            sound = [row for row in range(len(names)) if row not in bad]
-            logits_SV, names = logits_SV[sound], [names[row] for row in sound]
-        return sample(logits_SV, [self._table.state(name) for name in names]) if names else []
+        best_S, sound_S = argmax(logits_SV, self._decoder.path)
+        if not bool(sound_S.all()):
+            sound = sound_S.tolist()
+            failed |= {name: NOT_FINITE for name, is_sound in zip(names, sound, strict=True) if not is_sound}
+            logits_SV, best_S = logits_SV[sound_S], best_S[sound_S]
+            names = [name for name, is_sound in zip(names, sound, strict=True) if is_sound]
+        if not names:
+            return []
+        return sample(logits_SV, best_S, [self._table.state(name) for name in names], self._decoder.path)
 
     def _prompt_logprobs(
         self, hidden_TD: Tensor, inputs: StepInputs, failed: dict[str, str]
@@ -148,7 +153,7 @@ class Runner:
                 targets = part.targets[start : start + PROMPT_LOGPROB_ROWS]
                 first = part.first_row + start
                 logits_SV = self._logits(hidden_TD, range(first, first + len(targets)))
-                if self._samples and broken_rows(logits_SV):
+                if self._samples and not bool(argmax(logits_SV, self._decoder.path)[1].all()):
                     failed[part.request_id] = NOT_FINITE
                 elif self._samples:
                     own += token_logprobs(logits_SV, targets, [part.num_top] * len(targets))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from moe_kernels.argmax.argmax import argmax
 from moe_kernels.attention.attention import attention
 from moe_kernels.experts.experts import experts
 from moe_kernels.linear.linear import linear
@@ -40,6 +41,8 @@ def test_a_row_of_a_product_is_the_same_alone_and_among_others(path: str) -> Non
     assert torch.equal(rms_norm(path, x[7:8], scale, 1e-6), rms_norm(path, x, scale, 1e-6)[7:8])
     columns = some(70, 208, seed=3).float()
     assert torch.equal(scores(path, x[35:36], columns), scores(path, x, columns)[35:36])
+    wide = torch.randint(0, 60, (9, 40_000), generator=torch.Generator().manual_seed(4)).float()
+    assert torch.equal(argmax(path, wide[5:6])[0], argmax(path, wide)[0][5:6])
     x = some(300, 208)
     for alone, among in zip(route(path, x[290:291], columns, 7), route(path, x, columns, 7), strict=True):
         assert torch.equal(alone, among[290:291])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from moe_kernels.argmax import reference as argmax_reference
+from moe_kernels.argmax.argmax import argmax
 from moe_kernels.attention import reference as attention_reference
 from moe_kernels.attention.attention import attention
 from moe_kernels.combine import reference as combine_reference
@@ -121,6 +125,42 @@ def test_of_experts_that_score_the_same_the_lower_one_is_taken_first(path: str) 
     for lower, higher in ((0, 4), (1, 3), (3, 8), (2, 7)):
         assert torch.equal(places[:, lower] + 1, places[:, higher])
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(40))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("rows", [0, 1, 17])
+@pytest.mark.parametrize("vocab", [1, 7, 32, 512, 1000, 16_384, 40_001, 151_936])
+def test_argmax(path: str, rows: int, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    apart = torch.randn(rows, vocab + 3, generator=generator)[:, 3:]
+    ties = torch.randint(-3, 4, (rows, vocab), generator=generator).float()
+    for logits in (apart, apart.t().contiguous().t(), apart - 1e30, ties, ties - 3, torch.full((rows, vocab), -5.0)):
+        ids, sound = argmax(path, logits)
+        expected, _ = argmax_reference.argmax(logits)
+        assert torch.equal(ids, expected)
+        assert sound.dtype == torch.bool
+        assert sound.all()
+        assert torch.equal(ids, (logits == logits.amax(dim=1, keepdim=True)).long().argmax(dim=1))
+
+
+@pytest.mark.parametrize("path", [*PATHS, "reference"])
+@pytest.mark.parametrize("vocab", [1, 7, 32, 130, 1000, 16_385, 151_936])
+def test_argmax_says_which_rows_have_no_token(path: str, vocab: int) -> None:
+    places = sorted({0, 1, vocab // 3, vocab // 2, vocab - 2, vocab - 1} & set(range(vocab)))
+    logits = torch.randn(2 * len(places) + 2, vocab, generator=torch.Generator().manual_seed(1))
+    expected = [True] * len(logits)
+    for index, place in enumerate(places):
+        for row, bad in ((2 * index, math.nan), (2 * index + 1, math.inf)):
+            logits[row, place] = bad
+            expected[row] = False
+    logits[-1], expected[-1] = -math.inf, False
+    if vocab > 1:  # -inf where there are others is a token that is banned
+        logits[-2, places[1:]] = -math.inf
+    ids, sound = argmax_reference.argmax(logits) if path == "reference" else argmax(path, logits)
+    assert sound.tolist() == expected
+    assert ids.min() >= 0
+    assert ids.max() < vocab
+    assert ids[-2] == int(logits[-2].argmax())
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -16,6 +16,7 @@
 #include "../sorting/sorting.inl"
 #include "../route/route.inl"
 #include "../moe/moe.inl"
+#include "../argmax/argmax.inl"
 
 #define MOE_TEXT2(x) #x
 #define MOE_TEXT(x) MOE_TEXT2(x)
@@ -25,5 +26,5 @@
 extern const Path MOE_JOIN(moe_path_, MOE_PATH);
 const Path MOE_JOIN(moe_path_, MOE_PATH) = {
     MOE_TEXT(MOE_PATH),
-    {linear, experts, attention, rms_norm, combine, scores, rotary, sort, gather, route, moe, add},
+    {linear, experts, attention, rms_norm, combine, scores, rotary, sort, gather, route, moe, add, argmax},
 };

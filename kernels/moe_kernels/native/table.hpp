@@ -8,7 +8,7 @@ typedef void (*Operation)(const int64_t* words);
 
 struct Path {
     const char* name;
-    Operation operations[12];
+    Operation operations[13];
 };
 
 enum OperationIndex {
@@ -24,5 +24,6 @@ enum OperationIndex {
     ROUTE,
     MOE,
     ADD,
+    ARGMAX,
     NUM_OPERATIONS
 };

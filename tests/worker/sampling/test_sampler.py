@@ -9,13 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_kernels.paths import available
 
 from moe_serve.base.sampling import SamplingParams
+from moe_serve.model.layers.argmax import argmax
 from moe_serve.worker.sampling import sampler
 from moe_serve.worker.sampling.logprobs import token_logprobs
-from moe_serve.worker.sampling.sampler import SamplingState, broken_rows, sample, uniform
+from moe_serve.worker.sampling.sampler import SamplingState, uniform
 
 V = 50
+
+
+def sample(logits, states, path=None):
+    best, sound = argmax(logits, path)
+    assert sound.all()
+    return sampler.sample(logits, best, states, path)
 
 
 def make_state(params, *, seed=7, prompt=(1, 2, 3), generated=(), stop_ids=(), name="r"):
@@ -243,8 +251,10 @@ def test_rows_that_are_not_finite_are_told_from_the_others(bad):
     logits = torch.zeros(3, V)
     logits[1, 3] = bad
     logits[2] = -math.inf
-    assert broken_rows(logits) == {1, 2}
-    assert broken_rows(logits[:1]) == set()
+    for path in (None, *available()):
+        ids, sound = argmax(logits, path)
+        assert sound.tolist() == [True, False, False]
+        assert ids[0] == 0
 
 
 def test_a_row_whose_only_possible_token_is_banned_still_gives_one_of_the_vocabulary():
