@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe_serve.base.tables import ALL2ALL
 from moe_serve.base.topology import Topology, split_range
-from moe_serve.model.all2all.base import All2All
+from moe_serve.model.all2all.base import All2All, Placed
+from moe_serve.model.all2all.rows import put_rows, sort_rows
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.parallel.collectives import Group
 from moe_serve.parallel.groups import build_groups
@@ -89,6 +90,7 @@ def _cases(group: CountedGroup, sizes: Sizes) -> list[dict[str, Any]]:
     shape = DispatchShape(
         max_rows=max(sizes.rows), num_ranks=group.size, hidden=sizes.hidden, top_k=sizes.top_k, dtype=sizes.dtype
     )
+    num_local = layout.num_local(group.rank)
     backends = {name: cast(type[All2All], ALL2ALL.load(name))(group, layout, shape) for name in sizes.backends}
     found = []
     for rows in sizes.rows:
@@ -100,11 +102,11 @@ def _cases(group: CountedGroup, sizes: Sizes) -> list[dict[str, Any]]:
             for _ in range(sizes.turns):
                 for name, backend in backends.items():
                     sent = group.bytes_sent
-                    _exchange(backend, batch)
+                    _exchange(backend, batch, num_local)
                     moved[name] = group.bytes_sent - sent
                     if name == "shm" and moved[name] == 0:
                         moved[name] = shared
-                    seconds[name].append(_timed(group, sizes.seconds, partial(_exchange, backend, batch)))
+                    seconds[name].append(_timed(group, sizes.seconds, partial(_exchange, backend, batch, num_local)))
             found.append({"rows": rows, "skew": skew, "needed": needed, "moved": moved, "seconds": seconds})
     for backend in backends.values():
         backend.close()
@@ -131,11 +133,15 @@ def _bytes(batch: Batch, layout: ExpertLayout, rank: int) -> tuple[int, int]:
     return needed, len(batch.x_TD) * (row + 4 * batch.ids_TK.shape[1]) + row * int(away_TK.sum())
 
 
-def _exchange(backend: All2All, batch: Batch) -> Tensor:
+def _exchange(backend: All2All, batch: Batch, num_local: int) -> Tensor:
     """Out and home, with experts that give back what they get."""
     ids = batch.ids_TK.to(backend.id_dtype)
     arrived = backend.dispatch(batch.x_TD, ids, batch.weights_TK, batch.rows_by_rank).wait()
-    return backend.combine(arrived.rows, arrived).wait()
+    if not isinstance(arrived, Placed):
+        return backend.combine(arrived.rows, arrived).wait()
+    rows, pairs, _ = sort_rows(arrived.rows, arrived.slots, arrived.first_slot, num_local)
+    put_rows(arrived.terms.flatten(0, 1), pairs, rows)
+    return backend.combine(arrived.terms, arrived).wait()
 
 
 def _timed(group: Group, seconds: float, once: Callable[[], object]) -> float:

@@ -18,7 +18,7 @@ from moe_kernels.linear import reference as linear_reference
 from moe_kernels.linear.linear import linear
 from moe_kernels.linear.packing import can_pack, pack, pack_gated, unpack
 from moe_kernels.moe import reference as moe_reference
-from moe_kernels.moe.moe import moe
+from moe_kernels.moe.moe import moe, moe_terms
 from moe_kernels.norm import reference as norm_reference
 from moe_kernels.norm.norm import add, add_rms_norm, rms_norm
 from moe_kernels.paths import available
@@ -212,8 +212,12 @@ def test_moe(path: str, id_dtype: torch.dtype, tokens: int, top_k: int, first_sl
     got = moe(path, x, slots, weights, gate_up_packed, down_packed, first_slot=first_slot)
     assert_near(got, moe_reference.moe(x, slots, weights, gate_up, down, first_slot=first_slot), steps=4.0)
     rows, pairs, counts_e = sort_rows(path, x, slots, first_slot, 4)
-    by_parts = combine(path, experts(path, rows, counts_e, gate_up_packed, down_packed), pairs, weights)
-    assert torch.equal(got, by_parts)
+    of_pairs = experts(path, rows, counts_e, gate_up_packed, down_packed)
+    assert torch.equal(got, combine(path, of_pairs, pairs, weights))
+    terms, expected = (torch.full((tokens, top_k, hidden), 7.0, dtype=torch.bfloat16) for _ in range(2))
+    expected.flatten(0, 1)[pairs] = of_pairs
+    moe_terms(path, x, slots, gate_up_packed, down_packed, terms, first_slot=first_slot)
+    assert torch.equal(terms, expected)
 
 
 @pytest.mark.parametrize("path", PATHS)

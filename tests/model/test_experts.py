@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_serve.model.all2all.base import Batched, RankMajor, Sorted
+from moe_serve.model.all2all.base import Batched, Placed, RankMajor, Sorted
 from moe_serve.model.moe.experts import Experts
 from tests.support.oracle import random_experts
 
@@ -59,6 +59,22 @@ def test_rows_in_the_order_of_ranks_come_back_weighted_and_added_up(experts: Exp
     ids_RK = torch.rand((7, E), generator=chance).argsort(dim=1)[:, :K]
     ids_RK = ids_RK.masked_fill(torch.rand((7, K), generator=chance) < 0.4, -1)
     close(experts(RankMajor(rows, ids_RK, weights_RK, None)), random_experts(E, D, F, seed=2)(rows, ids_RK, weights_RK))
+
+
+def test_rows_that_stay_where_they_are_leave_their_terms_where_they_are_awaited(experts: Experts) -> None:
+    """Experts 0 and 1 are another rank's, as are some of those behind ours."""
+    rows = normal(7, D, dtype=experts.gate_up.dtype)
+    chance = torch.Generator().manual_seed(3)
+    slots_AK = torch.rand((7, E + 4), generator=chance).argsort(dim=1)[:, :K].to(torch.int32)
+    terms = torch.full((7, K, D), 7.0, dtype=rows.dtype)
+    assert experts(Placed(rows, slots_AK, 2, terms, None)) is terms
+    oracle, one = random_experts(E, D, F, seed=2), torch.ones((1, 1))
+    for row, slots in enumerate(slots_AK.tolist()):
+        for k, slot in enumerate(slots):
+            if 2 <= slot < 2 + E:
+                close(terms[row, k], oracle(rows[row : row + 1], torch.tensor([[slot - 2]]), one)[0])
+            else:
+                assert bool((terms[row, k] == 7.0).all())
 
 
 def test_no_rows_at_all(experts: Experts) -> None:

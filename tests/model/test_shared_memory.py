@@ -11,13 +11,15 @@ from moe_kernels.paths import available
 from torch import Tensor
 
 from moe_serve.base.errors import ConfigError
-from moe_serve.model.all2all.base import All2All, Sorted
+from moe_serve.model.all2all.base import All2All, RankMajor
+from moe_serve.model.all2all.rows import add_to_rows, sort_rows
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout, check_dispatch
 from moe_serve.model.all2all.shared_memory import SharedMemoryAllToAll
 from moe_serve.model.build import make_all2all
 from moe_serve.parallel import shm
 from moe_serve.parallel.collectives import alone
 from tests.model.test_all2all import Case, D, E, K, batch, placement_of, slots_of
+from tests.support.arrived import compute
 from tests.support.ranks import Ranks, Seat
 
 pytestmark = pytest.mark.ranks
@@ -48,11 +50,20 @@ def one_way(backend: All2All, case: Case, rank: int) -> Tensor:
     x_TD, ids_TK, weights_TK = batch(case, rank)
     slots_TK = ids_TK if case.strategy is None else slots_of(placement_of(case, SIZE), ids_TK)
     arrived = backend.dispatch(x_TD, slots_TK.to(backend.id_dtype), weights_TK, case.rows_by_rank).wait()
-    assert isinstance(arrived, Sorted)
     first = 0 if case.strategy is None else LAYOUT.first_slot(rank)
-    expert_R = torch.repeat_interleave(torch.arange(len(arrived.counts_e)), arrived.counts_e) + first
     part = 1 if case.strategy is not None else (rank + 1) / 7
-    outputs = torch.sin(arrived.rows * part + expert_R[:, None]).to(arrived.rows.dtype)
+
+    def expert(rows: Tensor, numbers: Tensor) -> Tensor:
+        return torch.sin(rows * part + numbers + first).to(rows.dtype)
+
+    if isinstance(arrived, RankMajor):
+        rows, pairs, counts_e = sort_rows(arrived.rows, arrived.ids_RK, 0, E)
+        terms = expert(rows, torch.repeat_interleave(torch.arange(E), counts_e)[:, None])
+        outputs = add_to_rows(
+            terms, pairs, arrived.weights_RK, rows.dtype, shape_of(str(rows.dtype).removeprefix("torch.")).path
+        )
+    else:
+        outputs = compute(arrived, E if case.strategy is None else LAYOUT.num_local(rank), expert)
     return backend.combine(outputs, arrived).wait()
 
 

@@ -1,4 +1,4 @@
-// Rows through the experts they want, and added up again, in one call: see moe.py for the contract.
+// Rows through the experts they want, and added up again, in one call: see moe.py for the contracts.
 
 namespace {
 
@@ -8,11 +8,11 @@ struct MoeWords {
     const float* weights;  // (T, K)
     const bf16* gate_up;   // as in ExpertsWords
     const bf16* down;      // as in ExpertsWords
-    bf16* out;             // (T, D)
+    bf16* out;             // (T, D); null: terms are all that is wanted
     int64_t T, K, D, F, e, first, x_stride, wide;
-    int64_t* pairs;   // scratch from here on: (T * K,)
-    int64_t* counts;  // (e + 1,)
-    bf16* inner;      // (T * K, F)
+    int64_t* pairs;   // scratch: (T * K,)
+    int64_t* counts;  // scratch: (e + 1,)
+    bf16* inner;      // scratch: (T * K, F)
     bf16* terms;      // (T, K, D)
 };
 
@@ -37,6 +37,7 @@ void moe(const int64_t* words) {
     if (R)
         run_words(experts, ExpertsWords{a.x, a.counts, a.gate_up, a.down, a.inner, a.terms, a.e, a.D, a.F, a.pairs, a.K,
                                         a.x_stride});
+    if (!a.out) return;
     if (R < a.T * a.K) clear_others(a, R);
     run_words(combine, CombineWords{a.terms, nullptr, a.weights, nullptr, a.out, a.T * a.K, a.T, a.K, a.D});
 }

@@ -8,14 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe_serve.model.all2all.base import Arrived, Batched, RankMajor, Sorted
+from moe_serve.model.all2all.base import Arrived, ArrivedForm, RankMajor
 from moe_serve.parallel.pending import Pending
 
 
 class Alone:
     """Implements All2All; made by its layout's rank alone, so it is in no table and nobody asks for it."""
 
-    arrives: ClassVar[type[Sorted] | type[Batched] | type[RankMajor]] = RankMajor
+    arrives: ClassVar[ArrivedForm] = RankMajor
     applies_weights: ClassVar[Literal["combine", "experts"]] = "experts"
     id_dtype: ClassVar[torch.dtype] = torch.int64
     exact: ClassVar[bool] = True

@@ -63,7 +63,24 @@ class RankMajor:
     scales: Tensor | None = None
 
 
-Arrived = Sorted | Batched | RankMajor
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """`rows` (A, D) of all ranks where they lie, and `terms` (A, K, D) where what is computed is to be written.
+
+    `slots` (A, K): place [a, k] is for what row a's k-th slot's expert makes of the row, if that is here: the first
+    local expert has slot `first_slot`. Other places are other ranks'. What goes back is `terms`.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    first_slot: int
+    terms: Tensor
+    ticket: object
+    scales: Tensor | None = None
+
+
+Arrived = Sorted | Batched | RankMajor | Placed
+ArrivedForm = type[Sorted] | type[Batched] | type[RankMajor] | type[Placed]
 
 
 class All2All(Protocol):
@@ -72,7 +89,7 @@ class All2All(Protocol):
     What it can carry at all stands in all2all.shape.LIMITS and was checked before.
     """
 
-    arrives: ClassVar[type[Sorted] | type[Batched] | type[RankMajor]]
+    arrives: ClassVar[ArrivedForm]
     applies_weights: ClassVar[Literal["combine", "experts"]]
     """Who multiplies an expert's output with the router's weight."""
     id_dtype: ClassVar[torch.dtype]

@@ -75,6 +75,15 @@ def add_to_rows(
     return total_TD.index_add_(0, pairs // weights_TK.shape[1], weighted).to(dtype)
 
 
+def put_rows(places: Tensor, indices: Tensor, rows: Tensor) -> None:
+    """places[indices[r]] = rows[r], both (..., D). torch moves element by element: in elements of 16 bytes a row takes
+    a quarter of the time of bfloat16's."""
+    row_bytes = rows.shape[1] * rows.element_size()
+    if row_bytes % 16 == 0 and rows.storage_offset() * rows.element_size() % 16 == 0:
+        places, rows = places.view(torch.complex128), rows.view(torch.complex128)
+    places.index_copy_(0, indices, rows)
+
+
 def add_in_order(terms_TKD: Tensor, weights_TK: Tensor, dtype: torch.dtype, path: str | None = None) -> Tensor:
     """The K terms of each row, weighted and added first to last in float32: (T, D) of `dtype`."""
     if path is not None and terms_TKD.dtype == dtype == torch.bfloat16:

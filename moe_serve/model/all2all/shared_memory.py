@@ -2,9 +2,9 @@
 
 Every rank knows how many rows each brings, so places follow from that and nothing is counted or packed:
 
-    rows      | rank 0's T rows | rank 1's | ...    A in all; a rank reads those that its experts want
+    rows      | rank 0's T rows | rank 1's | ...    A in all; experts read those that they want
     slots     | K for each of them                  from which every rank sees what is wanted of it
-    results   | K x D for each of them              each written by the rank that computed it, read by its home
+    results   | K x D for each of them              each written by the expert that computed it, read by its home
 
 There are two such buffers, used in turn. A rank writes to one again only after all have published their part of an
 exchange that came after, so they have read what was there. Exchanges that do not fit go over the network's way.
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.tables import ALL2ALL
-from moe_serve.model.all2all.base import All2All, Arrived, Sorted
-from moe_serve.model.all2all.rows import add_in_order, add_to_rows, sort_rows
+from moe_serve.model.all2all.base import All2All, Arrived, ArrivedForm, Placed, RankMajor
+from moe_serve.model.all2all.rows import add_in_order
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.parallel.collectives import Group, sum_parts
 from moe_serve.parallel.pending import Pending
@@ -39,12 +39,12 @@ Value = TypeVar("Value")
 class SharedMemoryAllToAll:
     """A number that each rank publishes out and one home, per layer; no exchange of counts.
 
-    Where experts are cut by width, a rank's sum for each row goes home instead of its terms, as with
-    allgather_reducescatter. At most two exchanges may be under way at a time. `most_bytes` for both buffers;
-    `num_spilled` exchanges have not fitted.
+    Where experts are cut by width, rows arrive as RankMajor, and a rank's sum for each row goes home instead of its
+    terms, as with allgather_reducescatter; what does not fit arrives as it does with the network's way. At most two
+    exchanges may be under way at a time. `most_bytes` for both buffers; `num_spilled` exchanges have not fitted.
     """
 
-    arrives: ClassVar = Sorted
+    arrives: ClassVar[ArrivedForm] = Placed
     applies_weights: ClassVar[Literal["combine", "experts"]] = "combine"
     id_dtype: ClassVar[torch.dtype] = torch.int32
     exact: ClassVar[bool] = True
@@ -57,7 +57,7 @@ class SharedMemoryAllToAll:
             raise ConfigError(f"--all2all-backend shm is for ranks on CPUs, and this one is on {group.device}")
         self.num_spilled, self._path = 0, shape.path
         self._rank = group.rank
-        self._first_slot, self._num_local = layout.first_slot(group.rank), layout.num_local(group.rank)
+        self._first_slot = layout.first_slot(group.rank)
         self._sharded = layout.offsets is None
         # Of the same bits, or an answer would depend on which of its steps were large.
         spill = "allgather_reducescatter" if self._sharded else "torch_a2a"
@@ -89,19 +89,16 @@ class SharedMemoryAllToAll:
         buffer.slots[mine].copy_(physical_ids_TK)
         if self._sharded:
             buffer.weights[mine].copy_(weights_TK)
-        return self._publish("dispatch", lambda: self._sort(_Sent(buffer, mine, physical_ids_TK, weights_TK)))
+        return self._publish("dispatch", lambda: self._arrived(_Sent(buffer, mine, physical_ids_TK, weights_TK)))
 
     def combine(self, outputs: Tensor, arrived: Arrived) -> Pending[Tensor]:
-        ticket = arrived.ticket
-        if not isinstance(ticket, _Ticket):
+        sent = arrived.ticket
+        if not isinstance(sent, _Sent):
             return self._spill.combine(outputs, arrived)
-        sent, buffer = ticket.sent, ticket.sent.buffer
+        buffer = sent.buffer
         if self._sharded:
-            buffer.results[self._rank].copy_(
-                add_to_rows(outputs, ticket.pairs, buffer.weights, outputs.dtype, self._path)
-            )
+            buffer.results[self._rank].copy_(outputs)
             return self._publish("combine", lambda: sum_parts(buffer.results[:, sent.mine]))
-        _put(buffer.results.flatten(0, 1), ticket.pairs, outputs.contiguous())
         return self._publish("combine", lambda: _add_terms(sent, self._path))
 
     def close(self) -> None:
@@ -124,10 +121,11 @@ class SharedMemoryAllToAll:
 
         return Pending(wait, lambda: memory.have_come(number))
 
-    def _sort(self, sent: _Sent) -> Arrived:
+    def _arrived(self, sent: _Sent) -> Arrived:
         buffer = sent.buffer
-        rows, pairs, counts_e = sort_rows(buffer.rows, buffer.slots, self._first_slot, self._num_local, self._path)
-        return Sorted(rows, counts_e, _Ticket(sent, pairs))
+        if self._sharded:
+            return RankMajor(buffer.rows, buffer.slots, buffer.weights, sent)
+        return Placed(buffer.rows, buffer.slots, self._first_slot, buffer.results, sent)
 
 
 class _RowBytes:
@@ -190,22 +188,6 @@ class _Sent:
     mine: slice
     slots_TK: Tensor
     weights_TK: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Ticket:
-    """`pairs` of all rows that are computed here, in the experts' order."""
-
-    sent: _Sent
-    pairs: Tensor
-
-
-def _put(places: Tensor, pairs: Tensor, outputs: Tensor) -> None:
-    """torch moves element by element: rows in elements of 16 bytes take a quarter of the time of bfloat16's."""
-    row_bytes = outputs.shape[1] * outputs.element_size()
-    if row_bytes % 16 == 0 and outputs.storage_offset() * outputs.element_size() % 16 == 0:
-        places, outputs = places.view(torch.complex128), outputs.view(torch.complex128)
-    places.index_copy_(0, pairs, outputs)
 
 
 def _add_terms(sent: _Sent, path: str | None) -> Tensor:

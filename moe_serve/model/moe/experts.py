@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from moe_kernels.experts.experts import experts
 from moe_kernels.linear.packing import pack, pack_gated
-from moe_kernels.moe.moe import moe
+from moe_kernels.moe.moe import moe, moe_terms
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_serve.model.all2all.base import Arrived, Batched, RankMajor, Sorted
-from moe_serve.model.all2all.rows import add_to_rows, sort_rows
+from moe_serve.model.all2all.base import Arrived, Batched, Placed, RankMajor, Sorted
+from moe_serve.model.all2all.rows import add_to_rows, put_rows, sort_rows
 from moe_serve.model.kernels import path_for
 from moe_serve.model.layers.linear import weight
 
@@ -104,7 +104,16 @@ class Experts(nn.Module):
                 wanted, pairs, counts_e = sort_rows(rows, ids_RK, 0, self.gate_up.shape[0])
                 terms = self._sorted(wanted, counts_e)
                 return add_to_rows(terms, pairs, weights_RK, rows.dtype)
+            case Placed(rows, slots_AK, first_slot, terms_AKD):
+                return self._placed(rows, slots_AK, first_slot, terms_AKD)
         return out if weights is None else (out.float() * weights.unsqueeze(-1)).to(out.dtype)
+
+    def _placed(self, rows: Tensor, slots_AK: Tensor, first_slot: int, terms_AKD: Tensor) -> Tensor:
+        if self.path is not None:
+            return moe_terms(self.path, rows, slots_AK, self.gate_up, self.down, terms_AKD, first_slot=first_slot)
+        wanted, pairs, counts_e = sort_rows(rows, slots_AK, first_slot, self.gate_up.shape[0])
+        put_rows(terms_AKD.flatten(0, 1), pairs, self._sorted(wanted, counts_e))
+        return terms_AKD
 
     def _sorted(self, rows: Tensor, counts_e: Tensor) -> Tensor:
         if not rows.shape[0]:

@@ -19,7 +19,7 @@ from moe_serve.base.tables import ALL2ALL
 from moe_serve.base.topology import Topology, split_range
 from moe_serve.eplb.placement import Placement
 from moe_serve.eplb.shares import without_gaps
-from moe_serve.model.all2all.base import Arrived, RankMajor
+from moe_serve.model.all2all.base import Arrived
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.model.context import ForwardContext
 from moe_serve.model.moe.expert_map import ExpertMap, even_copies
@@ -27,6 +27,7 @@ from moe_serve.model.moe.experts import Experts
 from moe_serve.model.moe.layer import MoELayer
 from moe_serve.model.moe.router import Router
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
+from tests.support.arrived import counts_of
 from tests.support.oracle import random_experts
 from tests.support.ranks import Ranks, Seat
 
@@ -90,8 +91,7 @@ class Counting(Experts):
     counts: Tensor
 
     def forward(self, arrived: Arrived) -> Tensor:
-        assert not isinstance(arrived, RankMajor)
-        self.counts = arrived.counts_e.clone()
+        self.counts = counts_of(arrived, self.gate_up.shape[0]).clone()
         return super().forward(arrived)
 
 
