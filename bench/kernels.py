@@ -32,7 +32,7 @@ from torch.nn import functional
 from bench.command import keep, parser_for
 from bench.report import Report
 from moe_serve.cli.random_model import PRESETS, Preset
-from moe_serve.model.attention.base import AttentionBackend, SequenceShape, StepShape
+from moe_serve.model.attention.base import AttentionBackend, StepShape
 from moe_serve.model.attention.paged import Paged
 from moe_serve.model.attention.sdpa import SDPA
 from moe_serve.model.context import LayerKV
@@ -204,8 +204,8 @@ def attention_case(name: str, preset: Preset, parts: Sequence[tuple[int, int]], 
     counts = [-(-(start + count) // BLOCK) for start, count in parts]
     kv = LayerKV(*(some(sum(counts) * BLOCK, preset.kv_heads, HEAD_DIM) for _ in "kv"))
     firsts = [sum(counts[:index]) for index in range(len(counts))]
-    blocks = [list(range(first, first + count)) for first, count in zip(firsts, counts, strict=True)]
-    step = StepShape([SequenceShape(*part, ids) for part, ids in zip(parts, blocks, strict=True)], BLOCK)
+    blocks = [range(first, first + count) for first, count in zip(firsts, counts, strict=True)]
+    step = StepShape.of([start for start, _ in parts], [count for _, count in parts], blocks, BLOCK)
     tokens = sum(count for _, count in parts)
     positions = torch.cat([torch.arange(start, start + count) for start, count in parts])
     rotation = Rope(HEAD_DIM, 10000.0, CPU).rotation(positions, BF16)

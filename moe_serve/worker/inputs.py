@@ -1,19 +1,22 @@
 """StepPlan -> tensors. Remembers each request's tokens and blocks, so that a plan carries only what is new.
 
-Runs on the host once per step; plain lists until the end, because most steps are many requests of one token.
+Runs on the host once per step: a turn of Python for each request; arrays for tokens and blocks, which may be many.
 """
 
 from __future__ import annotations
 
 import zlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_serve.base.commands import NewRequest, Scheduled, StepPlan
 from moe_serve.base.topology import Topology, split_range
-from moe_serve.model.attention.base import SequenceShape, StepShape
+from moe_serve.model.attention.base import Ints, StepShape
 from moe_serve.worker.sampling.sampler import SamplingState
 
 DECODE_BIT = 61
@@ -21,22 +24,17 @@ DECODE_BIT = 61
 
 @dataclass(slots=True)
 class KnownRequest:
-    """A request as this worker knows it. `sampling` only where tokens are sampled."""
+    """A request as this worker knows it. `sampling` only where tokens are sampled.
 
-    token_ids: list[int]
+    `token_ids` 64 bits, `block_ids` 32 bits: arrays that grow, and of which a step takes what it needs as memory.
+    """
+
+    token_ids: array[int]
     num_prompt_tokens: int
-    block_ids: list[int]
+    block_ids: array[int]
     sampling: SamplingState | None
     number: int
     """Different for each request id, the same in every run; below 2 ** DECODE_BIT, with room for positions."""
-
-    def hash_rows(self, start: int, end: int, hashes: list[int]) -> None:
-        """Append a number for each position in [start, end): bit DECODE_BIT is 1 where its token was generated."""
-        middle = min(max(self.num_prompt_tokens, start), end)
-        hashes += range(self.number + start, self.number + middle)
-        if middle < end:
-            first = self.number + (1 << DECODE_BIT)
-            hashes += range(first + middle, first + end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,35 +94,37 @@ class RequestTable:
             self._known.pop(request_id, None)
         for new in plan.new:
             self._known[new.request_id] = self._learn(new)
-        token_ids: list[int] = []
-        positions: list[int] = []
-        sequences: list[SequenceShape] = []
+        token_ids = array("q")
+        sequences: list[KnownRequest] = []
         sample_rows: list[int] = []
         sample_ids: list[str] = []
         prompt_rows: list[PromptRows] = []
-        hashes: list[int] = []
         for part in plan.scheduled:
             known = self._known[part.request_id]
             self._extend(known, part)
             first_row, end = len(token_ids), part.start + part.num_tokens
             token_ids += known.token_ids[part.start : end]
-            positions += range(part.start, end)
-            if self._watches_load:
-                known.hash_rows(part.start, end, hashes)
             assert len(token_ids) == first_row + part.num_tokens, f"{part} goes past the known tokens"
-            sequences.append(SequenceShape(part.start, part.num_tokens, known.block_ids))
+            assert end <= len(known.block_ids) * self._block_size, f"{part} goes past the known blocks"
+            sequences.append(known)
             if part.sample:
                 sample_rows.append(len(token_ids) - 1)
                 sample_ids.append(part.request_id)
             if part.prompt_logprobs is not None:
-                targets = known.token_ids[part.start + 1 : min(end + 1, known.num_prompt_tokens)]
+                targets = known.token_ids[part.start + 1 : min(end + 1, known.num_prompt_tokens)].tolist()
                 if targets:
                     prompt_rows.append(PromptRows(part.request_id, first_row, targets, part.prompt_logprobs))
-        row_hash_T = self._tensor(hashes) if self._watches_load else None
+        shape = StepShape.of(
+            [part.start for part in plan.scheduled],
+            [part.num_tokens for part in plan.scheduled],
+            [known.block_ids for known in sequences],
+            self._block_size,
+        )
+        row_hash_T = self._tensor(hash_rows(sequences, shape)) if self._watches_load else None
         return StepInputs(
-            token_ids_T=self._tensor(token_ids),
-            positions_T=self._tensor(positions),
-            shape=StepShape(sequences, self._block_size),
+            token_ids_T=self._tensor(np.asarray(token_ids)),
+            positions_T=self._tensor(shape.positions_T),
+            shape=shape,
             rows_by_ep_rank=rows_by_ep_rank,
             sample_rows=sample_rows,
             sample_ids=sample_ids,
@@ -145,19 +145,32 @@ class RequestTable:
                 stop_ids=new.stop_ids,
                 device=self._device,
             )
-        # Copies: with the uni executor the plan's lists are the scheduler's own.
         number = zlib.crc32(new.request_id.encode()) << 28
-        return KnownRequest(list(new.token_ids), new.num_prompt_tokens, list(new.block_ids), sampling, number)
+        return KnownRequest(
+            array("q", new.token_ids), new.num_prompt_tokens, array("i", new.block_ids), sampling, number
+        )
 
     @staticmethod
     def _extend(known: KnownRequest, part: Scheduled) -> None:
-        known.block_ids += part.new_block_ids
-        known.token_ids += part.new_token_ids
-        if part.new_token_ids and known.sampling is not None:
+        if part.new_block_ids:
+            known.block_ids.extend(part.new_block_ids)
+        if not part.new_token_ids:
+            return
+        known.token_ids.extend(part.new_token_ids)
+        if known.sampling is not None:
             known.sampling.append(part.new_token_ids)
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
+    def _tensor(self, values: Ints) -> Tensor:
+        on_host = torch.from_numpy(values)
+        return on_host if self._device.type == "cpu" else on_host.to(self._device, non_blocking=True)
+
+
+def hash_rows(sequences: Sequence[KnownRequest], shape: StepShape) -> Ints:
+    """A number for each row of a step, int64: bit DECODE_BIT is 1 where its token was generated."""
+    numbers_S = np.array([known.number for known in sequences], np.int64)
+    prompts_S = np.array([known.num_prompt_tokens for known in sequences], np.int64)
+    generated_T = shape.positions_T >= prompts_S.repeat(shape.counts_S)
+    return numbers_S.repeat(shape.counts_S) + shape.positions_T + (generated_T.astype(np.int64) << DECODE_BIT)
 
 
 def rows_by_ep_rank(tokens_by_dp_rank: list[int], topology: Topology) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_serve.base.commands import Sampled, StepPlan, StepResult, TokenLogprob
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.topology import Topology, split_range
-from moe_serve.model.attention.base import SequenceShape, StepShape
+from moe_serve.model.attention.base import StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
 from moe_serve.model.decoder import Decoder
 from moe_serve.model.layers.argmax import argmax
@@ -182,17 +182,18 @@ def rehearse(
 
     All ranks of the world do this together; a later stage makes up hidden states instead of waiting for them.
     """
-    sequences: list[SequenceShape] = []
+    lengths: list[int] = []
     left = num_tokens
-    while left and len(sequences) < num_seqs:
-        length = min(left, max_model_len)
-        sequences.append(SequenceShape(0, length, list(range(-(-length // block_size)))))
-        left -= length
+    while left and len(lengths) < num_seqs:
+        lengths.append(min(left, max_model_len))
+        left -= lengths[-1]
     rows = num_tokens - left
-    positions_T = torch.cat([torch.arange(part.num_tokens) for part in sequences]).to(decoder.device)
+    tables = [range(-(-length // block_size)) for length in lengths]
+    shape = StepShape.of([0] * len(lengths), lengths, tables, block_size)
+    positions_T = torch.from_numpy(shape.positions_T).to(decoder.device)
     ctx = ForwardContext(
         positions_T=positions_T,
-        attention=decoder.attention_backend.plan(StepShape(sequences, block_size)),
+        attention=decoder.attention_backend.plan(shape),
         kv=kv,
         rows_by_ep_rank=rows_by_ep_rank([rows] * topology.dp, topology),
         progress=progress,

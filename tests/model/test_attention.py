@@ -12,7 +12,7 @@ import torch
 from moe_kernels.paths import available
 from torch import Tensor
 
-from moe_serve.model.attention.base import ATTENTION, AttentionBackend, SequenceShape, StepShape
+from moe_serve.model.attention.base import ATTENTION, AttentionBackend, StepShape
 from moe_serve.model.context import LayerKV
 from moe_serve.model.layers.norm import HeadNorm
 from moe_serve.model.layers.rope import Rope, Rotation, rotate
@@ -99,12 +99,17 @@ class Cache:
 
     def step(self, parts: list[tuple[Sequence, int]]) -> None:
         """Let each sequence take some tokens, and compare what comes out with the oracle."""
-        shapes = []
         for sequence, count in parts:
             while len(sequence.block_ids) * self.block_size < sequence.done + count:
                 sequence.block_ids.append(self.free.pop())
-            shapes.append(SequenceShape(sequence.done, count, list(sequence.block_ids)))
-        plan = self.backend.plan(StepShape(shapes, self.block_size))
+        plan = self.backend.plan(
+            StepShape.of(
+                [sequence.done for sequence, _ in parts],
+                [count for _, count in parts],
+                [sequence.block_ids for sequence, _ in parts],
+                self.block_size,
+            )
+        )
         rows = [(sequence, slice(sequence.done, sequence.done + count)) for sequence, count in parts]
         q, k, v = (
             torch.cat([getattr(sequence, name)[part] for sequence, part in rows])
@@ -219,7 +224,7 @@ def test_new_keys_and_values_lie_in_their_slots_and_nowhere_else(name: str) -> N
 
 def test_a_dummy_step_has_a_plan(name: str) -> None:
     cache = Cache(name, (4, 2))
-    plan = cache.backend.plan(StepShape([], 4))
+    plan = cache.backend.plan(StepShape.of([], [], [], 4))
     nothing = torch.empty(0, 8, 8, dtype=cache.dtype)
     rotation = rotation_of(torch.arange(0), nothing)
     out = cache.backend.forward(nothing[:, :4], nothing[:, 4:6], nothing[:, 6:], rotation, cache.kv, plan)

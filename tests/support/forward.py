@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_serve.base.config import Config
 from moe_serve.base.model_config import load_model_config
 from moe_serve.base.topology import Topology
-from moe_serve.model.attention.base import SequenceShape, StepShape
+from moe_serve.model.attention.base import StepShape
 from moe_serve.model.build import build_model
 from moe_serve.model.context import ForwardContext
 from moe_serve.model.decoder import Decoder
@@ -122,10 +122,12 @@ def all_logits(
         ours = [(index, count) for index, count in enumerate(counts[dp_rank]) if count]
         ids = [token for index, count in ours for token in prompts[index][start : start + count]]
         positions = [position for _, count in ours for position in range(start, start + count)]
-        sequences = [SequenceShape(start, count, tables[index]) for index, count in ours]
+        step = StepShape.of(
+            [start] * len(ours), [count for _, count in ours], [tables[index] for index, _ in ours], BLOCK_SIZE
+        )
         ctx = ForwardContext(
             positions_T=torch.tensor(positions, dtype=torch.int64, device=decoder.device),
-            attention=decoder.attention_backend.plan(StepShape(sequences, BLOCK_SIZE)),
+            attention=decoder.attention_backend.plan(step),
             kv=kv,
             rows_by_ep_rank=rows_by_ep_rank([sum(group) for group in counts], topology),
         )

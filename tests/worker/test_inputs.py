@@ -50,10 +50,9 @@ def test_prefill_chunk_and_decode_share_a_step(table):
     assert step.token_ids_T.dtype == step.positions_T.dtype == torch.int64
     assert step.sample_rows == [0]
     assert step.sample_ids == ["a"]
-    assert [(part.start, part.num_tokens, part.block_ids) for part in step.shape.sequences] == [
-        (3, 1, [5]),
-        (2, 4, [1, 2]),
-    ]
+    assert step.shape.sequences_S4[:, :3].tolist() == [[0, 1, 3], [1, 4, 2]]
+    assert [step.shape.table(index).tolist() for index in range(2)] == [[5], [1, 2]]
+    assert step.shape.slots_T.tolist() == [23, 6, 7, 8, 9]
     assert step.rows_by_ep_rank == (5,)
 
 
@@ -62,7 +61,7 @@ def test_new_blocks_and_tokens_are_appended(table):
     step = table.build(
         plan(Scheduled(request_id="a", start=4, num_tokens=1, new_token_ids=[6], new_block_ids=[3], sample=True)), ()
     )
-    assert step.shape.sequences[0].block_ids == [9, 3]
+    assert step.shape.table(0).tolist() == [9, 3]
     assert table.state("a").length == 5
     assert table.state("a").num_generated == 1
 
@@ -86,7 +85,7 @@ def test_a_dropped_request_may_come_back_whole_in_the_same_plan(table):
         (),
     )
     assert step.token_ids_T.tolist() == [1, 2, 3]
-    assert step.shape.sequences[0].block_ids == [8]
+    assert step.shape.table(0).tolist() == [8]
     assert table.state("a").num_generated == 1
 
 
@@ -96,10 +95,17 @@ def test_dropped_requests_are_forgotten(table):
     assert len(table) == 0
 
 
+@pytest.mark.parametrize(("blocks", "num_tokens"), [([9], 5), ([9, 3], 6)])
+def test_a_plan_that_goes_past_what_is_known_is_refused(table, blocks, num_tokens):
+    part = Scheduled(request_id="a", start=0, num_tokens=num_tokens)
+    with pytest.raises(AssertionError, match="past the known"):
+        table.build(plan(part, new=[new("a", [1, 2, 3, 4, 5], blocks)]), ())
+
+
 def test_a_dummy_step_has_no_rows(table):
     step = table.build(plan(), (0, 3))
     assert step.token_ids_T.shape == step.positions_T.shape == (0,)
-    assert step.shape.sequences == []
+    assert len(step.shape.sequences_S4) == len(step.shape.slots_T) == 0
     assert step.sample_rows == []
 
 

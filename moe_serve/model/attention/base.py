@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_serve.base.registry import Registry
@@ -20,24 +24,60 @@ ATTENTION = Registry(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceShape:
-    """One sequence's part in a step: rows [start, start + num_tokens) of it are computed; earlier ones are cached.
-
-    `block_ids` covers positions [0, start + num_tokens).
-    """
-
-    start: int
-    num_tokens: int
-    block_ids: list[int]
+Ints = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The sequences of a step in the order of their rows; empty for a dummy step."""
+    """The sequences of a step in the order of their rows; none in a dummy step.
 
-    sequences: list[SequenceShape]
+    `sequences_S4` int64, a sequence in each row: its first row in the step, how many rows, the position of the first
+    one (earlier ones are cached), and where its table begins in `blocks` (int32), where all tables lie one after the
+    other. `positions_T` int64 of all rows.
+    """
+
+    sequences_S4: Ints
+    positions_T: Ints
+    blocks: Ints
     block_size: int
+
+    @classmethod
+    def of(
+        cls, starts: Sequence[int], counts: Sequence[int], tables: Sequence[Sequence[int]], block_size: int
+    ) -> StepShape:
+        """A sequence in each place: its first position in this step, how many, and its block table.
+
+        A table covers positions [0, start + count) and may be longer. Of type array("i") it is copied as memory, any
+        other number by number. There is a turn of Python for each sequence, none for its tokens or blocks.
+        """
+        rows, blocks, row = array("q"), array("i"), 0
+        for start, count, table in zip(starts, counts, tables, strict=True):
+            rows.extend((row, count, start, len(blocks)))
+            blocks.extend(table)
+            row += count
+        sequences_S4: Ints = np.asarray(rows).reshape(-1, 4)
+        positions_T = sequences_S4[:, 2].copy()
+        if counts.count(1) < len(counts):
+            positions_T = np.arange(row) + (positions_T - sequences_S4[:, 0]).repeat(sequences_S4[:, 1])
+        return cls(sequences_S4, positions_T, np.asarray(blocks), block_size)
+
+    @property
+    def counts_S(self) -> Ints:
+        """How many rows each sequence has."""
+        return self.sequences_S4[:, 1]
+
+    @property
+    def slots_T(self) -> Ints:
+        """Where the keys and values of the step's rows go, int64."""
+        blocks_T, firsts = self.positions_T // self.block_size, self.sequences_S4[:, 3]
+        places_T = blocks_T + (firsts if len(firsts) == len(blocks_T) else firsts.repeat(self.counts_S))
+        slots_T: Ints = self.positions_T + (self.blocks[places_T] - blocks_T) * self.block_size
+        return slots_T
+
+    def table(self, sequence: int) -> Ints:
+        """The blocks of one sequence that hold its positions up to the last of this step."""
+        _, count, start, first = self.sequences_S4[sequence].tolist()
+        return self.blocks[first : first - (-(start + count) // self.block_size)]
 
 
 class AttentionBackend(Protocol):
@@ -66,11 +106,3 @@ class AttentionBackend(Protocol):
         Causally over each sequence's whole past. Returns (T, H, d).
         """
         ...
-
-
-def slots_of(sequence: SequenceShape, block_size: int) -> list[int]:
-    """Where the keys and values of its new tokens go."""
-    return [
-        sequence.block_ids[position // block_size] * block_size + position % block_size
-        for position in range(sequence.start, sequence.start + sequence.num_tokens)
-    ]

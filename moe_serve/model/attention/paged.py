@@ -9,7 +9,7 @@ from moe_kernels.attention.attention import attention
 from moe_kernels.rotary.rotary import rotary
 from torch import Tensor
 
-from moe_serve.model.attention.base import StepShape, slots_of
+from moe_serve.model.attention.base import StepShape
 from moe_serve.model.context import LayerKV
 from moe_serve.model.layers.norm import HeadNorm
 from moe_serve.model.layers.rope import Rotation
@@ -35,17 +35,10 @@ class Paged:
         self._path, self._scale = path, head_dim**-0.5
 
     def plan(self, step: StepShape) -> PagedPlan:
-        rows: list[tuple[int, int, int, int]] = []
-        blocks: list[int] = []
-        first_row = 0
-        for sequence in step.sequences:
-            rows.append((first_row, sequence.num_tokens, sequence.start, len(blocks)))
-            blocks += sequence.block_ids
-            first_row += sequence.num_tokens
         return PagedPlan(
-            slots_T=torch.tensor([slot for each in step.sequences for slot in slots_of(each, step.block_size)]).long(),
-            blocks=torch.tensor(blocks, dtype=torch.int32),
-            sequences_S4=torch.tensor(rows, dtype=torch.int64),
+            slots_T=torch.from_numpy(step.slots_T),
+            blocks=torch.from_numpy(step.blocks),
+            sequences_S4=torch.from_numpy(step.sequences_S4),
             block_size=step.block_size,
         )
 

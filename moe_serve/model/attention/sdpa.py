@@ -10,18 +10,28 @@ Shape letters beyond the glossary's: N positions of a padded batch or of one seq
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_serve.model.attention.base import SequenceShape, StepShape, slots_of
+from moe_serve.model.attention.base import Ints, StepShape
 from moe_serve.model.context import LayerKV
 from moe_serve.model.layers.norm import HeadNorm
 from moe_serve.model.layers.rope import Rotation, rotate
 
-Row = tuple[int, SequenceShape]
+
+class Row(NamedTuple):
+    """A row of StepShape.sequences_S4."""
+
+    first: int
+    num_rows: int
+    start: int
+    first_block: int
+
+
 CPU_BATCH_ELEMENTS = 2**20
 """Numbers of k (or v) gathered at once on a CPU: 2 MiB in 16 bits stay in its cache between gathering and use."""
 MAX_FOLDED_KV_HEADS = 4
@@ -79,15 +89,16 @@ class SDPA:
         self._scratch = torch.empty(0, device=device)
 
     def plan(self, step: StepShape) -> AttentionPlan:
-        firsts = accumulate((sequence.num_tokens for sequence in step.sequences), initial=0)
-        rows = list(zip(firsts, step.sequences, strict=False))
-        decodes = [(row, seq) for row, seq in rows if seq.num_tokens == 1]
+        rows = [Row(*row) for row in step.sequences_S4.tolist()]
         return AttentionPlan(
             block_size=step.block_size,
-            slots_T=self._tensor([slot for _, seq in rows for slot in slots_of(seq, step.block_size)]),
-            entered=self._entered(step),
-            decodes=[self._decode_batch(batch, step.block_size) for batch in self._batches(decodes, step.block_size)],
-            prefills=[self._prefill(row, seq, step.block_size) for row, seq in rows if seq.num_tokens > 1],
+            slots_T=self._tensor(step.slots_T),
+            entered=self._entered(rows, step),
+            decodes=[
+                self._decode_batch(batch, step)
+                for batch in self._batches([row for row in rows if row.num_rows == 1], step.block_size)
+            ],
+            prefills=[self._prefill(row, step.table(index)) for index, row in enumerate(rows) if row.num_rows > 1],
         )
 
     def forward(
@@ -173,59 +184,54 @@ class SDPA:
             torch.index_select(cache.view(-1, *shape[1:]), 0, part.blocks, out=out)
         return k, v
 
-    def _entered(self, step: StepShape) -> Tensor | None:
+    def _entered(self, rows: list[Row], step: StepShape) -> Tensor | None:
         size = step.block_size
-        ends = ((sequence, sequence.start + sequence.num_tokens) for sequence in step.sequences)
-        blocks = [seq.block_ids[end // size] for seq, end in ends if end % size and end // size * size >= seq.start]
-        return self._tensor(blocks) if blocks else None
+        ends = ((row, row.start + row.num_rows) for row in rows)
+        places = [row.first_block + end // size for row, end in ends if end % size and end // size * size >= row.start]
+        return self._tensor(step.blocks[places]) if places else None
 
     def _batches(self, decodes: list[Row], block_size: int) -> list[list[Row]]:
         """The shortest of a batch has at least half the blocks of the longest; each batch in order of rows."""
         block_elements = block_size * self.num_kv_heads * self.head_dim
         batches: list[list[Row]] = []
         longest = most = 0
-        for item in sorted(decodes, key=lambda item: -_num_blocks(item[1], block_size)):
-            blocks = _num_blocks(item[1], block_size)
+        for row in sorted(decodes, key=lambda row: -row.start):
+            blocks = row.start // block_size + 1
             if not batches or 2 * blocks < longest or len(batches[-1]) >= most:
                 batches.append([])
                 longest = blocks
                 most = max(1, CPU_BATCH_ELEMENTS // (longest * block_elements)) if self._on_cpu else len(decodes)
-            batches[-1].append(item)
-        return [sorted(batch, key=lambda item: item[0]) for batch in batches]
+            batches[-1].append(row)
+        return [sorted(batch) for batch in batches]
 
-    def _decode_batch(self, batch: list[Row], block_size: int) -> DecodeBatch:
+    def _decode_batch(self, batch: list[Row], step: StepShape) -> DecodeBatch:
         """Padding repeats a sequence's own first block, so that nobody reads another's."""
-        rows = [row for row, _ in batch]
-        width = max(_num_blocks(seq, block_size) for _, seq in batch)
-        table = []
-        for _, seq in batch:
-            used = seq.block_ids[: _num_blocks(seq, block_size)]
-            table += used + used[:1] * (width - len(used))
-        lengths = self._tensor([seq.start + 1 for _, seq in batch])
-        neighbours = rows[-1] - rows[0] + 1 == len(rows)
+        starts_B = np.array([row.start for row in batch])
+        firsts_B = np.array([row.first_block for row in batch])
+        places_n = np.arange(int(starts_B.max()) // step.block_size + 1)
+        places_Bn = np.where(places_n * step.block_size <= starts_B[:, None], places_n, 0) + firsts_B[:, None]
+        positions_N = np.arange(len(places_n) * step.block_size)
+        first, last = batch[0].first, batch[-1].first
+        neighbours = last - first + 1 == len(batch)
         return DecodeBatch(
-            rows=slice(rows[0], rows[-1] + 1) if neighbours else self._tensor(rows),
-            blocks=self._tensor(table),
-            outside_BN=torch.arange(width * block_size, device=self.device) >= lengths[:, None],
+            rows=slice(first, last + 1) if neighbours else self._tensor(np.array([row.first for row in batch])),
+            blocks=self._tensor(step.blocks[places_Bn.ravel()]),
+            outside_BN=torch.from_numpy(positions_N > starts_B[:, None]).to(self.device, non_blocking=True),
         )
 
-    def _prefill(self, row: int, seq: SequenceShape, block_size: int) -> Prefill:
-        rows = slice(row, row + seq.num_tokens)
-        length = seq.start + seq.num_tokens
-        if seq.start == 0:
+    def _prefill(self, row: Row, table: Ints) -> Prefill:
+        rows, length = slice(row.first, row.first + row.num_rows), row.start + row.num_rows
+        if row.start == 0:
             return Prefill(rows, length, None, None)
-        blocks = self._tensor(seq.block_ids[: _num_blocks(seq, block_size)])
-        positions = torch.arange(seq.start, length, device=self.device)
-        return Prefill(rows, length, blocks, torch.arange(length, device=self.device) > positions[:, None])
+        positions = torch.arange(row.start, length, device=self.device)
+        outside_TN = torch.arange(length, device=self.device) > positions[:, None]
+        return Prefill(rows, length, self._tensor(table), outside_TN)
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+    def _tensor(self, values: Ints) -> Tensor:
+        values = values.astype(np.int64, copy=False)
+        return torch.from_numpy(values) if self._on_cpu else torch.from_numpy(values).to(self.device, non_blocking=True)
 
 
 def _bias(outside: Tensor, dtype: torch.dtype) -> Tensor:
     """0 inside, -inf outside."""
     return torch.zeros(outside.shape, dtype=dtype, device=outside.device).masked_fill_(outside, float("-inf"))
-
-
-def _num_blocks(sequence: SequenceShape, block_size: int) -> int:
-    return -(-(sequence.start + sequence.num_tokens) // block_size)

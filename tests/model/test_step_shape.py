@@ -1,0 +1,38 @@
+"""Rows and slots of a step, against their definition token by token."""
+
+from __future__ import annotations
+
+from array import array
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_serve.model.attention.base import StepShape
+
+PARTS = st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 1, 1, 2, 9, 40]), st.integers(0, 2)), max_size=9)
+
+
+@given(parts=PARTS, block_size=st.sampled_from([1, 4, 6, 16]), as_memory=st.booleans())
+def test_each_row_has_its_position_and_its_slot(
+    parts: list[tuple[int, int, int]], block_size: int, as_memory: bool
+) -> None:
+    tables: list[list[int]] = []
+    taken = 7
+    for start, count, spare in parts:
+        length = -(-(start + count) // block_size) + spare
+        tables.append(list(range(taken + length, taken, -1)))
+        taken += length + 3
+    starts, counts = [start for start, _, _ in parts], [count for _, count, _ in parts]
+    shape = StepShape.of(starts, counts, [array("i", table) for table in tables] if as_memory else tables, block_size)
+    rows = [
+        (position, table[position // block_size] * block_size + position % block_size)
+        for (start, count, _), table in zip(parts, tables, strict=True)
+        for position in range(start, start + count)
+    ]
+    assert list(zip(shape.positions_T.tolist(), shape.slots_T.tolist(), strict=True)) == rows
+    assert shape.counts_S.tolist() == counts
+    for index, (start, count, _) in enumerate(parts):
+        first, length, at, _ = shape.sequences_S4[index].tolist()
+        assert (length, at) == (count, start)
+        assert first == sum(counts[:index])
+        assert shape.table(index).tolist() == tables[index][: -(-(start + count) // block_size)]
