@@ -70,11 +70,16 @@ def fitting_blocks(shape: BlockShape, config: Config, *, max_model_len: int, roo
     return blocks
 
 
-def cpu_room(config: Config, num_ranks: int, root: Path = Path("/")) -> Room:
-    """A rank's part of the share of the memory now available on this machine; all of it if the operator gave bytes."""
+def cpu_room(config: Config, num_ranks: int, root: Path = Path("/"), *, beside: int = 0) -> Room:
+    """A rank's part of the share of the memory now available on this machine; all of it if the operator gave bytes.
+
+    Less `beside`: bytes that a rank will take in its steps, and has not yet.
+    """
+    less = f", less {beside:,} for logits and kernels"
     available = available_memory(root)
     if config.cache.kv_cache_memory_bytes is not None:
-        return Room(available // num_ranks, f"{available:,} bytes available now, divided by {num_ranks} ranks here")
+        source = f"{available:,} bytes available now, divided by {num_ranks} ranks here{less}"
+        return Room(available // num_ranks - beside, source)
     share = config.cache.gpu_memory_utilization
     source = f"gpu_memory_utilization {share:g} of {available:,} bytes available now, divided by {num_ranks} ranks here"
-    return Room(int(available * share) // num_ranks, source, cap=CPU_CAP_BYTES)
+    return Room(int(available * share) // num_ranks - beside, source + less, cap=CPU_CAP_BYTES)

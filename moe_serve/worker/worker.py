@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from moe_serve.parallel.groups import Groups, build_groups
 from moe_serve.worker.device import choose_device, choose_dtype
 from moe_serve.worker.eplb.expert_balance import ExpertBalance
 from moe_serve.worker.handover import Handover
+from moe_serve.worker.kept_memory import bound_kept_kernels, kept_kernel_bytes, logits_bytes
 from moe_serve.worker.kv_cache import KVShape, cuda_room
 from moe_serve.worker.kv_room import blocks_for, cpu_room, fitting_blocks
 from moe_serve.worker.loading.loader import load_weights
@@ -132,6 +134,8 @@ class Worker:
         site = self._meeting.site
         device = choose_device(config.model.device, site.local_rank + self._worker - site.first_worker)
         dtype = choose_dtype(config.model.dtype, model_config.dtype, device)
+        if device.type == "cpu":
+            bound_kept_kernels(os.environ)
         if config.model.load_format != "dummy":
             model_config = settle_head(model_config, folder, dtype, warns=self._rank == 0)
         with self._phase(Phase.MEET_RANKS):
@@ -203,7 +207,7 @@ class Worker:
         max_model_len = self._config.model.max_model_len or model_config.max_position_embeddings
         ranks = self._meeting.site.ranks_here
         if decoder.device.type == "cpu":
-            room = cpu_room(self._config, ranks)
+            room = cpu_room(self._config, ranks, beside=self._bytes_beside(decoder))
         else:
             reserve = self._rehearse(decoder, shape, max_model_len)
             sharing = -(-ranks // torch.cuda.device_count())
@@ -219,6 +223,18 @@ class Worker:
                 "" if room.cap is None else f", capped at {room.cap / 2**20:g} MiB",
             )
         return blocks
+
+    def _bytes_beside(self, decoder: Decoder) -> int:
+        """What steps on a CPU will take and keep beside weights and KV blocks."""
+        scheduler = self._config.scheduler
+        kept = kept_kernel_bytes(os.environ) if decoder.path is None else 0
+        if not decoder.partition.is_last:
+            return kept
+        return kept + logits_bytes(
+            num_seqs=scheduler.max_num_seqs,
+            num_tokens=scheduler.max_num_batched_tokens,
+            vocab_size=decoder.config.vocab_size,
+        )
 
     def _rehearse(self, decoder: Decoder, shape: KVShape, max_model_len: int) -> int:
         """Bytes that activations of the largest step take on a CUDA device."""

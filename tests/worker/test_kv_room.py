@@ -79,6 +79,14 @@ def test_ranks_of_a_machine_share_what_is_available(machine):
     assert "0.5 of 8,589,934,592 bytes available now, divided by 4" in room.source
 
 
+def test_what_steps_take_beside_the_cache_is_not_given_to_it(machine):
+    for options in ({"gpu_memory_utilization": 0.5}, {"kv_cache_memory_bytes": 1}):
+        config = Config.from_flat(options)
+        room = cpu_room(config, 4, machine, beside=2**28)
+        assert room.num_bytes == cpu_room(config, 4, machine).num_bytes - 2**28
+        assert "less 268,435,456 for logits and kernels" in room.source
+
+
 def test_given_bytes_are_held_against_all_that_is_available(machine):
     room = cpu_room(Config.from_flat({"kv_cache_memory_bytes": 1}), 4, machine)
     assert (room.num_bytes, room.cap) == (2**31, None)
