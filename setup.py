@@ -21,7 +21,7 @@ PATHS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """Flags of each source in native/. A path whose flags the compiler does not know is left out."""
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 
 
 class BuildKernels(build_ext):
