@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from moe_kernels.paths import available
+from torch import Tensor
 
 from moe_serve.base.config import Config
+from moe_serve.base.progress import Phase, Progress
+from moe_serve.model.context import ForwardContext
 from moe_serve.model.replay import MAX_ROWS, ReplayedDecoder
 from tests.support.forward import all_logits, alone, load_decoder
 from tests.support.ranks import Ranks, Seat
@@ -49,6 +55,40 @@ def test_steps_of_several_tokens_and_of_many_rows_run_as_ever(tmp_path: Path) ->
         got = all_logits(decoder, [prompts], chunk=chunk, forward=replayed.forward)
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
     assert replayed.num_replayed == 0
+
+
+class Watched(Progress):
+    """Remembers the exchanges it hears of, each with its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exchanges: list[tuple[Phase, int]] = []
+
+    def enter(self, phase: Phase, *, step: int | None = None, layer: int | None = None) -> None:
+        super().enter(phase, step=step, layer=layer)
+        if phase in (Phase.DISPATCH, Phase.COMBINE):
+            self.exchanges.append((phase, self.layer))
+
+
+@torch.inference_mode()
+def test_who_hangs_in_a_replayed_step_is_said_to_hang_in_the_right_layer(tmp_path: Path) -> None:
+    tiny_model(tmp_path, "mixtral", seed=3, **SIZES)
+    options: dict[str, object] = {"enable_expert_parallel": True}  # so that rows go the way they go between ranks
+    decoder = load_decoder(tmp_path, alone(), dtype=torch.bfloat16, options=options, path=PATH)
+    replayed, told = ReplayedDecoder(decoder), []
+    for forward in (decoder, replayed.forward):
+        told.append(Watched())
+        watch = partial(watched_forward, forward, told[-1])
+        all_logits(decoder, [PROMPTS], chunk=1, forward=watch)
+    assert replayed.num_replayed > 0
+    assert told[0].exchanges == told[1].exchanges
+    assert len({layer for _, layer in told[0].exchanges}) > 1
+
+
+def watched_forward(
+    forward: Callable[[Tensor, ForwardContext], Tensor], told: Watched, ids_T: Tensor, ctx: ForwardContext
+) -> Tensor:
+    return forward(ids_T, replace(ctx, progress=told))
 
 
 @torch.inference_mode()

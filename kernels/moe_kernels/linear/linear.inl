@@ -25,9 +25,9 @@ inline float* thread_floats(int64_t count) {
 }  // namespace
 
 // What the products of a path give: Taken, an input or a pair of them; Session, alive while a thread multiplies;
-// taken_floats(K), the buffer for BLOCK_ROWS rows, taken_stride(K) apart; take_row(), which fills one; product(), which adds to the sums
-// (rows, 32) of those rows with one panel, or with two that follow each other, what some of the K inputs give; DEPTH,
-// for how many inputs the rows stay in the first cache.
+// taken_floats(K), the buffer for BLOCK_ROWS rows, taken_stride(K) apart; take_row(), which fills one; product(), which
+// adds to the sums (rows, 32) of those rows with one panel, or with two that follow each other, what some of the K
+// inputs give; DEPTH, for how many inputs the rows stay in the first cache.
 #ifdef MOE_AMX
 #include "product_amx.inl"
 #else
