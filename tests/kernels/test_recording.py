@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -133,6 +135,25 @@ def test_nothing_is_recorded_once_it_has_ended(layers: Callable[[Tensor], Tensor
         pass
     layers(some(2, 32))
     assert recording.num_operations == 0
+
+
+def test_a_first_recording_imports_nothing() -> None:
+    """A process makes it in its first decode step, and torch's compiler alone takes seconds to import."""
+    script = """
+import sys, torch
+from moe_kernels.norm.norm import rms_norm
+from moe_kernels.recording import Workspace, record
+
+x, scale = torch.ones(3, 32, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
+before = set(sys.modules)
+with torch.inference_mode(), record(Workspace()) as recording:
+    rms_norm(sys.argv[1], x, scale, 1e-6).view(3, 2, 16)
+recording.replay()
+assert recording.num_operations == 1 and not recording.missed
+print(*(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", script, PATH], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_an_arena_gives_nothing_twice_before_it_restarts() -> None:
