@@ -4,6 +4,8 @@ installs all the same: what the compiler said lies in the package, for the warni
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +32,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         report = Path(self.get_ext_fullpath(ext.name)).with_name("build.txt")
         report.unlink(missing_ok=True)
+        self.compiler.spawn = self.compiler.call = _call  # the name before and since setuptools 84
         try:
             with ThreadPoolExecutor(len(PATHS)) as compilers:
                 built = dict(zip(PATHS, compilers.map(lambda path: self._objects(ext, path), PATHS), strict=True))
@@ -52,6 +55,18 @@ class BuildKernels(build_ext):
                 raise
             return []
         return objects
+
+
+def _call(command: list[str], **_: object) -> None:
+    """Run the compiler; what it says last is what it is remembered by if it fails."""
+    try:
+        ran = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    except OSError as error:
+        raise CompileError(f"{command[0]}: {error.strerror}") from error
+    sys.stderr.write(ran.stderr)
+    if ran.returncode:
+        last = ran.stderr.strip().rpartition("\n")[2]
+        raise CompileError(last or f"{command[0]} failed with exit code {ran.returncode}")
 
 
 kernels = Extension(

@@ -155,7 +155,7 @@ class Routes:
         return Response(answer, status, media_type="application/json")
 
     async def config(self) -> Response:
-        return _json(self._state.config.model_dump(mode="json"))
+        return _json(self._state.config.model_dump(mode="json") | {"running": self._state.engines.running})
 
     async def world(self) -> Response:
         return _json(*await world_body(self._state.world, self._state.engines, self._state.why_not_ready()))

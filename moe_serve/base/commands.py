@@ -213,12 +213,14 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load_model"):
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, tag="worker_facts"):
     """One worker after loading, or the least of several. Bytes are bytes; `load_seconds` by phase.
 
+    `all2all` the backend that rows travel with, whatever was asked for; "none" where a rank exchanges with nobody.
     `expert_bytes` of one expert's slot in one layer (what moving an expert moves), 0 without experts.
     """
 
     device: str
     dtype: str
     kernels: str
+    all2all: str
     kv_blocks: int
     kv_block_bytes: int
     weight_bytes: int

@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class EngineHello(msgspec.Struct, frozen=True, kw_only=True, tag="engine_hello"):
-    """An engine's first word to a front-end."""
+    """An engine's first word to a front-end. `facts`: what runs where an option left the choice open, by option."""
 
     dp: int
     num_blocks: int

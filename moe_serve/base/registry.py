@@ -42,6 +42,11 @@ class Registry:
             )
         raise ConfigError(f"unknown {self.kind} {name!r}; known are: {allowed} (option {self.option})")
 
+    def name_of(self, built: object) -> str | None:
+        """The name behind which the class of `built` stands; None if it stands behind none."""
+        target = f"{type(built).__module__}:{type(built).__qualname__}"
+        return next((name for name, each in self._table.items() if each == target), None)
+
     def load(self, name: str) -> object:
         """Import and return what stands behind `name`; raises ConfigError or MissingExtra."""
         self.check(name)

@@ -48,7 +48,12 @@ def make_hello(dp: int, facts: WorkerFacts, core: EngineCore) -> EngineHello:
         num_blocks=core.pool.num_blocks,
         block_size=core.pool.block_size,
         max_model_len=core.max_model_len,
-        facts={"device": facts.device, "dtype": facts.dtype, "kernels": facts.kernels},
+        facts={
+            "device": facts.device,
+            "dtype": facts.dtype,
+            "kernels": facts.kernels,
+            "all2all_backend": facts.all2all,
+        },
         load_seconds=facts.load_seconds,
     )
 

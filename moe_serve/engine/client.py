@@ -132,6 +132,10 @@ class EngineClient:
         return {dp: board.newest(dp, each) for dp, each in known.items() if dp in self._reports or board.knows(dp)}
 
     @property
+    def running(self) -> Mapping[int, Mapping[str, str]]:
+        return {rank: hello.facts for rank, hello in sorted(self._hellos.items())}
+
+    @property
     def room(self) -> EngineRoom:
         """See AsyncEngines.room."""
         hellos = list(self._hellos.values())

@@ -58,6 +58,11 @@ class AsyncEngines(Protocol):
     def reports(self) -> Mapping[int, LoadReport]: ...
 
     @property
+    def running(self) -> Mapping[int, Mapping[str, str]]:
+        """What runs in each engine where an option left the choice open: option -> value, by DP rank."""
+        ...
+
+    @property
     def room(self) -> EngineRoom:
         """What the engines that this front-end serves can hold at once; known once they are ready."""
         ...

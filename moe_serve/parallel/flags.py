@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
-import sys
 import time
 from mmap import mmap
 
@@ -28,12 +26,15 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
-def flags_can_be_used() -> str:
-    """Empty, or why this machine's memory is not ordered as Flags needs it."""
-    if sys.platform != "linux":
-        return f"it needs Linux, and this is {platform.system()}"
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"it relies on the order in which x86-64 makes stores visible, and this is {platform.machine()}"
+def why_no_flags(system: str, processor: str) -> str:
+    """Empty, or why ranks of a machine cannot tell each other by memory how far they have come.
+
+    As platform.system() and platform.machine() name them.
+    """
+    if system != "Linux":
+        return f"shared memory needs Linux, and this is {system}"
+    if processor not in ("x86_64", "AMD64"):
+        return f"shared memory relies on the order in which x86-64 makes stores visible, and this is {processor}"
     return ""
 
 
@@ -44,7 +45,7 @@ class Flags:
     where stores become visible, and loads are made, in the order of the program: on x86 (total store order), and as
     CPython carries out one call after the other with no compiler between them. A number is stored and loaded by one
     aligned access of 8 bytes, as memoryview does for its format "q". Machines that order less (ARM) need release and
-    acquire, which Python has not: flags_can_be_used() refuses them.
+    acquire, which Python has not: why_no_flags() refuses them.
 
     Whoever sleeps says so first; whoever publishes looks for sleepers afterwards. Between that store and that load no
     order is guaranteed, so a wake may be missed: no sleep is longer than what the sleeper asked for.

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import mmap
 import os
+import platform
 import select
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import torch
 
 from moe_serve.base.errors import ConfigError, NoSharedMemory
 from moe_serve.parallel.collectives import Group
-from moe_serve.parallel.flags import LINE_BYTES, Flags, flags_can_be_used
+from moe_serve.parallel.flags import LINE_BYTES, Flags, why_no_flags
 from moe_serve.parallel.memory_handover import OFFER_BYTES, Descriptors, Giver, Offer, take
 
 PAGE_BYTES = 4096
@@ -110,7 +111,7 @@ def share(group: Group, num_bytes: int) -> SharedMemory:
     ConfigError where ranks cannot share memory at all; NoSharedMemory, on all ranks alike, where there is none to be
     had.
     """
-    if reason := flags_can_be_used():
+    if reason := why_no_flags(platform.system(), platform.machine()):
         raise ConfigError(f"memory cannot be shared here: {reason}")
     _refuse_apart(group)
     total = flags_bytes(group.size) + -(-num_bytes // PAGE_BYTES) * PAGE_BYTES

@@ -28,6 +28,7 @@ from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError, EngineError
 from moe_serve.base.model_config import ModelConfig, load_model_config
 from moe_serve.base.progress import Phase, Progress
+from moe_serve.base.tables import ALL2ALL
 from moe_serve.model.build import build_model
 from moe_serve.model.context import LayerKV
 from moe_serve.model.decoder import Decoder
@@ -174,6 +175,7 @@ class Worker:
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
             kernels=path or "torch",
+            all2all=ALL2ALL.name_of(decoder.all2all) or "none",
             kv_blocks=blocks,
             kv_block_bytes=shape.block_bytes,
             weight_bytes=decoder.weight_bytes(),

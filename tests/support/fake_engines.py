@@ -134,6 +134,10 @@ class FakeEngines:
         }
 
     @property
+    def running(self) -> Mapping[int, Mapping[str, str]]:
+        return {rank: {"device": "none"} for rank in range(self.data_parallel_size)}
+
+    @property
     def room(self) -> EngineRoom:
         return EngineRoom(self.num_places * self.data_parallel_size, 4096 * self.data_parallel_size)
 

@@ -127,6 +127,7 @@ class FakeExecutor:
             device="fake",
             dtype="float32",
             kernels="torch",
+            all2all="none",
             kv_blocks=self.num_blocks,
             kv_block_bytes=1,
             weight_bytes=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 from moe_serve.base.commands import Command, LoadModel, Reply
@@ -29,6 +30,25 @@ class NamedWorker(Worker):
             told = self.greet() if isinstance(self, Greeting) else type(self).__name__
             Path(os.environ[GREETINGS], str(os.getpid())).write_text(told)
         return super().handle(command)
+
+
+SMALL_FILE_BYTES = 1 << 16
+"""Enough for the log of a start, and too little for what ranks share of rows."""
+
+
+class WithoutMemory(Worker):
+    """May make no large file while it loads, so its ranks have no memory to share."""
+
+    def handle(self, command: Command) -> Reply:
+        """As any worker."""
+        if not isinstance(command, LoadModel):
+            return super().handle(command)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE_BYTES, before[1]))
+        try:
+            return super().handle(command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Clashing:

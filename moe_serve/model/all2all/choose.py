@@ -13,6 +13,7 @@ from pathlib import Path
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.launched import EXTERNAL_LAUNCHER
 from moe_serve.base.parallel_config import ParallelConfig
+from moe_serve.parallel.flags import why_no_flags
 
 AUTO = "auto"
 ANYWHERE, SAME_MACHINE = "allgather_reducescatter", "shm"
@@ -31,11 +32,7 @@ class Machine:
     @property
     def cannot_share(self) -> str:
         """Empty, or why CPU ranks cannot tell each other by memory what they have written there."""
-        if self.system != "Linux":
-            return f"shared memory needs Linux, and this is {self.system}"
-        if self.processor not in ("x86_64", "AMD64"):
-            return f"shared memory relies on the order of stores of x86-64, and this is {self.processor}"
-        return ""
+        return why_no_flags(self.system, self.processor)
 
 
 def this_machine() -> Machine:
