@@ -76,10 +76,10 @@ Apart = Callable[[Any], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Operations, and what is called after them: its result goes to `place`."""
+    """Operations, and what is called after them: its result goes to `place`, if it has one."""
 
     lines: Tensor
-    work: Apart | None
+    work: Callable[[Any], Tensor | None] | None
     place: Tensor | None
 
 
@@ -106,9 +106,10 @@ class Recording:
         for part in self._parts:
             if len(part.lines):
                 paths.replay(self._path, part.lines)
-            if part.work is not None:
+            made = None if part.work is None else part.work(given)
+            if made is not None:
                 assert part.place is not None
-                part.place.copy_(part.work(given))
+                part.place.copy_(made)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         with self._unwatched():
@@ -135,7 +136,11 @@ class Recording:
             self.end(work, place)
         return place
 
-    def end(self, work: Apart | None = None, place: Tensor | None = None) -> None:
+    def between(self, work: Callable[[Any], None], given: object) -> None:
+        work(given)
+        self.end(work)
+
+    def end(self, work: Callable[[Any], Tensor | None] | None = None, place: Tensor | None = None) -> None:
         """Of a part: nothing more comes before `work`."""
         lines = torch.frombuffer(bytearray(b"".join(self._noted) or bytes(8)), dtype=torch.int64)
         self._parts.append(
@@ -182,6 +187,15 @@ def apart(work: Apart, given: object) -> Tensor:
     """
     recorder = paths.this_thread.recorder
     return work(given) if recorder is None else recorder.apart(work, given)
+
+
+def between(work: Callable[[Any], None], given: object) -> None:
+    """work(given), and again in its place in every replay, with what that is given; it touches no tensor."""
+    recorder = paths.this_thread.recorder
+    if recorder is None:
+        work(given)
+    else:
+        recorder.between(work, given)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

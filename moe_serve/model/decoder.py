@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from moe_kernels.recording import next_layer
+from moe_kernels.recording import between, next_layer
 from torch import Tensor, nn
 
 from moe_serve.base.model_config import ModelConfig
@@ -43,13 +44,16 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> Tensor:
         if x_TD.shape[0]:
-            ctx.progress.enter(Phase.ATTENTION, layer=self.index)
+            between(partial(self._enter, Phase.ATTENTION), ctx)
             out_TD = self.attention(self.attention_norm(x_TD), rotation, kv, ctx)
             x_TD, normed_TD = self.feed_forward_norm.after_sum(x_TD, out_TD)
         else:  # a dummy step brings no rows, on all TP ranks alike; its experts still serve other engines
             normed_TD = x_TD
-        ctx.progress.enter(self.feed_forward_phase, layer=self.index)
+        between(partial(self._enter, self.feed_forward_phase), ctx)
         return add(x_TD, self.feed_forward(normed_TD, ctx), self.feed_forward_norm.path)
+
+    def _enter(self, phase: Phase, ctx: ForwardContext) -> None:
+        ctx.progress.enter(phase, layer=self.index)
 
     def targets(self) -> dict[str, Tensor]:
         """Logical weight -> where it lives, but for the experts, of which a layer does not know which it holds."""

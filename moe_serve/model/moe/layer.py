@@ -66,12 +66,9 @@ class MoELayer(nn.Module):
         if self._stays_here and ctx.routes is None:
             alone_SD: Tensor = self.experts(RankMajor(x_SD, ids_SK, weights_SK, None))
             return alone_SD
-        return apart(partial(self._by_experts, x_SD, ids_SK, weights_SK, mine, ctx.progress.layer), ctx)
+        return apart(partial(self._by_experts, x_SD, ids_SK, weights_SK, mine), ctx)
 
-    def _by_experts(
-        self, x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor, mine: slice, layer: int, ctx: ForwardContext
-    ) -> Tensor:
-        ctx.progress.enter(Phase.EXPERTS, layer=layer)  # which nobody has said where the step is replayed
+    def _by_experts(self, x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor, mine: slice, ctx: ForwardContext) -> Tensor:
         if ctx.routes is not None:
             ctx.routes.append(ids_SK.clone())  # the next step's may be put in the same place
         slots_SK = self.expert_map(ids_SK, None if ctx.row_hash_T is None else ctx.row_hash_T[mine])
