@@ -1,4 +1,4 @@
-"""Operations written down as they run, to be run again by one call: what a CUDA graph is on a GPU.
+"""Operations written down as they run, to be run again in few calls: what a CUDA graph is on a GPU.
 
 Run again, they read and write the same memory: whoever records hands in what changes as tensors that stay, and fills
 them anew. What operations make lies in a Workspace, which the recordings that use it share: each overwrites what the

@@ -1,9 +1,9 @@
-"""Decode steps as one call: the operations of a whole forward pass, recorded once for each number of rows.
+"""Decode steps in few calls: the operations of a whole forward pass, recorded once for each number of rows.
 
 With few rows a step's time is Python's between the operations. They are the same in every step of so many single
 tokens, so they are recorded the first time, and run again from then on (moe_kernels/recording.py): same operations,
-same bits. On a rank that exchanges with nobody the whole step is one call; where rows travel, one for each layer, with
-the exchange between them. For compiled kernels; all other steps run as ever.
+same bits. One call for each phase that a layer enters, so that who hangs is named in the right place; where rows
+travel, the exchange is called anew between them. For compiled kernels; all other steps run as ever.
 """
 
 from __future__ import annotations
