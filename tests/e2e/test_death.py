@@ -23,6 +23,9 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 SMALL = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(16 * 2**20))
 SHARED_MEMORY = Path("/dev/shm")
+LASTING = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(16 * 2**20))
+LASTING_TOKENS = 4000
+"""Of each of two requests: some four times as many as a fast machine makes before a short --shutdown-timeout has passed."""
 GONE_SECONDS = 5.0
 NAMED_SECONDS = 10.0
 
@@ -221,7 +224,7 @@ def test_a_launcher_that_was_stopped_blames_nobody_else(stopped: dict[str, Stopp
 
 def test_sigterm_lets_answers_finish_and_refuses_new_ones(model: str) -> None:
     with serving(model, "-dp", "2", "--enable-expert-parallel", *SMALL, "--shutdown-timeout", "60") as server:
-        load = Load(server, count=4, max_tokens=150).start()
+        load = Load(server, count=4, max_tokens=600).start()
         server.process.terminate()
         refused = until_draining(server)
         assert refused.status_code == 503
@@ -247,8 +250,8 @@ def until_draining(server: Server) -> httpx.Response:
 
 @pytest.mark.long
 def test_answers_that_outlast_the_shutdown_timeout_end_with_an_error_event(model: str) -> None:
-    with serving(model, *SMALL, "--shutdown-timeout", "1") as server:
-        load = Load(server, count=2).start()
+    with serving(model, *LASTING, "--shutdown-timeout", "1") as server:
+        load = Load(server, count=2, max_tokens=LASTING_TOKENS).start()
         asked = time.monotonic()
         assert server.terminate() == 0
         assert time.monotonic() - asked < 1 + GONE_SECONDS
@@ -263,8 +266,8 @@ def test_answers_that_outlast_the_shutdown_timeout_end_with_an_error_event(model
 
 @pytest.mark.long
 def test_a_drain_that_the_api_server_does_not_hear_of_ends_at_its_deadline(model: str) -> None:
-    with serving(model, *SMALL, "--shutdown-timeout", "2") as server:
-        load = Load(server, count=2).start()
+    with serving(model, *LASTING, "--shutdown-timeout", "2") as server:
+        load = Load(server, count=2, max_tokens=LASTING_TOKENS).start()
         server.member("api.server").suspend()
         asked = time.monotonic()
         assert server.terminate() == 0
