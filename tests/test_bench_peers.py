@@ -199,6 +199,7 @@ def test_a_gguf_file_is_written_for_one_kind_of_checkpoint(checkpoint: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_we_and_transformers_take_turns_on_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
     workloads = [f"{checkpoint}:2x8/4", f"{checkpoint}:1x24/1"]
     sizes = ("--turns", "2", "--peers", "transformers", "--label", "try", "--out", str(tmp_path / "out"))

@@ -213,7 +213,8 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load_model"):
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, tag="worker_facts"):
     """One worker after loading, or the least of several. Bytes are bytes; `load_seconds` by phase.
 
-    `all2all` the backend that rows travel with, whatever was asked for; "none" where a rank exchanges with nobody.
+    `all2all` the backend that rows travel with, whatever was asked for, and `tensor_parallel` what sums travel with
+    ("shm", "gloo", "nccl"); "none" where a rank exchanges with nobody.
     `expert_bytes` of one expert's slot in one layer (what moving an expert moves), 0 without experts.
     """
 
@@ -221,6 +222,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, tag="worker_facts")
     dtype: str
     kernels: str
     all2all: str
+    tensor_parallel: str
     kv_blocks: int
     kv_block_bytes: int
     weight_bytes: int

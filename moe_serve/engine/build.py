@@ -53,6 +53,7 @@ def make_hello(dp: int, facts: WorkerFacts, core: EngineCore) -> EngineHello:
             "dtype": facts.dtype,
             "kernels": facts.kernels,
             "all2all_backend": facts.all2all,
+            "tensor_parallel": facts.tensor_parallel,
         },
         load_seconds=facts.load_seconds,
     )

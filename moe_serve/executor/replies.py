@@ -62,6 +62,7 @@ def combine_facts(replies: Sequence[Reply], *, start_seconds: float) -> WorkerFa
         dtype=facts[0].dtype,
         kernels=facts[0].kernels,
         all2all=facts[0].all2all,
+        tensor_parallel=facts[0].tensor_parallel,
         kv_blocks=min(each.kv_blocks for each in facts),
         kv_block_bytes=sum(each.kv_block_bytes for each in facts),
         weight_bytes=sum(each.weight_bytes for each in facts),

@@ -48,6 +48,8 @@ class Group:
         self._process_group = process_group if self.size > 1 else None
         self.timeout_seconds = timeout_seconds
         self._on_cpu = device.type == "cpu"
+        self.transport = "none" if self.size == 1 else "gloo" if self._on_cpu else "nccl"
+        """What sums and gathers travel with."""
         self._ones = [1] * self.size
         self._sum = _reduce_options(ReduceOp.SUM)
         self._min = _reduce_options(ReduceOp.MIN)
@@ -209,13 +211,17 @@ def alone(name: str, rank: int, device: torch.device) -> Group:
     return Group(None, name=name, rank=0, ranks=(rank,), device=device, timeout_seconds=0)
 
 
-def sum_parts(parts: Tensor) -> Tensor:
-    """(count, n, ...) -> (n, ...), added first to last, in float32 where the type has 16 bits."""
+def sum_parts(parts: Tensor, out: Tensor | None = None) -> Tensor:
+    """(count, n, ...) -> (n, ...), added first to last, in float32 where the type has 16 bits; in `out` if given."""
+    if len(parts) == 2:
+        return torch.add(parts[0], parts[1], out=out)  # the same bits: it rounds once, too
     wide = parts.float() if parts.dtype in (torch.bfloat16, torch.float16) else parts
     total = wide[0].clone()
     for part in wide[1:]:
         total += part
-    return total.to(parts.dtype)
+    out = torch.empty_like(parts[0]) if out is None else out
+    out.copy_(total)
+    return out
 
 
 def _reduce_options(operation: Any) -> Any:

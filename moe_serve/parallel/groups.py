@@ -12,6 +12,7 @@ import torch
 from moe_serve.base.errors import ConfigError, NoSharedMemory
 from moe_serve.base.topology import Topology
 from moe_serve.parallel.collectives import Group, alone
+from moe_serve.parallel.memory_group import MemoryGroup
 from moe_serve.parallel.process_groups import join_process_group
 from moe_serve.parallel.shm import SharedMemory, share
 from moe_serve.parallel.store import Store, local_address, open_store
@@ -77,7 +78,8 @@ def build_groups(
     made: dict[tuple[int, ...], Group] = {}
     for axis, ranks in axes.items():
         if tuple(ranks) not in made:
-            made[tuple(ranks)] = meeting.join(axis, ranks, device)
+            is_tp = tuple(ranks) == tuple(axes["tp"])  # which waits for others several times a layer
+            made[tuple(ranks)] = meeting.join(axis, ranks, device, shares_memory=is_tp)
     world, dp, pp, tp, ep = (made[tuple(ranks)] for ranks in axes.values())
     control = world if device.type == "cpu" else meeting.join("control", axes["world"], CPU)
     migration = meeting.join("migration", axes["ep"], device) if migrates else None
@@ -93,8 +95,8 @@ class _Meeting:
     timeout_seconds: float
     generation: int
 
-    def join(self, name: str, ranks: Sequence[int], device: torch.device) -> Group:
-        """Form one group of these global ranks, all of which do the same."""
+    def join(self, name: str, ranks: Sequence[int], device: torch.device, *, shares_memory: bool = False) -> Group:
+        """Form one group of these global ranks, all of which do the same; `shares_memory` if they can have some."""
         if len(ranks) == 1:
             return alone(name, self.rank, device)
         backend: Literal["gloo", "nccl"] = "nccl" if device.type == "cuda" else "gloo"
@@ -108,14 +110,25 @@ class _Meeting:
             listen_host=self.listen_host,
             timeout_seconds=self.timeout_seconds,
         )
-        return Group(
-            process_group,
-            name=name,
-            rank=position,
-            ranks=ranks,
-            device=device,
-            timeout_seconds=self.timeout_seconds,
-        )
+
+        def make(kind: type[Group]) -> Group:
+            return kind(
+                process_group,
+                name=name,
+                rank=position,
+                ranks=ranks,
+                device=device,
+                timeout_seconds=self.timeout_seconds,
+            )
+
+        if not shares_memory or device.type != "cpu":
+            return make(Group)
+        try:
+            return make(MemoryGroup)
+        except (ConfigError, NoSharedMemory) as error:
+            if position == 0:
+                log.warning("ranks %s add up over the network: %s", ", ".join(map(str, ranks)), error)
+            return make(Group)
 
 
 class ControlGroup:

@@ -176,6 +176,7 @@ class Worker:
             dtype=str(dtype).removeprefix("torch."),
             kernels=path or "torch",
             all2all=ALL2ALL.name_of(decoder.all2all) or "none",
+            tensor_parallel=self._groups.tp.transport,
             kv_blocks=blocks,
             kv_block_bytes=shape.block_bytes,
             weight_bytes=decoder.weight_bytes(),

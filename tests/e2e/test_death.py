@@ -25,7 +25,7 @@ SMALL = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(16 * 2**20))
 SHARED_MEMORY = Path("/dev/shm")
 LASTING = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(16 * 2**20))
 LASTING_TOKENS = 4000
-"""Of each of two requests: some four times as many as a fast machine makes before a short --shutdown-timeout has passed."""
+"""Of each of two requests: some four times as many as a fast machine makes within a --shutdown-timeout of 2 s."""
 GONE_SECONDS = 5.0
 NAMED_SECONDS = 10.0
 

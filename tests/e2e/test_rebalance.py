@@ -154,6 +154,7 @@ def server(folder: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.long
 def test_a_plan_is_a_dry_run_and_what_is_applied_is_served_and_rolled_back(
     server: Server, requests: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -178,6 +179,7 @@ def test_a_plan_is_a_dry_run_and_what_is_applied_is_served_and_rolled_back(
     assert server.get("/eplb").json()["history"][0]["moved_bytes"] > 0
 
 
+@pytest.mark.long
 def test_one_rearrangement_at_a_time(server: Server, requests: list[list[int]], expected: list[list[int]]) -> None:
     slow = server.member("engine.process", dp=1)
     slow.suspend()  # for less than what the others would take for its death

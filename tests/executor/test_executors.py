@@ -395,6 +395,7 @@ sys.stdin.read()
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_workers_end_when_their_engine_is_killed(model):
     config = config_for(model, tensor_parallel_size=2)
     with World(Topology(tp=2)) as world:

@@ -9,7 +9,7 @@ import torch
 
 from moe_serve.base.errors import EngineError, RankTimeout
 from moe_serve.base.topology import Topology
-from moe_serve.parallel.collectives import alone
+from moe_serve.parallel.collectives import Group, alone
 from moe_serve.parallel.groups import ControlGroup, build_groups, control_group
 from tests.support.ranks import RankFailed, Ranks, Seat
 
@@ -23,8 +23,14 @@ def rows_of(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.arange(count * 3).view(count, 3) % 7 + 10 * rank).to(dtype)
 
 
-def ragged_cases(seat: Seat, size: int) -> None:
-    group = seat.group(size)
+def group_of(seat: Seat, size: int, way: str) -> Group:
+    groups = seat.groups(Topology(tp=size) if way == "shm" else Topology(dp=size))
+    assert groups.world.transport == ("none" if size == 1 else way)
+    return groups.world
+
+
+def ragged_cases(seat: Seat, size: int, way: str) -> None:
+    group = group_of(seat, size, way)
     for dtype in DTYPES:
         for sizes in (case[:size] for case in SIZES):
             mine = rows_of(seat.rank, sizes[seat.rank], dtype)
@@ -47,13 +53,18 @@ def ragged_cases(seat: Seat, size: int) -> None:
             assert torch.equal(out, torch.cat(expected))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_ragged_exchanges_equal_their_definition(ranks: Ranks, size: int) -> None:
-    ranks.run(ragged_cases, size, only=size)
+WAYS = pytest.mark.parametrize(
+    ("size", "way"), [(1, "gloo"), *((n, way) for n in (2, 3, 4) for way in ("gloo", "shm"))]
+)
 
 
-def equal_cases(seat: Seat, size: int) -> None:
-    group = seat.group(size)
+@WAYS
+def test_ragged_exchanges_equal_their_definition(ranks: Ranks, size: int, way: str) -> None:
+    ranks.run(ragged_cases, size, way, only=size)
+
+
+def equal_cases(seat: Seat, size: int, way: str) -> None:
+    group = group_of(seat, size, way)
     for dtype in DTYPES:
         mine = rows_of(seat.rank, 4, dtype)
         everybody = [rows_of(rank, 4, dtype) for rank in range(size)]
@@ -66,9 +77,9 @@ def equal_cases(seat: Seat, size: int) -> None:
     assert low.tolist() == [5, 9 - (size - 1)]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_equal_exchanges_equal_their_definition(ranks: Ranks, size: int) -> None:
-    ranks.run(equal_cases, size, only=size)
+@WAYS
+def test_equal_exchanges_equal_their_definition(ranks: Ranks, size: int, way: str) -> None:
+    ranks.run(equal_cases, size, way, only=size)
 
 
 def started_together(seat: Seat) -> None:

@@ -128,6 +128,7 @@ class FakeExecutor:
             dtype="float32",
             kernels="torch",
             all2all="none",
+            tensor_parallel="none",
             kv_blocks=self.num_blocks,
             kv_block_bytes=1,
             weight_bytes=0,

@@ -1,0 +1,117 @@
+"""Sums and gathers of ranks on the CPUs of one machine, through memory that they share.
+
+Every rank has a place of its own in a board, writes what it brings there, publishes, and reads the others' places once
+they have published. There are two boards, used in turn; what is larger than a place goes piece by piece. A rank writes
+to a board again only after all have published the piece that came after, so they have read what was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_serve.base.topology import split_range
+from moe_serve.parallel.collectives import Group, sum_parts
+from moe_serve.parallel.process_groups import ProcessGroup
+from moe_serve.parallel.shm import SharedMemory, share
+
+PLACE_BYTES = 256 << 10
+"""Of each rank in each board: what a core's own cache holds of both, its own and another's."""
+
+SHARE_BYTES = 32 << 10
+"""From here on it pays to meet twice, so that no rank adds up everything."""
+
+
+class MemoryGroup(Group):
+    """A group whose all_gather, all_gather_ragged and all_reduce go through memory; the rest as in any group.
+
+    A sum is added in the order of the ranks, in float32 where the type has 16 bits, whatever its size. ConfigError or
+    NoSharedMemory, on all ranks alike, where there is no memory to share.
+    """
+
+    def __init__(
+        self,
+        process_group: ProcessGroup,
+        *,
+        name: str,
+        rank: int,
+        ranks: Sequence[int],
+        device: torch.device,
+        timeout_seconds: float,
+    ) -> None:
+        super().__init__(
+            process_group, name=name, rank=rank, ranks=ranks, device=device, timeout_seconds=timeout_seconds
+        )
+        self._memory: SharedMemory | None = None  # until then over the network
+        self._num_published = self._turn = 0
+        self._memory = share(self, 2 * self.size * PLACE_BYTES)
+        places = self._memory.data[: 2 * self.size * PLACE_BYTES].view(2, self.size, PLACE_BYTES)
+        self._boards: dict[torch.dtype, list[Tensor]] = {torch.uint8: [places[0], places[1]]}
+        self.transport = "shm"
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks; the same bits everywhere."""
+        mine = x.reshape(-1)
+        out = torch.empty_like(mine)
+        room = PLACE_BYTES // x.element_size()
+        for first in range(0, len(mine), room):
+            piece = mine[first : first + room]
+            self._add_up("all_reduce", self._exchange("all_reduce", piece)[:, : len(piece)], out[first : first + room])
+        return out.view(x.shape)
+
+    def all_gather_ragged(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Everybody's rows one after the other; rank i brings sizes[i]."""
+        if self._memory is None:
+            return super().all_gather_ragged(x, sizes)
+        row = x.shape[1:].numel()
+        out = x.new_empty((sum(sizes), *x.shape[1:]))
+        parts = torch.split_with_sizes(out.view(-1), [size * row for size in sizes])
+        mine = x.reshape(-1)
+        room = PLACE_BYTES // x.element_size()
+        for first in range(0, max(sizes) * row, room):
+            places = self._exchange("all_gather", mine[first : first + room])
+            for part, place in zip(parts, places, strict=True):
+                piece = part[first : first + room]
+                piece.copy_(place[: len(piece)])
+        return out
+
+    def close(self) -> None:
+        """Leave the group; those who wait for this rank hear that it is gone. Safe to call twice."""
+        super().close()
+        if self._memory is not None:
+            self._memory.close()
+        self._memory, self._boards = None, {}
+
+    def _add_up(self, what: str, parts: Tensor, out: Tensor) -> None:
+        """Of what lies in the places; where it is much for many, each adds up a share, for all."""
+        if self.size == 2 or out.nbytes < SHARE_BYTES:
+            sum_parts(parts, out)
+            return
+        shares = [split_range(len(out), self.size, rank) for rank in range(self.size)]
+        mine = slice(shares[self.rank].start, shares[self.rank].stop)
+        sum_parts(parts[:, mine], parts[self.rank, mine])  # nobody else reads that part of its place
+        self._meet(what)
+        for part, share in zip(parts, shares, strict=True):
+            out[share.start : share.stop].copy_(part[share.start : share.stop])
+
+    def _exchange(self, what: str, piece: Tensor) -> Tensor:
+        """Everybody's places, (ranks, elements), with all pieces there; good until the exchange after the next."""
+        self._turn = 1 - self._turn
+        places = self._board(self._turn, piece.dtype)
+        places[self.rank, : len(piece)].copy_(piece)
+        self._meet(what)
+        return places
+
+    def _meet(self, what: str) -> None:
+        assert self._memory is not None
+        self._num_published += 1
+        self._memory.publish(self._num_published)
+        self._memory.wait(self._num_published, what)
+
+    def _board(self, turn: int, dtype: torch.dtype) -> Tensor:
+        boards = self._boards.get(dtype)
+        if boards is None:
+            boards = self._boards[dtype] = [board.view(dtype) for board in self._boards[torch.uint8]]
+        return boards[turn]
