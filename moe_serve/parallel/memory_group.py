@@ -93,8 +93,8 @@ class MemoryGroup(Group):
         mine = slice(shares[self.rank].start, shares[self.rank].stop)
         sum_parts(parts[:, mine], parts[self.rank, mine])  # nobody else reads that part of its place
         self._meet(what)
-        for part, share in zip(parts, shares, strict=True):
-            out[share.start : share.stop].copy_(part[share.start : share.stop])
+        for part, theirs in zip(parts, shares, strict=True):
+            out[theirs.start : theirs.stop].copy_(part[theirs.start : theirs.stop])
 
     def _exchange(self, what: str, piece: Tensor) -> Tensor:
         """Everybody's places, (ranks, elements), with all pieces there; good until the exchange after the next."""
