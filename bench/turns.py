@@ -51,12 +51,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-requests", type=int, default=32)
     parser.add_argument("--input-len", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--output-len", type=int, default=32, help="tokens of each answer")
-    parser.add_argument("--llm", default='{"dtype": "float32"}', help="options of LLM as JSON, the same for both")
+    parser.add_argument("--llm", default='{"dtype": "float32"}', help="options of LLM as JSON")
+    parser.add_argument("--llm-before", help="others for the LLM of --before, which may be the same checkout")
     return parser.parse_args(arguments)
 
 
 def measure(options: argparse.Namespace, model: Path) -> Report:
-    sides = [start(checkout, model, options.llm) for checkout in (options.before, options.after)]
+    before = options.llm_before or options.llm
+    sides = [start(options.before, model, before), start(options.after, model, options.llm)]
     seconds: list[list[float]] = [[], []]
     equal = answers = 0
     for number in track(range(options.turns + 2), description="turns", console=console):
@@ -75,7 +77,7 @@ def measure(options: argparse.Namespace, model: Path) -> Report:
     sizes = {name: getattr(options, name) for name in ("turns", "num_requests", "input_len", "output_len", "seed")}
     name = Path(options.model).name if options.model else f"{options.preset} {options.arch}"
     config = {
-        "benchmark": f"LLM({options.llm}) on {name}",
+        "benchmark": " after ".join(f"LLM({llm})" for llm in dict.fromkeys((options.llm, before))) + f" on {name}",
         "before": commit_of(options.before),
         "after": commit_of(options.after),
         **sizes,

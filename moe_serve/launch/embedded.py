@@ -55,6 +55,7 @@ class EngineWorld:
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Link | None = None
         self._client: EngineClient | None = None
+        self._receiving: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] = self._loop.create_future()
         try:
             self._call(self._start(config))
@@ -184,6 +185,9 @@ class EngineWorld:
             except subprocess.TimeoutExpired:
                 process.kill()
                 end_all(started(lambda spec: spec.token == self._token))
+        if self._receiving is not None:
+            self._receiving.cancel()  # before its socket closes, which it would take for a failure of its own
+            await asyncio.wait([self._receiving])
         if self._client is not None:
             self._client.close()
         self._ready.cancel()

@@ -56,9 +56,10 @@ class MemoryGroup(Group):
         mine = x.reshape(-1)
         out = torch.empty_like(mine)
         room = PLACE_BYTES // x.element_size()
-        for first in range(0, len(mine), room):
+        for first in range(0, mine.numel(), room):
             piece = mine[first : first + room]
-            self._add_up("all_reduce", self._exchange("all_reduce", piece)[:, : len(piece)], out[first : first + room])
+            places = self._exchange("all_reduce", piece)
+            self._add_up("all_reduce", places[:, : piece.numel()], out[first : first + room])
         return out.view(x.shape)
 
     def all_gather_ragged(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -66,15 +67,16 @@ class MemoryGroup(Group):
         if self._memory is None:
             return super().all_gather_ragged(x, sizes)
         row = x.shape[1:].numel()
+        mine, room = x.reshape(-1), PLACE_BYTES // x.element_size()
         out = x.new_empty((sum(sizes), *x.shape[1:]))
-        parts = torch.split_with_sizes(out.view(-1), [size * row for size in sizes])
-        mine = x.reshape(-1)
-        room = PLACE_BYTES // x.element_size()
+        everything = out.view(-1)
         for first in range(0, max(sizes) * row, room):
             places = self._exchange("all_gather", mine[first : first + room])
-            for part, place in zip(parts, places, strict=True):
-                piece = part[first : first + room]
-                piece.copy_(place[: len(piece)])
+            begin = first
+            for place, size in zip(places, sizes, strict=True):
+                length = min(max(size * row - first, 0), room)
+                everything[begin : begin + length].copy_(place[:length])
+                begin += size * row
         return out
 
     def close(self) -> None:
@@ -86,10 +88,10 @@ class MemoryGroup(Group):
 
     def _add_up(self, what: str, parts: Tensor, out: Tensor) -> None:
         """Of what lies in the places; where it is much for many, each adds up a share, for all."""
-        if self.size == 2 or out.nbytes < SHARE_BYTES:
+        if self.size == 2 or out.numel() * out.element_size() < SHARE_BYTES:
             sum_parts(parts, out)
             return
-        shares = [split_range(len(out), self.size, rank) for rank in range(self.size)]
+        shares = [split_range(out.numel(), self.size, rank) for rank in range(self.size)]
         mine = slice(shares[self.rank].start, shares[self.rank].stop)
         sum_parts(parts[:, mine], parts[self.rank, mine])  # nobody else reads that part of its place
         self._meet(what)
@@ -100,7 +102,7 @@ class MemoryGroup(Group):
         """Everybody's places, (ranks, elements), with all pieces there; good until the exchange after the next."""
         self._turn = 1 - self._turn
         places = self._board(self._turn, piece.dtype)
-        places[self.rank, : len(piece)].copy_(piece)
+        places[self.rank, : piece.numel()].copy_(piece)
         self._meet(what)
         return places
 

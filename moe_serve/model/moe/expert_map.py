@@ -42,7 +42,7 @@ class ExpertMap(nn.Module):
         if self.slots_EC is None:
             return ids_TK
         if self.shares_EC is None or self.shares_EC.shape[1] == 1:
-            return self.slots_EC[ids_TK, 0]
+            return torch.take(self.slots_EC, ids_TK)
         assert hash_T is not None, "experts with copies need the rows' hashes"
         copies_TK = (self._draws(ids_TK, hash_T).unsqueeze(-1) >= self.shares_EC[ids_TK]).sum(dim=-1)
         return self.slots_EC[ids_TK, copies_TK]
