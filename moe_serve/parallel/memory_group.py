@@ -47,8 +47,7 @@ class MemoryGroup(Group):
         self._memory: SharedMemory | None = None  # until then over the network
         self._num_published = self._turn = 0
         self._memory = share(self, 2 * self.size * PLACE_BYTES)
-        places = self._memory.data[: 2 * self.size * PLACE_BYTES].view(2, self.size, PLACE_BYTES)
-        self._boards: dict[torch.dtype, list[Tensor]] = {torch.uint8: [places[0], places[1]]}
+        self._boards: dict[torch.dtype, Tensor] = {}
         self.transport = "shm"
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -115,5 +114,8 @@ class MemoryGroup(Group):
     def _board(self, turn: int, dtype: torch.dtype) -> Tensor:
         boards = self._boards.get(dtype)
         if boards is None:
-            boards = self._boards[dtype] = [board.view(dtype) for board in self._boards[torch.uint8]]
+            assert self._memory is not None
+            with torch.inference_mode(False):  # what is made within that mode cannot be written to outside of it
+                data = self._memory.data[: 2 * self.size * PLACE_BYTES].view(dtype)
+                boards = self._boards[dtype] = data.view(2, self.size, PLACE_BYTES // dtype.itemsize)
         return boards[turn]

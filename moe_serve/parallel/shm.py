@@ -48,7 +48,8 @@ class SharedMemory:
         self._lives = select.poll()
         for life in descriptors.lives:
             self._lives.register(life, 0)  # a closed end is always told
-        self.data = torch.frombuffer(memory, dtype=torch.uint8, offset=flags_bytes(group.size))
+        with torch.inference_mode(False):  # or it could not be written to outside of that mode
+            self.data = torch.frombuffer(memory, dtype=torch.uint8, offset=flags_bytes(group.size))
         """Keeps the mapping for as long as it, or a view of it, is there."""
 
     def publish(self, number: int) -> None:

@@ -92,6 +92,29 @@ def test_without_memory_sums_go_over_the_network() -> None:
         assert pair.run(has_none) == ["gloo"] * 2
 
 
+def in_both_modes(seat: Seat) -> None:
+    """Made, and each type first used, in inference mode or outside of it."""
+    for made_within in (True, False):
+        with torch.inference_mode(made_within):
+            group = tp_group(seat, 2, 20)
+        for used_within, dtype in (
+            (True, torch.float32),
+            (False, torch.float32),
+            (False, torch.int64),
+            (True, torch.int64),
+        ):
+            with torch.inference_mode(used_within):
+                one = torch.ones(3, dtype=dtype)
+                assert group.all_reduce(one).tolist() == [2, 2, 2]
+                assert group.all_gather(one).tolist() == [1] * 6
+        group.close()
+
+
+def test_inference_mode_may_begin_and_end_between_two_sums() -> None:
+    with Ranks(2) as pair:
+        pair.run(in_both_modes)
+
+
 def stops_and_dies(seat: Seat) -> None:
     """Rank 2 stops before a sum of several pieces, and is then killed."""
     group = tp_group(seat, 3, 30)
