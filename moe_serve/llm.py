@@ -51,8 +51,9 @@ class Engines(Protocol):
 class LLM:
     """A model ready to generate. Use as a context manager, or call close(). Raises ConfigError."""
 
-    def __init__(self, model: str | None = None, **options: object) -> None:
-        given = with_spmd_variables(options if model is None else {"model": model, **options}, os.environ)
+    def __init__(self, model: str | os.PathLike[str] | None = None, **options: object) -> None:
+        named = options if model is None else {"model": os.fspath(model), **options}
+        given = with_spmd_variables(named, os.environ)
         asked = Config.from_flat({"log_level": "warning", **given})
         if asked.server.api_server_count > 1:
             raise ConfigError(

@@ -35,7 +35,7 @@ def offline_table(reports: Sequence[Report]) -> str:
             (
                 config["model"],
                 config["dtype"],
-                f"{config['num_requests']} x {config['input_len']} / {config['output_len']}",
+                requests_of(config),
                 f"{config['data_parallel_size']} x {config['tensor_parallel_size']}"
                 + (" ep" if config["enable_expert_parallel"] else ""),
                 _median(numbers, "moe_serve_output_tokens_per_second"),
@@ -54,7 +54,7 @@ def compared_table(reports: Sequence[Report]) -> str:
     rows = [
         (
             report.config["benchmark"],
-            f"{report.config['num_requests']} requests" if report.benchmark == "turns" else name.split(",")[0],
+            requests_of(report.config) if report.benchmark == "turns" else name.split(",")[0],
             *(f"{compared[side]:.4g}" for side in ("before", "after")),
             f"{compared['ratio']:.2f}",
             " to ".join(f"{quartile:.2f}" for quartile in compared["ratio_quartiles"]),
@@ -63,8 +63,12 @@ def compared_table(reports: Sequence[Report]) -> str:
         for report in reports
         for name, compared in _numbers(report).items()
     ]
-    header = ["tokens or passes per second", "of", "before", "after", "ratio", "quartiles", "commits"]
+    header = ["tokens or passes per second", "requests x in / out", "before", "after", "ratio", "quartiles", "commits"]
     return "Two checkouts by turns.\n\n" + markdown_table(header, rows) if rows else ""
+
+
+def requests_of(config: Mapping[str, Any]) -> str:
+    return f"{config['num_requests']} x {config['input_len']} / {config['output_len']}"
 
 
 def peers_part(report: Report) -> str:
@@ -392,9 +396,23 @@ def kernels_part(report: Report) -> str:
     return f"{about}\n\n" + markdown_table(["operation", "by", "us", "GB/s", "GFLOP/s", "times torch"], rows)
 
 
+def decode_limit_part(report: Report) -> str:
+    """One request's decode beside what a plain sum reads."""
+    config, numbers = report.config, report.numbers
+    return (
+        f"Decode with one request, `{config['model']}` in bfloat16, medians of {config['turns']} turns, load before "
+        f"{report.machine['load_before']}, commit `{report.commit}`: a token needs "
+        f"{_median(numbers, 'megabytes_of_a_token')} MB of weights and takes "
+        f"{_median(numbers, 'milliseconds_of_a_token')} ms, {_median(numbers, 'gigabytes_per_second')} GB/s, "
+        f"{_median(numbers, 'share')} of the {_median(numbers, 'gigabytes_per_second_of_a_sum')} GB/s that a sum over "
+        "plain memory reads beside it."
+    )
+
+
 PARTS = {
     "peers": peers_part,
     "kernels": kernels_part,
+    "decode_limit": decode_limit_part,
     "all2all": all2all_part,
     "startup": startup_part,
     "pipeline": pipeline_part,

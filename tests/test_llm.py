@@ -37,7 +37,7 @@ def make_folder(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     folder = make_folder(tmp_path_factory.mktemp("tiny") / "model")
-    with LLM(str(folder), dtype="float32", max_model_len=64, kv_cache_memory_bytes=2**22) as llm:
+    with LLM(folder, dtype="float32", max_model_len=64, kv_cache_memory_bytes=2**22) as llm:
         yield llm
 
 
