@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from moe_serve.base.errors import ConfigError, MissingExtra
 
 
 class Registry:
-    """`names()` lists what is built, `planned` what is known but not built yet; both are refused by name."""
+    """`names()` lists what is built, `planned` what is known but not built yet, which is refused by name.
 
-    def __init__(self, kind: str, option: str, table: Mapping[str, str], planned: tuple[str, ...] = ()) -> None:
+    `sources`: of packages that no registry of packages has, what to do to have them.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        option: str,
+        table: Mapping[str, str],
+        planned: tuple[str, ...] = (),
+        sources: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.kind = kind
         self.option = option
         self.planned = planned
         self._table = dict(table)
+        self._sources = sources
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._table)
@@ -50,19 +62,23 @@ class Registry:
     def load(self, name: str) -> object:
         """Import and return what stands behind `name`; raises ConfigError or MissingExtra."""
         self.check(name)
-        return import_target(self._table[name], self.kind, name)
+        return import_target(self._table[name], self.kind, name, self._sources)
 
 
-def import_target(target: str, kind: str, name: str) -> object:
-    """Import "module:attribute"; an absent third-party module becomes MissingExtra."""
+def import_target(
+    target: str, kind: str, name: str, sources: Mapping[str, str] = MappingProxyType({})
+) -> object:
+    """Import "module:attribute"; an absent third-party module becomes MissingExtra, with its `sources`."""
     module_name, _, attribute = target.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("moe_serve"):
             raise
+        source = sources.get(error.name or "")
         raise MissingExtra(
             f"{kind} {name!r} needs the Python package {error.name!r}, which is not installed"
+            + (f"; {source}" if source else "")
         ) from error
     found: object = getattr(module, attribute)
     return found

@@ -16,8 +16,15 @@ ALL2ALL = Registry(
         "torch_a2a": "moe_serve.model.all2all.torch_a2a:TorchAllToAll",
         "torch_padded": "moe_serve.model.all2all.torch_padded:TorchPadded",
         "shm": "moe_serve.model.all2all.shared_memory:SharedMemoryAllToAll",
+        "deepep_high_throughput": "moe_serve.model.all2all.deepep_high_throughput:DeepEPHighThroughput",
+        "deepep_v2": "moe_serve.model.all2all.deepep_v2:DeepEPV2",
+        "deepep_low_latency": "moe_serve.model.all2all.deepep_low_latency:DeepEPLowLatency",
     },
-    planned=("deepep_high_throughput", "deepep_low_latency", "pplx", "flashinfer_all2allv"),
+    planned=("pplx", "flashinfer_all2allv"),
+    sources={
+        "deep_ep": "build it from https://github.com/deepseek-ai/DeepEP on every node (docs/all-to-all.md says how), or "
+        "choose another backend (--all2all-backend)"
+    },
 )
 EXECUTORS = Registry(
     "executor",

@@ -55,6 +55,11 @@ class Group:
         self._min = _reduce_options(ReduceOp.MIN)
         self._from = [_broadcast_options(source) for source in range(self.size)]
 
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """torch's, for libraries that take its communicator; None in a group of one."""
+        return self._process_group
+
     # -- equal sizes --
 
     def all_gather(self, x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ PLUGGABLE = ("model/all2all", "model/attention", "model/archs", "executor", "epl
 BASES = {
     "base",
     "choose",
+    "library",
     "rows",
     "shape",
     "remote",

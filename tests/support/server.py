@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,19 @@ class Server:
     ranks of one world that are started apart share it.
     """
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        token: str | None = None,
+        command: Sequence[str] = COMMAND,
+    ) -> None:
         self._file = tempfile.NamedTemporaryFile(prefix="moe-serve-", suffix=".log")  # noqa: SIM115 - closed in end()
         self.token = token or secrets.token_hex(16)
         key = arguments[arguments.index("--api-key") + 1] if "--api-key" in arguments else None
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.process = subprocess.Popen(
-            [*COMMAND, "serve", *arguments, *(() if "--port" in arguments else ("--port", "0"))],
+            [*command, "serve", *arguments, *(() if "--port" in arguments else ("--port", "0"))],
             stdout=self._file,
             stderr=subprocess.STDOUT,
             env={**(os.environ if environment is None else environment), TOKEN_ENVIRONMENT: self.token},
@@ -140,9 +146,11 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    *arguments: str, environment: dict[str, str] | None = None, command: Sequence[str] = COMMAND
+) -> Iterator[Server]:
     """A ready server, ended afterwards."""
-    server = Server(*arguments, environment=environment)
+    server = Server(*arguments, environment=environment, command=command)
     try:
         yield server.wait_ready()
     finally:

@@ -5,7 +5,7 @@ Shape letters: P physical experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -60,6 +60,8 @@ class DispatchShape:
 class Limits:
     """What a backend can carry. None and the defaults mean: whatever comes, but neither graphs nor quantised rows.
 
+    `rank_counts`, `hidden_sizes`: no others.
+
     `equal_slots`: every rank must own equally many. `whole_experts`: experts must not be cut by width. `host_memory`:
     by what the ranks of a host hand memory to each other, past the network, so that they must not be in containers
     of their own; `one_host`: there is no other way. `fallback`: the backend that stands in where it finds no memory.
@@ -67,8 +69,10 @@ class Limits:
 
     max_rows: int | None = None
     max_ranks: int | None = None
+    rank_counts: tuple[int, ...] | None = None
     max_top_k: int | None = None
     hidden_multiple: int = 1
+    hidden_sizes: tuple[int, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     quantisations: tuple[str, ...] = ()
     graphs: bool = False
@@ -93,13 +97,40 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
             one_host=True,
             fallback="allgather_reducescatter",
         ),
+        "deepep_high_throughput": Limits(
+            rank_counts=(2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160),
+            hidden_multiple=8,
+            dtypes=("bfloat16",),
+            equal_slots=True,
+            whole_experts=True,
+            host_memory="CUDA IPC",
+            devices=("cuda",),
+        ),
+        "deepep_v2": Limits(
+            max_ranks=1024,
+            max_top_k=32,
+            hidden_multiple=8,
+            dtypes=("bfloat16",),
+            equal_slots=True,
+            whole_experts=True,
+            devices=("cuda",),
+        ),
+        "deepep_low_latency": Limits(
+            max_rows=1024,
+            max_top_k=11,
+            hidden_sizes=(2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192),
+            dtypes=("bfloat16",),
+            graphs=True,
+            equal_slots=True,
+            whole_experts=True,
+            host_memory="CUDA IPC",
+            devices=("cuda",),
+        ),
     }
 )
 """Of every backend in base.tables.ALL2ALL. Beside the classes, since those need torch and this must not."""
 PLANNED_LIMITS: Mapping[str, Limits] = MappingProxyType(
     {
-        "deepep_high_throughput": Limits(host_memory="CUDA IPC"),
-        "deepep_low_latency": Limits(host_memory="CUDA IPC"),
         "pplx": Limits(host_memory="CUDA IPC"),
         "flashinfer_all2allv": Limits(host_memory="file descriptors passed under one host name"),
     }
@@ -150,6 +181,11 @@ def _sizes(shape: DispatchShape, limits: Limits) -> list[tuple[bool, str]]:
             "another backend",
         ),
         (
+            limits.rank_counts is not None and shape.num_ranks not in limits.rank_counts,
+            f"joins {_listed(limits.rank_counts or ())} ranks, but data x tensor parallel is {shape.num_ranks}; use as "
+            "many, or another backend",
+        ),
+        (
             limits.max_top_k is not None and shape.top_k > limits.max_top_k,
             f"sends a row to at most {limits.max_top_k} experts, but the model chooses {shape.top_k}; use another "
             "backend",
@@ -159,7 +195,16 @@ def _sizes(shape: DispatchShape, limits: Limits) -> list[tuple[bool, str]]:
             f"needs a hidden size that is a multiple of {limits.hidden_multiple}, but the model's is {shape.hidden}; "
             "use another backend",
         ),
+        (
+            limits.hidden_sizes is not None and shape.hidden not in limits.hidden_sizes,
+            f"is compiled for hidden sizes of {_listed(limits.hidden_sizes or ())}, but the model's is {shape.hidden}; "
+            "use another backend",
+        ),
     ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " or ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]) if numbers else "")))
 
 
 def _kinds(shape: DispatchShape, limits: Limits) -> list[tuple[bool, str]]:

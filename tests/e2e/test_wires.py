@@ -1,0 +1,45 @@
+"""A real server whose experts are reached through doubles of libraries for GPUs: transformers' tokens, and EPLB."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.test_parity import Checkpoint, make_checkpoint, plain_answers
+from tests.e2e.test_rebalance import applied, options
+from tests.support.doubles import LIBRARIES
+from tests.support.doubles.serve import COMMAND, WORKER
+from tests.support.server import serving
+
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.long]
+
+EXPERTS = 12
+"""As many on each of two ranks and of four."""
+WORLD = ("-dp", "2", "-tp", "2", "-ep", "--expert-placement-strategy", "round_robin")
+LEAST_ROOM = ("--max-num-batched-tokens", "64", *WORKER)
+"""The low-latency double has room for the worst case, as its library has, and fills it in Python."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen2_moe", num_experts=EXPERTS)
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_tokens_over_http_equal_those_of_transformers(checkpoint: Checkpoint, backend: str) -> None:
+    asked = ("--dtype", "float32", *WORLD, "--all2all-backend", backend, *LEAST_ROOM)
+    with serving(str(checkpoint.folder), *asked, command=COMMAND) as server:
+        assert {each["all2all_backend"] for each in server.get("/config").json()["running"].values()} == {backend}
+        assert plain_answers(server, checkpoint.prompts) == checkpoint.answers
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_they_stay_the_same_while_experts_move(checkpoint: Checkpoint, backend: str) -> None:
+    asked = (*options(2, "shuffle", redundant=4), "--all2all-backend", backend, *LEAST_ROOM)
+    with serving(str(checkpoint.folder), *asked, command=COMMAND) as server:
+        for _ in range(40):
+            assert plain_answers(server, checkpoint.prompts) == checkpoint.answers
+            done = applied(server)
+            if len(done) >= 10:
+                break
+        assert len(done) >= 10, server.log()
+        assert sum(entry["moved_experts"] for entry in done) > 0

@@ -1,0 +1,230 @@
+"""Backends of libraries that need GPUs, over doubles of these: the cases of every backend, and refusals.
+
+What a backend declares that it cannot carry is listed here by name, with the sentence that refuses it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_serve.base.errors import ConfigError, MoEServeError
+from moe_serve.base.tables import ALL2ALL
+from moe_serve.model.all2all.shape import LIMITS, DispatchShape, ExpertLayout, check_dispatch
+from moe_serve.model.moe.experts import Experts
+from tests.support.doubles import LIBRARIES, stand_in
+from tests.support.exchanges import CASES, Case, compare, exchange, exchanges
+from tests.support.oracle import random_experts
+from tests.support.ranks import Ranks, Seat
+
+pytestmark = pytest.mark.ranks
+NOT_CARRIED = {"experts cut by width", "experts cut by width, some missing"}
+"""By all of them: they move rows to whole experts."""
+CARRIED = [replace(case, num_experts=12) for case in CASES if case.name not in NOT_CARRIED]
+"""Twelve, since all of them need as many experts on every rank."""
+
+
+def through_double(seat: Seat, size: int, backend: str) -> list[Tensor]:
+    stand_in(LIBRARIES[backend], is_open=True)
+    return exchanges(seat, size, backend, CARRIED)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_a_leaf_gives_what_a_dense_computation_gives(ranks: Ranks, backend: str, size: int) -> None:
+    compare(ranks.run(through_double, size, backend, only=size), CARRIED)
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in NOT_CARRIED], ids=lambda case: case.name)
+def test_what_a_leaf_cannot_carry_is_refused_by_a_sentence(backend: str, case: Case) -> None:
+    shape = DispatchShape(max_rows=64, num_ranks=8, hidden=4096, top_k=8, dtype="bfloat16", device="cuda")
+    check_dispatch(backend, shape, ExpertLayout(64, tuple(range(0, 65, 8))))
+    with pytest.raises(ConfigError, match="add --enable-expert-parallel"):
+        check_dispatch(backend, shape, ExpertLayout(64, None))
+
+
+def test_all_libraries_have_a_double() -> None:
+    assert set(LIBRARIES) == {name for name in ALL2ALL if LIMITS[name].devices == ("cuda",)}
+
+
+REAL_HIDDEN, REAL_WIDTH, REAL_TOP_K, REAL_EXPERTS = 2048, 64, 8, 16
+REAL_ROWS = (5, 16)
+BOUND = 2e-2
+"""Of what bfloat16 rounds: rows' terms once, their sums once."""
+
+
+def real_batch(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    rows = REAL_ROWS[rank]
+    x_TD = torch.randn((rows, REAL_HIDDEN), generator=generator).bfloat16()
+    ids_TK = torch.rand((rows, REAL_EXPERTS), generator=generator).argsort(dim=1)[:, :REAL_TOP_K].contiguous()
+    return x_TD, ids_TK, torch.rand((rows, REAL_TOP_K), generator=generator)
+
+
+def with_real_limits(seat: Seat, backend: str) -> Tensor:
+    stand_in(LIBRARIES[backend], is_open=False)
+    layout = ExpertLayout(REAL_EXPERTS, (0, REAL_EXPERTS // 2, REAL_EXPERTS))
+    shape = DispatchShape(
+        max_rows=17, num_ranks=2, hidden=REAL_HIDDEN, top_k=REAL_TOP_K, dtype="bfloat16", device="cuda"
+    )
+    check_dispatch(backend, shape, layout)
+    dense = random_experts(REAL_EXPERTS, REAL_HIDDEN, REAL_WIDTH, seed=1)
+    own = slice(layout.first_slot(seat.rank), layout.first_slot(seat.rank) + REAL_EXPERTS // 2)
+    experts = Experts(REAL_EXPERTS // 2, REAL_HIDDEN, REAL_WIDTH, torch.bfloat16, torch.device("cpu"))
+    experts.gate_up.copy_(dense.gate_up[own])
+    experts.down.copy_(dense.down[own])
+    all2all = ALL2ALL.load(backend)(seat.group(2), layout, shape)  # type: ignore[operator]
+    x_TD, ids_TK, weights_TK = real_batch(seat.rank)
+    found = []
+    for _ in range(3):
+        arrived = all2all.dispatch(x_TD, ids_TK, weights_TK, REAL_ROWS).wait()
+        found.append(all2all.combine(experts(arrived), arrived).wait().clone())
+    all2all.close()
+    all2all.close()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    return found[0]
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_within_the_real_limits_a_leaf_is_as_close_as_bfloat16(ranks: Ranks, backend: str) -> None:
+    dense = random_experts(REAL_EXPERTS, REAL_HIDDEN, REAL_WIDTH, seed=1)
+    for rank, out_TD in enumerate(ranks.run(with_real_limits, backend, only=2)):
+        expected = dense(*real_batch(rank))
+        assert (out_TD.double() - expected).abs().max() <= BOUND * expected.abs().max()
+
+
+def recorded(library: str) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads((Path(__file__).parent / "wires" / f"{library}.json").read_text()))
+
+
+def parameters(function: Callable[..., object]) -> list[list[str | None]]:
+    """As scripts/record_signatures.py writes them."""
+    told = inspect.signature(function).parameters.values()
+    defaults = {each.name: None if each.default is each.empty else repr(each.default) for each in told}
+    return [[name, default] for name, default in defaults.items() if name != "self"]
+
+
+def signatures_of(library: str) -> tuple[str, list[str]]:
+    """Where what is importable under this name parts from what was recorded, and the file it comes from."""
+    module = import_module(library)
+    wrong = []
+    for class_name, functions in recorded(library)["classes"].items():
+        for name, told in functions.items():
+            found = getattr(getattr(module, class_name), name, None)
+            if found is not None and parameters(found) != told:
+                wrong.append(f"{class_name}.{name}: {parameters(found)} instead of {told}")
+    return str(module.__file__), wrong
+
+
+def of_double(seat: Seat, library: str) -> tuple[str, list[str]]:
+    stand_in(library, is_open=False)
+    return signatures_of(library)
+
+
+@pytest.mark.parametrize("library", sorted(set(LIBRARIES.values())))
+def test_a_double_has_the_recorded_signatures(ranks: Ranks, library: str) -> None:
+    ((file, wrong),) = ranks.run(of_double, library, only=1)
+    assert "doubles" in file
+    assert not wrong
+    assert recorded(library)["version"]
+    assert len(recorded(library)["commit"]) == 40
+
+
+@pytest.mark.parametrize("library", sorted(set(LIBRARIES.values())))
+def test_an_installed_library_has_the_recorded_signatures(library: str) -> None:
+    if find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    assert not signatures_of(library)[1]
+
+
+def mutants(seat: Seat, backend: str) -> list[str]:
+    """Every argument that the leaf gives to its library left out, or of another type or size: which nobody notices."""
+    stand_in(LIBRARIES[backend], is_open=True)
+    library, case = import_module(LIBRARIES[backend]), CARRIED[1]
+    given: dict[tuple[str, str], object] = {}
+    used = library.ElasticBuffer if backend == "deepep_v2" else library.Buffer
+    with calls_changed(used, lambda name, told: given.update({(name, key): told[key] for key in told})):
+        exchange(seat, 1, backend, case)
+    unnoticed = []
+    for (name, key), value in given.items():
+        default = inspect.signature(getattr(used, name)).parameters[key].default
+        for kind, other in changes(value, default):
+            with calls_changed(used, partial(change, name, key, other)):
+                try:
+                    compare([[exchange(seat, 1, backend, case)]], [case])
+                except (AssertionError, MoEServeError, AttributeError, TypeError, RuntimeError, ValueError):
+                    continue
+            unnoticed.append(f"{name}({key}) {kind}")
+    return [f"{len(given)} arguments", *unnoticed]
+
+
+LEFT_OUT = object()
+HARMLESS = {"__init__(num_topk) left out"}
+"""DeepEP then makes room for rows that go everywhere."""
+
+
+def changes(value: object, default: object) -> Iterator[tuple[str, object]]:
+    """What may go wrong with an argument; nothing, where it is what it would be anyway."""
+    if not isinstance(value, Tensor) and value == default:
+        return
+    yield "left out", LEFT_OUT
+    if isinstance(value, Tensor):
+        yield "of another type", value.to(torch.int32 if value.dtype != torch.int32 else torch.int64)
+        yield "of another size", value[..., :-1]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield "too small", value // 3
+
+
+def change(where: str, which: str, other: object, name: str, told: dict[str, object]) -> None:
+    if name != where or which not in told:
+        return
+    if other is LEFT_OUT:
+        del told[which]
+    else:
+        told[which] = other
+
+
+@contextmanager
+def calls_changed(library: type, see: Callable[[str, dict[str, object]], None]) -> Iterator[None]:
+    """While this lasts `see` is given the arguments of each call by name, and may change them."""
+    names = [name for name, each in vars(library).items() if callable(each) and not name.startswith("_")]
+    before = {name: vars(library)[name] for name in (*names, "__init__")}
+
+    def watched(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(self: object, *args: object, **kwargs: object) -> object:
+            told = dict(inspect.signature(function).bind(self, *args, **kwargs).arguments)
+            del told["self"]
+            see(name, told)
+            return function(self, **told)
+
+        return call
+
+    try:
+        for name, function in before.items():
+            if not isinstance(function, staticmethod):
+                setattr(library, name, watched(name, function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(library, name, function)
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_a_wrong_call_of_the_library_is_noticed(ranks: Ranks, backend: str) -> None:
+    ((count, *unnoticed),) = ranks.run(mutants, backend, only=1)
+    assert int(count.split()[0]) >= 10
+    assert set(unnoticed) <= HARMLESS
