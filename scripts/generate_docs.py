@@ -1,7 +1,7 @@
 """Writes the parts of docs/ that follow from the code: `python -m scripts.generate_docs`; `--check` only compares.
 
-The tree of modules in architecture.md, all of configuration.md, the tables in benchmarks.md, the manifests and the
-dashboard in docs/kubernetes, and the manifests that tests compare with.
+The tree of modules in architecture.md, all of configuration.md, the table of limits in all-to-all.md, the tables in
+benchmarks.md, the manifests and the dashboard in docs/kubernetes, and the manifests that tests compare with.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import re
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,6 +21,7 @@ from bench.report import RESULTS, markdown_table, read_reports
 from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.section import Section, dashed, planned_values
 from moe_serve.base.tables import ALL2ALL, EXECUTORS
+from moe_serve.model.all2all.shape import LIMITS, Limits
 from scripts.kubernetes_examples import kept_manifests
 from scripts.measurements import results
 
@@ -55,10 +56,11 @@ def main(arguments: list[str]) -> int:
 
 def generated() -> dict[Path, str]:
     """Every file that is written here, whole."""
-    architecture, benchmarks = DOCS / "architecture.md", DOCS / "benchmarks.md"
+    architecture, benchmarks, all2all = (DOCS / f"{name}.md" for name in ("architecture", "benchmarks", "all-to-all"))
     return {
         architecture: replaced(architecture.read_text(), "modules", module_tree(PACKAGE)),
         benchmarks: replaced(benchmarks.read_text(), "results", results(read_reports(RESULTS))),
+        all2all: replaced(all2all.read_text(), "limits", limits_table(LIMITS)),
         DOCS / "configuration.md": configuration(),
         **kept_manifests(),
     }
@@ -99,6 +101,37 @@ def first_sentence(path: Path) -> str:
     text = " ".join(paragraph.split())
     sentence = re.match(r".*?[.?!](?=\s+[A-Z`]|$)", text)
     return (sentence.group(0) if sentence else text).replace("|", "\\|")
+
+
+# --- all-to-all -----------------------------------------------------------------------------------------------
+
+
+def limits_table(table: Mapping[str, Limits]) -> str:
+    """What each all-to-all backend can carry."""
+    rows = [
+        (
+            f"`{name}`",
+            ", ".join(limits.devices or ()),
+            _one_of(limits.rank_counts, limits.max_ranks),
+            _one_of(None, limits.max_rows),
+            _one_of(None, limits.max_top_k),
+            _one_of(limits.hidden_sizes, None, limits.hidden_multiple),
+            ", ".join(limits.dtypes or ()),
+            "whole, as many on every rank" if limits.whole_experts and limits.equal_slots else "",
+            limits.host_memory or "",
+        )
+        for name, limits in table.items()
+    ]
+    header = ["backend", "on", "ranks", "rows of a rank", "top k", "hidden size", "types", "experts", "within a host"]
+    return markdown_table(header, rows)
+
+
+def _one_of(values: Sequence[int] | None, most: int | None, multiple: int = 1) -> str:
+    if values is not None:
+        return ", ".join(map(str, values))
+    if most is not None:
+        return f"at most {most}"
+    return f"a multiple of {multiple}" if multiple > 1 else ""
 
 
 # --- options --------------------------------------------------------------------------------------------------

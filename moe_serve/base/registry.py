@@ -65,9 +65,7 @@ class Registry:
         return import_target(self._table[name], self.kind, name, self._sources)
 
 
-def import_target(
-    target: str, kind: str, name: str, sources: Mapping[str, str] = MappingProxyType({})
-) -> object:
+def import_target(target: str, kind: str, name: str, sources: Mapping[str, str] = MappingProxyType({})) -> object:
     """Import "module:attribute"; an absent third-party module becomes MissingExtra, with its `sources`."""
     module_name, _, attribute = target.partition(":")
     try:

@@ -22,8 +22,8 @@ ALL2ALL = Registry(
     },
     planned=("pplx", "flashinfer_all2allv"),
     sources={
-        "deep_ep": "build it from https://github.com/deepseek-ai/DeepEP on every node (docs/all-to-all.md says how), or "
-        "choose another backend (--all2all-backend)"
+        "deep_ep": "build it from https://github.com/deepseek-ai/DeepEP on every node (docs/all-to-all.md has how), "
+        "or choose another backend (--all2all-backend)"
     },
 )
 EXECUTORS = Registry(

@@ -158,6 +158,10 @@ def hub_at(address: str, cache: Path) -> dict[str, str]:
         (["-dp", "300"], "experts of width 128 cannot be cut over 300 ranks.*--enable-expert-parallel"),
         (["--max-model-len", "5000"], r"max_model_len 5000 is more than the checkpoint allows \(4096\)"),
         (["--all2all-backend", "pplx"], "'pplx' is known but not built yet; built are: naive"),
+        (
+            ["--all2all-backend", "deepep_v2", "-dp", "2"],
+            "deepep_v2 moves rows to whole experts, .*--enable-expert-p",
+        ),
         (["--all2all-backend", "pigeon"], "unknown all2all backend 'pigeon'; known are: naive"),
         (["-pp", "99"], "layers cannot be spread over 99 pipeline stages: .*--pipeline-parallel-size"),
         (["-dp", "2", "-dpe"], "data_parallel_external_lb needs data_parallel_rank"),

@@ -19,6 +19,8 @@ EQUAL, UNEQUAL, CUT = ExpertLayout(8, (0, 2, 4, 6, 8)), ExpertLayout(10, (0, 3, 
     [
         (Limits(max_rows=128), SHAPE, EQUAL, "--max-num-batched-tokens"),
         (Limits(max_ranks=2), SHAPE, EQUAL, "parallel is 4"),
+        (Limits(rank_counts=(2, 8, 16)), SHAPE, EQUAL, "joins 2, 8 or 16 ranks, but data x tensor parallel is 4"),
+        (Limits(hidden_sizes=(4096, 7168)), SHAPE, EQUAL, "sizes of 4096 or 7168, but the model's is 2048"),
         (Limits(max_top_k=6), SHAPE, EQUAL, "chooses 8"),
         (Limits(hidden_multiple=512), replace(SHAPE, hidden=2880), EQUAL, "multiple of 512"),
         (Limits(dtypes=("bfloat16",)), replace(SHAPE, dtype="float32"), EQUAL, "--dtype"),

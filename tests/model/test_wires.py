@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -105,6 +107,17 @@ def test_within_the_real_limits_a_leaf_is_as_close_as_bfloat16(ranks: Ranks, bac
     for rank, out_TD in enumerate(ranks.run(with_real_limits, backend, only=2)):
         expected = dense(*real_batch(rank))
         assert (out_TD.double() - expected).abs().max() <= BOUND * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_a_library_that_is_not_there_is_named_with_where_it_comes_from(backend: str) -> None:
+    library = LIBRARIES[backend]
+    if find_spec(library) is not None:
+        pytest.skip(f"{library} is installed")
+    code = f"from moe_serve.base.tables import ALL2ALL; ALL2ALL.load({backend!r})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stderr
+    assert f"MissingExtra: all2all backend {backend!r} needs the Python package {library!r}, which is not" in said
+    assert "; build it from https://" in said
 
 
 def recorded(library: str) -> dict[str, Any]:
