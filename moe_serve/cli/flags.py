@@ -225,7 +225,8 @@ def _entry(name: str, info: FieldInfo) -> str:
     values = _extra(info, "names") or [value for value in _choices(info) if value not in _extra(info, "planned")]
     first = f"  {names} {_value(info.annotation, values)}".rstrip()
     if len(first) > _width():
-        first = f"  {names}\n{_indented(_value(info.annotation, values))}"
+        told_values = _value(info.annotation, values).replace("|", "| ")  # so that a line may end between two
+        first = f"  {names}\n{_indented(told_values).replace('| ', '|')}"
     return first + "\n" + _indented(" ".join(told))
 
 

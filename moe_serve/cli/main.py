@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from types import MappingProxyType
+from typing import cast
 
 from moe_serve.base.errors import ConfigError, MoEServeError
-from moe_serve.cli.chat_command import run_chat
-from moe_serve.cli.doctor import run_doctor
-from moe_serve.cli.eplb import run_eplb
-from moe_serve.cli.k8s import run_k8s
-from moe_serve.cli.make_model import run_make_model
-from moe_serve.cli.plan import run_plan
-from moe_serve.cli.serve import run_serve
+from moe_serve.base.registry import import_target
 
 USAGE = """usage: moe-serve COMMAND [OPTIONS]
 
@@ -30,21 +26,24 @@ commands:
 `moe-serve COMMAND --help` lists a command's options."""
 
 
+COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "serve": "moe_serve.cli.serve:run_serve",
+        "plan": "moe_serve.cli.plan:run_plan",
+        "doctor": "moe_serve.cli.doctor:run_doctor",
+        "chat": "moe_serve.cli.chat_command:run_chat",
+        "make-model": "moe_serve.cli.make_model:run_make_model",
+        "eplb": "moe_serve.cli.eplb:run_eplb",
+        "k8s": "moe_serve.cli.k8s:run_k8s",
+        "version": "moe_serve.cli.main:run_version",
+    }
+)
+"""Imported when one is meant: together they would take as long to import as a server's launcher alone."""
+
+
 def run_version(arguments: Sequence[str]) -> int:
     print(version("moe-serve"))
     return 0
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": run_serve,
-    "plan": run_plan,
-    "doctor": run_doctor,
-    "chat": run_chat,
-    "make-model": run_make_model,
-    "eplb": run_eplb,
-    "k8s": run_k8s,
-    "version": run_version,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moe-serve: unknown command {name!r}; known are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[name](arguments[1:])
+        run = cast(Callable[[Sequence[str]], int], import_target(COMMANDS[name], "command", name))
+        return run(arguments[1:])
     except ConfigError as error:
         print(f"moe-serve: {error}", file=sys.stderr)
         return 2

@@ -6,9 +6,9 @@ Where a value comes from, first wins: command line, `MOE_SERVE_*` environment, `
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import Field, create_model
@@ -16,6 +16,7 @@ from pydantic_settings import CliPositionalArg
 
 from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.errors import ConfigError
+from moe_serve.base.registry import import_target
 from moe_serve.base.section import ENVIRONMENT_PREFIX
 from moe_serve.cli.environment import check_environment
 from moe_serve.cli.flags import (
@@ -28,8 +29,9 @@ from moe_serve.cli.flags import (
     wants_help,
 )
 from moe_serve.launch.serve import serve
-from moe_serve.launch.supervisor import supervise
 
+SUPERVISE = "moe_serve.launch.supervisor:supervise"
+"""Imported when it is asked for: it answers HTTP itself, which no other launcher does."""
 ABOUT_SERVE = (
     "Serve a model over an OpenAI-compatible HTTP API. Each option may also be given in the environment "
     "(MOE_SERVE_PORT=8000) or in a YAML file (--config); the command line wins, then the environment."
@@ -42,7 +44,10 @@ def run_serve(arguments: Sequence[str]) -> int:
         print(help_text(serve_options(), "serve", ABOUT_SERVE, groups))
         return 0
     config = parse_serve(arguments)
-    return supervise(config) if config.parallel.data_parallel_multi_port_external_lb else serve(config)
+    if config.parallel.data_parallel_multi_port_external_lb:
+        supervise = cast(Callable[[Config], int], import_target(SUPERVISE, "launcher", "supervisor"))
+        return supervise(config)
+    return serve(config)
 
 
 def serve_options() -> type[Options]:

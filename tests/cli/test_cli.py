@@ -248,7 +248,8 @@ def test_help_lists_every_option_once_with_its_description(
     assert "--tensor-parallel-size, -tp N\n        Ranks that share" in text
     assert "--dtype auto|float32|bfloat16|float16" in text
     assert (
-        "--all2all-backend\n        auto|naive|allgather_reducescatter|torch_a2a|torch_padded|shm\n        How tokens"
+        "--all2all-backend\n        auto|naive|allgather_reducescatter|torch_a2a|torch_padded|shm|\n"
+        "        deepep_high_throughput|deepep_v2|deepep_low_latency\n        How tokens"
         in text
     )
 
@@ -285,3 +286,13 @@ def test_version_is_the_packages_also_as_a_process() -> None:
         [sys.executable, "-m", "moe_serve", "version"], capture_output=True, text=True, timeout=60, check=False
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, version("moe-serve") + "\n", "")
+
+
+def test_a_launcher_imports_nothing_of_other_commands_and_no_web_server() -> None:
+    code = (
+        "import sys; from moe_serve.cli.main import main; main(['serve', '--help']); "
+        "print([name for name in sys.modules if name in ('torch', 'fastapi', 'httpx') "
+        "or name.startswith(('moe_serve.deploy', 'moe_serve.doctor'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

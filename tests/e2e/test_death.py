@@ -222,6 +222,7 @@ def test_a_launcher_that_was_stopped_blames_nobody_else(stopped: dict[str, Stopp
 # --- asked to end --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_sigterm_lets_answers_finish_and_refuses_new_ones(model: str) -> None:
     with serving(model, "-dp", "2", "--enable-expert-parallel", *SMALL, "--shutdown-timeout", "60") as server:
         load = Load(server, count=4, max_tokens=600).start()

@@ -196,6 +196,7 @@ def test_one_rearrangement_at_a_time(server: Server, requests: list[list[int]], 
     settle(server)
 
 
+@pytest.mark.long
 def test_without_the_key_nothing_about_balancing_is_told_or_changed(server: Server) -> None:
     before = server.get("/eplb").json()
     for action in ("apply", "rollback", "save", "plan", "record/start"):

@@ -78,6 +78,7 @@ class Served:
         self.balancedness.append(mean_of_ratios(loads_LR))
 
 
+@pytest.mark.long
 def test_topics_are_followed_where_experts_take_a_good_part_of_a_step() -> None:
     still = Served(4, rows=128, other=0.003, policy="static").run()
     served = Served(4, rows=128, other=0.003)
@@ -96,7 +97,7 @@ def test_few_rows_on_two_ranks_are_left_where_they_are() -> None:
     assert served.rebalancer.totals.skipped.total() >= 10
 
 
-@pytest.mark.parametrize("dp", [2, 4])
+@pytest.mark.parametrize("dp", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_experts_that_take_nothing_of_a_step_never_move(dp: int) -> None:
     served = Served(dp, rows=16, other=10.0)
     served.run()

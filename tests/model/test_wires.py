@@ -109,9 +109,8 @@ def test_within_the_real_limits_a_leaf_is_as_close_as_bfloat16(ranks: Ranks, bac
         assert (out_TD.double() - expected).abs().max() <= BOUND * expected.abs().max()
 
 
-@pytest.mark.parametrize("backend", LIBRARIES)
-def test_a_library_that_is_not_there_is_named_with_where_it_comes_from(backend: str) -> None:
-    library = LIBRARIES[backend]
+@pytest.mark.parametrize(("library", "backend"), {library: backend for backend, library in LIBRARIES.items()}.items())
+def test_a_library_that_is_not_there_is_named_with_where_it_comes_from(library: str, backend: str) -> None:
     if find_spec(library) is not None:
         pytest.skip(f"{library} is installed")
     code = f"from moe_serve.base.tables import ALL2ALL; ALL2ALL.load({backend!r})"
