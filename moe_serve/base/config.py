@@ -219,6 +219,7 @@ class Config(Section):
                 "enable_expert_parallel",
                 "expert_placement_strategy",
                 "all2all_backend",
+                "all2all_dtype",
                 "enable_eplb",
                 "eplb_config",
                 "expert_placement_file",

@@ -69,6 +69,8 @@ class ParallelConfig(NodesSection):
     all2all_backend: str = Field("auto", json_schema_extra={"names": ["auto", *ALL2ALL]})
     """How tokens travel to their experts and back; auto: shm where all ranks are on the CPUs of one machine, else
     allgather_reducescatter."""
+    all2all_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of rows on their way to experts; fp8: a scale for each 128 columns, where the backend can."""
     enable_eplb: bool = False
     """Watch expert load and move redundant experts."""
     eplb_config: EPLBConfig = EPLBConfig()

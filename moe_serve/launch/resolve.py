@@ -59,6 +59,7 @@ def resolve(config: Config, *, weights: bool = True) -> tuple[Config, ModelConfi
         parallel.topology,
         max_tokens=config.scheduler.max_num_batched_tokens,
         dtype=dtype,
+        wire=parallel.all2all_dtype,
         device=config.model.device,
     )
     check_dispatch(backend, shape, expert_layout(partition))

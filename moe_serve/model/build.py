@@ -66,6 +66,7 @@ def build_model(
         parallel.topology,
         max_tokens=max_tokens,
         dtype=str(dtype).removeprefix("torch."),
+        wire=parallel.all2all_dtype,
         device=device.type,
     )
     layout = expert_layout(partition)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.e2e.test_parity import Checkpoint, make_checkpoint, plain_answers
@@ -31,7 +33,19 @@ def test_tokens_over_http_equal_those_of_transformers_while_experts_move(checkpo
         for _ in range(40):
             assert plain_answers(server, checkpoint.prompts) == checkpoint.answers
             done = applied(server)
-            if len(done) >= 10:
+            if len(done) >= 5:
                 break
-        assert len(done) >= 10, server.log()
+        assert len(done) >= 5, server.log()
         assert sum(entry["moved_experts"] for entry in done) > 0
+
+
+def test_rows_of_eight_bits_change_little(tmp_path: Path) -> None:
+    """Next to none of the first tokens; what follows parts sooner or later, or nothing was quantised."""
+    checkpoint = make_checkpoint(tmp_path, "qwen2_moe", num_experts=EXPERTS, hidden_size=128)
+    backend = ("--all2all-backend", "deepep_low_latency", "--all2all-dtype", "fp8")
+    asked = ("--dtype", "float32", "-dp", "2", "-ep", *backend, *LEAST_ROOM)
+    with serving(str(checkpoint.folder), *asked, command=COMMAND) as server:
+        answers = plain_answers(server, checkpoint.prompts)
+    firsts = [answer[0] == right[0] for answer, right in zip(answers, checkpoint.answers, strict=True)]
+    assert sum(firsts) >= len(firsts) - 1
+    assert answers != checkpoint.answers

@@ -18,8 +18,8 @@ from moe_serve.model.all2all.shared_memory import SharedMemoryAllToAll
 from moe_serve.model.build import make_all2all
 from moe_serve.parallel import shm
 from moe_serve.parallel.collectives import alone
-from tests.model.test_all2all import Case, D, E, K, batch, placement_of, slots_of
 from tests.support.arrived import compute
+from tests.support.exchanges import Case, D, E, K, batch, placement_of, slots_of
 from tests.support.ranks import Ranks, Seat
 
 pytestmark = pytest.mark.ranks

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from moe_kernels.quantise.quantise import dequantise, quantise
 from torch import Tensor
 
 from moe_serve.base.errors import ConfigError, MoEServeError
@@ -66,6 +67,9 @@ REAL_HIDDEN, REAL_WIDTH, REAL_TOP_K, REAL_EXPERTS = 2048, 64, 8, 16
 REAL_ROWS = (5, 16)
 BOUND = 2e-2
 """Of what bfloat16 rounds: rows' terms once, their sums once."""
+QUANTISED_BOUND = 6e-2
+"""Of rows of which each element may be wrong by a sixteenth, independently."""
+WIRES = ("auto", "fp8")
 
 
 def real_batch(rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,11 +80,17 @@ def real_batch(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return x_TD, ids_TK, torch.rand((rows, REAL_TOP_K), generator=generator)
 
 
-def with_real_limits(seat: Seat, backend: str) -> Tensor:
+def with_real_limits(seat: Seat, backend: str, wire: str) -> Tensor:
     stand_in(LIBRARIES[backend], is_open=False)
     layout = ExpertLayout(REAL_EXPERTS, (0, REAL_EXPERTS // 2, REAL_EXPERTS))
     shape = DispatchShape(
-        max_rows=17, num_ranks=2, hidden=REAL_HIDDEN, top_k=REAL_TOP_K, dtype="bfloat16", device="cuda"
+        max_rows=17,
+        num_ranks=2,
+        hidden=REAL_HIDDEN,
+        top_k=REAL_TOP_K,
+        dtype="bfloat16",
+        quantisation=None if wire == "auto" else wire,
+        device="cuda",
     )
     check_dispatch(backend, shape, layout)
     dense = random_experts(REAL_EXPERTS, REAL_HIDDEN, REAL_WIDTH, seed=1)
@@ -93,6 +103,7 @@ def with_real_limits(seat: Seat, backend: str) -> Tensor:
     found = []
     for _ in range(3):
         arrived = all2all.dispatch(x_TD, ids_TK, weights_TK, REAL_ROWS).wait()
+        assert arrived.rows.dtype == (torch.bfloat16 if wire == "auto" else torch.float8_e4m3fn)
         found.append(all2all.combine(experts(arrived), arrived).wait().clone())
     all2all.close()
     all2all.close()
@@ -101,12 +112,16 @@ def with_real_limits(seat: Seat, backend: str) -> Tensor:
     return found[0]
 
 
+@pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("backend", LIBRARIES)
-def test_within_the_real_limits_a_leaf_is_as_close_as_bfloat16(ranks: Ranks, backend: str) -> None:
+def test_within_the_real_limits_a_leaf_is_as_close_as_its_types(ranks: Ranks, backend: str, wire: str) -> None:
     dense = random_experts(REAL_EXPERTS, REAL_HIDDEN, REAL_WIDTH, seed=1)
-    for rank, out_TD in enumerate(ranks.run(with_real_limits, backend, only=2)):
-        expected = dense(*real_batch(rank))
+    for rank, out_TD in enumerate(ranks.run(with_real_limits, backend, wire, only=2)):
+        x_TD, ids_TK, weights_TK = real_batch(rank)
+        sent_TD = x_TD if wire == "auto" else dequantise(*quantise(x_TD), torch.float64)
+        expected, exact = dense(sent_TD, ids_TK, weights_TK), dense(x_TD, ids_TK, weights_TK)
         assert (out_TD.double() - expected).abs().max() <= BOUND * expected.abs().max()
+        assert (out_TD.double() - exact).abs().max() <= QUANTISED_BOUND * exact.abs().max()
 
 
 @pytest.mark.parametrize(("library", "backend"), {library: backend for backend, library in LIBRARIES.items()}.items())

@@ -23,7 +23,7 @@ class Sorted:
 
     A row that several local experts want appears once for each. `weights` (R,) float32 where the experts apply them.
     Of all forms: `ticket` is private to the backend; `scales` belong to rows that travelled quantised (None: they did
-    not).
+    not), as moe_kernels.quantise has both.
     """
 
     rows: Tensor

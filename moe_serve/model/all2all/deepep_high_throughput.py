@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import deep_ep
 import torch
+from moe_kernels.quantise.quantise import quantise
 from torch import Tensor
 
 from moe_serve.model.all2all.base import Arrived, ArrivedForm, RankMajor
@@ -33,7 +34,7 @@ class DeepEPHighThroughput:
     padding_rows = 0
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
-        self._num_experts = layout.num_physical
+        self._num_experts, self._quantises = layout.num_physical, shape.quantisation is not None
         with named("setting up", "deepep_high_throughput"):
             row_bytes = shape.hidden * max(2, getattr(torch, shape.dtype).itemsize)
             size = group.size
@@ -53,8 +54,8 @@ class DeepEPHighThroughput:
             by_rank, by_node, by_expert, goes_TN, _ = self._buffer.get_dispatch_layout(
                 physical_ids_TK, self._num_experts
             )
-            rows, ids_RK, weights_RK, _, handle, _ = self._buffer.dispatch(
-                x_TD,
+            arrived, ids_RK, weights_RK, _, handle, _ = self._buffer.dispatch(
+                quantise(x_TD) if self._quantises else x_TD,
                 num_tokens_per_rank=by_rank,
                 num_tokens_per_rdma_rank=by_node,
                 is_token_in_rank=goes_TN,
@@ -62,7 +63,8 @@ class DeepEPHighThroughput:
                 topk_idx=physical_ids_TK,
                 topk_weights=weights_TK,
             )
-        return Pending(lambda: RankMajor(rows, ids_RK, weights_RK, handle))
+        rows, scales = arrived if self._quantises else (arrived, None)
+        return Pending(lambda: RankMajor(rows, ids_RK, weights_RK, handle, scales))
 
     def combine(self, outputs: Tensor, arrived: Arrived) -> Pending[Tensor]:
         with named("combine", "deepep_high_throughput"):

@@ -53,7 +53,7 @@ class DeepEPLowLatency:
     padding_rows = 0
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
-        self._num_experts = layout.num_physical
+        self._num_experts, self._quantises = layout.num_physical, shape.quantisation is not None
         self._max_rows = -(-shape.max_rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
         _deepen_queues(self._max_rows)
         with named("setting up", "deepep_low_latency"):
@@ -73,14 +73,20 @@ class DeepEPLowLatency:
         self, x_TD: Tensor, physical_ids_TK: Tensor, weights_TK: Tensor, rows_by_rank: Sequence[int]
     ) -> Pending[Arrived]:
         with named("dispatch", "deepep_low_latency"):
-            rows, counts_e, handle, _, receive = self._buffer.low_latency_dispatch(
-                x_TD, physical_ids_TK, self._max_rows, self._num_experts, use_fp8=False, return_recv_hook=True
+            room, counts_e, handle, _, receive = self._buffer.low_latency_dispatch(
+                x_TD,
+                physical_ids_TK,
+                self._max_rows,
+                self._num_experts,
+                use_fp8=self._quantises,
+                return_recv_hook=True,
             )
+        rows, scales = room if self._quantises else (room, None)
 
         def arrived() -> Arrived:
             with named("dispatch", "deepep_low_latency"):
                 receive()
-            return Batched(rows, counts_e, _Sent(handle, physical_ids_TK, weights_TK))
+            return Batched(rows, counts_e, _Sent(handle, physical_ids_TK, weights_TK), scales=scales)
 
         return Pending(arrived)
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import deep_ep
 import torch
+from moe_kernels.quantise.quantise import quantise
 from torch import Tensor
 
 from moe_serve.model.all2all.base import Arrived, ArrivedForm, RankMajor
@@ -37,7 +38,7 @@ class DeepEPV2:
 
     def __init__(self, group: Group, layout: ExpertLayout, shape: DispatchShape) -> None:
         self.padding_rows = 0
-        self._num_experts = layout.num_physical
+        self._num_experts, self._quantises = layout.num_physical, shape.quantisation is not None
         with named("setting up", "deepep_v2"):
             told = Communicator(group)
             told.barrier()  # the first collective makes NCCL's communicator, which the library takes over
@@ -46,6 +47,7 @@ class DeepEPV2:
                 num_max_tokens_per_rank=shape.max_rows,
                 hidden=shape.hidden,
                 num_topk=shape.top_k,
+                use_fp8_dispatch=self._quantises,
                 explicitly_destroy=True,
             )
 
@@ -59,10 +61,14 @@ class DeepEPV2:
             physical_ids_TK = torch.arange(weights_TK.shape[1], dtype=self.id_dtype, device=x_TD.device)[None]
             weights_TK = weights_TK.new_zeros((1, weights_TK.shape[1]))
         with named("dispatch", "deepep_v2"):
-            rows, ids_RK, weights_RK, handle, _ = self._buffer.dispatch(
-                x_TD, topk_idx=physical_ids_TK, topk_weights=weights_TK, num_experts=self._num_experts
+            arrived, ids_RK, weights_RK, handle, _ = self._buffer.dispatch(
+                quantise(x_TD) if self._quantises else x_TD,
+                topk_idx=physical_ids_TK,
+                topk_weights=weights_TK,
+                num_experts=self._num_experts,
             )
-        return Pending(lambda: RankMajor(rows, ids_RK, weights_RK, (handle, num_rows)))
+        rows, scales = arrived if self._quantises else (arrived, None)
+        return Pending(lambda: RankMajor(rows, ids_RK, weights_RK, (handle, num_rows), scales))
 
     def combine(self, outputs: Tensor, arrived: Arrived) -> Pending[Tensor]:
         handle, num_rows = cast(tuple[Any, int], arrived.ticket)

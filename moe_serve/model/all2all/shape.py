@@ -14,6 +14,9 @@ from moe_serve.base.model_config import ModelConfig
 from moe_serve.base.topology import Topology
 from moe_serve.model.partition import Partition
 
+QUANTISED_COLUMNS = 128
+"""A scale for so many of a row: moe_kernels.quantise."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
@@ -101,6 +104,7 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
             rank_counts=(2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160),
             hidden_multiple=8,
             dtypes=("bfloat16",),
+            quantisations=("fp8",),
             equal_slots=True,
             whole_experts=True,
             host_memory="CUDA IPC",
@@ -111,6 +115,7 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
             max_top_k=32,
             hidden_multiple=8,
             dtypes=("bfloat16",),
+            quantisations=("fp8",),
             equal_slots=True,
             whole_experts=True,
             devices=("cuda",),
@@ -120,6 +125,7 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
             max_top_k=11,
             hidden_sizes=(2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192),
             dtypes=("bfloat16",),
+            quantisations=("fp8",),
             graphs=True,
             equal_slots=True,
             whole_experts=True,
@@ -215,7 +221,13 @@ def _kinds(shape: DispatchShape, limits: Limits) -> list[tuple[bool, str]]:
         ),
         (
             shape.quantisation is not None and shape.quantisation not in limits.quantisations,
-            f"does not carry rows quantised as {shape.quantisation}; use another backend",
+            f"does not carry rows quantised as {shape.quantisation}; leave out --all2all-dtype, or use one that does "
+            f"({', '.join(name for name, each in LIMITS.items() if shape.quantisation in each.quantisations)})",
+        ),
+        (
+            shape.quantisation is not None and shape.hidden % QUANTISED_COLUMNS != 0,
+            f"quantises rows by {QUANTISED_COLUMNS} columns, but the model's hidden size is {shape.hidden}; leave out "
+            "--all2all-dtype",
         ),
         (
             limits.devices is not None and shape.device not in ("auto", *limits.devices),
@@ -251,14 +263,15 @@ def expert_layout(partition: Partition) -> ExpertLayout:
 
 
 def dispatch_shape(
-    model: ModelConfig, topology: Topology, *, max_tokens: int, dtype: str, device: str
+    model: ModelConfig, topology: Topology, *, max_tokens: int, dtype: str, wire: str, device: str
 ) -> DispatchShape:
-    """Of engines whose steps have at most `max_tokens` tokens, cut over their tensor ranks."""
+    """Of engines whose steps have at most `max_tokens` tokens, cut over their tensor ranks; `wire` as all2all_dtype."""
     return DispatchShape(
         max_rows=-(-max_tokens // topology.tp),
         num_ranks=topology.ep,
         hidden=model.hidden_size,
         top_k=model.top_k,
         dtype=dtype,
+        quantisation=None if wire == "auto" else wire,
         device=device,
     )

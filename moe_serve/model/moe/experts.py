@@ -7,12 +7,14 @@ part of it).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from moe_kernels.experts.experts import experts
 from moe_kernels.linear.packing import pack, pack_gated
 from moe_kernels.moe.moe import moe, moe_terms
+from moe_kernels.quantise.quantise import dequantise
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -92,7 +94,9 @@ class Experts(nn.Module):
 
     def forward(self, arrived: Arrived) -> Tensor:
         """Each row's expert's output, in the order and shape of `arrived.rows`; weighted where weights came along."""
-        assert arrived.scales is None, "these experts compute with rows that are not quantised"
+        if arrived.scales is not None:
+            rows = dequantise(arrived.rows, arrived.scales, self.down.dtype)
+            arrived = replace(arrived, rows=rows, scales=None)
         match arrived:
             case Sorted(rows, counts_e, _, weights):
                 out = self._sorted(rows, counts_e)

@@ -139,9 +139,13 @@ class Buffer:
         if cumulative_local_expert_recv_stats is not None:
             assert cumulative_local_expert_recv_stats.dtype == torch.int32
             cumulative_local_expert_recv_stats += counts
-        given, hook = self._received(rows, return_recv_hook)
         handle = (info, ranges, most, hidden, num_experts)
-        return (quantised(given) if use_fp8 else given), counts, handle, EventOverlap(), hook
+        if not use_fp8:
+            given, hook = self._received(rows, return_recv_hook)
+            return given, counts, handle, EventOverlap(), hook
+        packed, scales = quantised(rows)
+        given, hook = self._received(packed, return_recv_hook)
+        return (given, scales), counts, handle, EventOverlap(), hook
 
     def low_latency_combine(
         self,
@@ -235,7 +239,8 @@ class Buffer:
         assert num_tokens_per_expert is not None
         assert topk_idx is not None
         assert topk_weights is not None
-        _check_rows(x)
+        x, scales = _apart(x)
+        _check_rows(x, *scales)
         assert OPEN or x.shape[1] * x.element_size() % 16 == 0
         assert topk_weights.dtype == torch.float32
         assert topk_weights.shape == topk_idx.shape
@@ -247,7 +252,8 @@ class Buffer:
         for given, right in zip(told, (by_rank, by_expert, in_rank), strict=True):
             assert given.dtype == right.dtype
             assert torch.equal(given, right), "a layout of other ids"
-        rows, ids, weights, sources = _by_rank(self._exchange(x, topk_idx, topk_weights), self.rank, num_experts)
+        came = self._exchange(x, topk_idx, topk_weights, *scales)
+        rows, ids, weights, sources = _by_rank(came, self.rank, num_experts)
         local = num_experts // self.group_size
         counts = [-(-int((ids == expert).sum()) // expert_alignment) * expert_alignment for expert in range(local)]
         return rows, ids, weights, counts, (sources, len(x)), EventOverlap()
@@ -331,7 +337,7 @@ class ElasticBuffer:
         assert num_bytes is not None or (num_max_tokens_per_rank and hidden)
         assert self.num_ranks <= 1024
         self.explicitly_destroy, self.num_max_tokens_per_rank = explicitly_destroy, num_max_tokens_per_rank
-        self._hidden, self._top_k, self._alive = hidden, num_topk, True
+        self._hidden, self._top_k, self._fp8, self._alive = hidden, num_topk, use_fp8_dispatch, True
         group.barrier()
 
     def destroy(self) -> None:
@@ -375,7 +381,9 @@ class ElasticBuffer:
         assert topk_idx.shape[1] <= 32
         assert not topk_idx.numel() or int(topk_idx.max()) < num_experts
         assert self._top_k in (0, topk_idx.shape[1]), "more than there is room for"
-        _check_rows(x)
+        x, scales = _apart(x)
+        _check_rows(x, *scales)
+        assert self._fp8 == bool(scales), "another type than it has room for"
         assert self._hidden == x.shape[1]
         assert OPEN or x.shape[1] * x.element_size() % 16 == 0
         assert 0 < len(x) <= (num_max_tokens_per_rank or self.num_max_tokens_per_rank), "a rank without rows hangs"
@@ -383,7 +391,7 @@ class ElasticBuffer:
         assert weights.dtype == torch.float32
         assert weights.shape == topk_idx.shape
         rows, ids, weights, sources = _by_rank(
-            _exchange(self.group, (x, topk_idx, weights)), self.rank_idx, num_experts
+            _exchange(self.group, (x, topk_idx, weights, *scales)), self.rank_idx, num_experts
         )
         if cumulative_local_expert_recv_stats is not None:
             counts = torch.bincount(ids[ids >= 0], minlength=len(cumulative_local_expert_recv_stats))
@@ -411,18 +419,20 @@ class ElasticBuffer:
         return total.to(x.dtype), None, EventOverlap()
 
 
-def _by_rank(came: list[list[Tensor]], rank: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows in the order of the ranks that they come from, with local ids, weights, and (rank, row) of each."""
+def _by_rank(came: list[list[Tensor]], rank: int, num_experts: int) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """Rows in the order of the ranks that they come from (with scales, where such came), with local ids, weights, and
+    (rank, row) of each."""
     local = num_experts // len(came)
     parts = []
-    for source, (rows, ids, weights) in enumerate(came):
+    for source, (rows, ids, weights, *scales) in enumerate(came):
         here = (ids // local == rank) & (ids >= 0)
         tokens = here.any(dim=1).nonzero()[:, 0]
         sources = torch.stack([torch.full_like(tokens, source), tokens], dim=1)
         local_ids = (ids - rank * local).where(here, -1)
-        parts.append((rows[tokens], local_ids[tokens], weights.where(here, 0)[tokens], sources))
-    rows, ids, weights, sources = (torch.cat(each) for each in zip(*parts, strict=True))
-    return rows, ids, weights, sources
+        mine = (local_ids[tokens], weights.where(here, 0)[tokens], sources)
+        parts.append((rows.view(torch.uint8)[tokens].view(rows.dtype), *mine, *(each[tokens] for each in scales)))
+    rows, ids, weights, sources, *more = [torch.cat(each) for each in zip(*parts, strict=True)]
+    return (rows, *more) if more else rows, ids, weights, sources
 
 
 def _add_up(came: list[list[Tensor]], rank: int, num_rows: int) -> Tensor:
@@ -449,9 +459,19 @@ def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (groups / scales.unsqueeze(-1)).flatten(-2).to(torch.float8_e4m3fn), scales
 
 
-def _check_rows(x: Tensor) -> None:
+def _apart(x: Any) -> tuple[Tensor, list[Tensor]]:
+    """Rows, and their scales where they have such."""
+    return (x[0], [x[1]]) if isinstance(x, tuple) else (x, [])
+
+
+def _check_rows(x: Tensor, scales: Tensor | None = None) -> None:
     assert x.is_contiguous()
-    assert x.dtype == torch.bfloat16 or (OPEN and x.dtype == torch.float32)
+    if scales is None:
+        assert x.dtype == torch.bfloat16 or (OPEN and x.dtype == torch.float32)
+    else:
+        assert x.dtype == torch.float8_e4m3fn
+        assert scales.dtype == torch.float32
+        assert scales.shape == (len(x), x.shape[1] // SCALED)
 
 
 def _config(num_ranks: int) -> Config:
