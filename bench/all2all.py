@@ -20,7 +20,7 @@ from rich.table import Table
 from bench.all2all_rank import HOST, TOKEN, Sizes, run
 from bench.command import keep, parser_for, save_figure
 from bench.report import Report, spread
-from moe_serve.base.tables import ALL2ALL
+from moe_serve.model.all2all.shape import backends_for
 from moe_serve.parallel.store import open_store
 
 LIMIT_SECONDS = 600.0
@@ -37,7 +37,7 @@ def main() -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_for(__doc__, label="cpu")
-    parser.add_argument("--backends", nargs="+", default=list(ALL2ALL), choices=list(ALL2ALL))
+    parser.add_argument("--backends", nargs="+", default=backends_for("cpu"), choices=backends_for("cpu"))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="on this machine, a thread each")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024], help="that each rank brings")
     parser.add_argument("--skew", type=float, nargs="+", default=[0.0, 1.0], help="expert i as often as 1 / i^SKEW")

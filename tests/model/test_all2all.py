@@ -12,13 +12,13 @@ from moe_serve.base.tables import ALL2ALL
 from moe_serve.base.topology import split_range
 from moe_serve.eplb.placement import Placement
 from moe_serve.model.all2all.base import Batched
-from moe_serve.model.all2all.shape import LIMITS, ExpertLayout
+from moe_serve.model.all2all.shape import ExpertLayout, backends_for
 from tests.support.arrived import compute
 from tests.support.exchanges import CASES, E, backend_of, batch, compare, exchanges, slots_of
 from tests.support.ranks import Ranks, Seat
 
 pytestmark = pytest.mark.ranks
-BUILT_IN = [name for name in ALL2ALL if LIMITS[name].devices in (None, ("cpu",))]
+BUILT_IN = backends_for("cpu")
 """The others need libraries: tests/model/test_wires.py."""
 PADDED = (2, 6, 0, 5)
 """What the ragged rows lack of the largest share."""

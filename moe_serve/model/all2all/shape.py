@@ -144,6 +144,11 @@ PLANNED_LIMITS: Mapping[str, Limits] = MappingProxyType(
 """Of the names that are known but not built: what their libraries need of a host, and nothing else yet."""
 
 
+def backends_for(device: str) -> list[str]:
+    """Names of those whose ranks may compute on `device`, in the order of the table."""
+    return [name for name, each in LIMITS.items() if each.devices is None or device in each.devices]
+
+
 def check_containers(backend: str, *, containers: int, hosts_apart: bool) -> None:
     """ConfigError if the ranks of a backend cannot do without each other's memory in so many containers.
 
