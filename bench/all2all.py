@@ -20,7 +20,7 @@ from rich.table import Table
 from bench.all2all_rank import HOST, TOKEN, Sizes, run
 from bench.command import keep, parser_for, save_figure
 from bench.report import Report, spread
-from moe_serve.model.all2all.shape import backends_for
+from moe_serve.model.all2all.limits import backends_for
 from moe_serve.parallel.store import open_store
 
 LIMIT_SECONDS = 600.0

@@ -21,7 +21,7 @@ from bench.report import RESULTS, markdown_table, read_reports
 from moe_serve.base.config import SECTIONS, Config
 from moe_serve.base.section import Section, dashed, planned_values
 from moe_serve.base.tables import ALL2ALL, EXECUTORS
-from moe_serve.model.all2all.shape import LIMITS, Limits
+from moe_serve.model.all2all.limits import LIMITS, Limits
 from scripts.kubernetes_examples import kept_manifests
 from scripts.measurements import results
 
@@ -36,8 +36,7 @@ ABOUT = {
     "server": "Server",
 }
 TABLES = {
-    table.option: f"{', '.join(f'`{name}`' for name in names)}; not built yet: "
-    + ", ".join(f"`{name}`" for name in table.planned)
+    table.option: ", ".join(f"`{name}`" for name in names)
     for table, names in ((ALL2ALL, ["auto", *ALL2ALL]), (EXECUTORS, list(EXECUTORS)))
 }
 
@@ -112,13 +111,18 @@ def limits_table(table: Mapping[str, Limits]) -> str:
         (
             f"`{name}`",
             ", ".join(limits.devices or ()),
-            _one_of(limits.rank_counts, limits.max_ranks),
+            _one_of(limits.rank_counts, limits.max_ranks) or (f"at least {limits.min_ranks}" * (limits.min_ranks > 1)),
             _one_of(None, limits.max_rows),
-            _one_of(None, limits.max_top_k),
+            _one_of(limits.top_ks, limits.max_top_k),
             _one_of(limits.hidden_sizes, None, limits.hidden_multiple),
             ", ".join(limits.dtypes or ()),
-            "whole, as many on every rank" if limits.whole_experts and limits.equal_slots else "",
-            limits.host_memory or "",
+            ", ".join(
+                [
+                    *(["whole, as many on every rank"] if limits.whole_experts and limits.equal_slots else []),
+                    *filter(None, [_one_of(None, limits.max_experts, limits.experts_multiple)]),
+                ]
+            ),
+            f"{limits.host_memory or ''}{', in one host alone' if limits.one_host else ''}",
         )
         for name, limits in table.items()
     ]

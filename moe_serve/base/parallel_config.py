@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.errors import ConfigError
@@ -14,6 +14,7 @@ from moe_serve.base.tables import ALL2ALL, EPLB_POLICIES, EXECUTORS
 from moe_serve.base.topology import Topology
 
 PlacementStrategy = Literal["linear", "round_robin"]
+All2AllName = Annotated[str, AfterValidator(ALL2ALL.first_name)]
 
 
 class ParallelConfig(NodesSection):
@@ -66,7 +67,7 @@ class ParallelConfig(NodesSection):
     expert_placement_file: str | None = None
     """JSON file with the first placement (what `moe-serve eplb plan` writes), readable on every node; it goes before
     expert_placement_strategy, and its redundant slots must be eplb_config.num_redundant_experts."""
-    all2all_backend: str = Field("auto", json_schema_extra={"names": ["auto", *ALL2ALL]})
+    all2all_backend: All2AllName = Field("auto", json_schema_extra={"names": ["auto", *ALL2ALL]})
     """How tokens travel to their experts and back; auto: shm where all ranks are on the CPUs of one machine, else
     allgather_reducescatter."""
     all2all_dtype: Literal["auto", "fp8"] = "auto"

@@ -13,9 +13,9 @@ from moe_serve.base.errors import ConfigError, MissingExtra
 
 
 class Registry:
-    """`names()` lists what is built, `planned` what is known but not built yet, which is refused by name.
+    """`names()` lists what there is; `second_names`: other spellings of these.
 
-    `sources`: of packages that no registry of packages has, what to do to have them.
+    `sources`: of packages that are not brought along, what to do to have them.
     """
 
     def __init__(
@@ -23,17 +23,21 @@ class Registry:
         kind: str,
         option: str,
         table: Mapping[str, str],
-        planned: tuple[str, ...] = (),
+        second_names: Mapping[str, str] = MappingProxyType({}),
         sources: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.kind = kind
         self.option = option
-        self.planned = planned
+        self._second_names = second_names
         self._table = dict(table)
         self._sources = sources
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._table)
+
+    def first_name(self, name: str) -> str:
+        """What a second name stands for; any other name as it is."""
+        return self._second_names.get(name, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)
@@ -44,14 +48,10 @@ class Registry:
         return self._table[name]
 
     def check(self, name: str) -> None:
-        """Raise ConfigError unless `name` is built."""
+        """Raise ConfigError unless there is this `name`."""
         if name in self._table:
             return
         allowed = ", ".join(self._table)
-        if name in self.planned:
-            raise ConfigError(
-                f"{self.kind} {name!r} is known but not built yet; built are: {allowed} (option {self.option})"
-            )
         raise ConfigError(f"unknown {self.kind} {name!r}; known are: {allowed} (option {self.option})")
 
     def name_of(self, built: object) -> str | None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from moe_serve.base.registry import Registry
 
+_FROM_SOURCE = (
+    "build it from {} on every node (docs/all-to-all.md has how), or choose another backend (--all2all-backend)"
+)
 ALL2ALL = Registry(
     "all2all backend",
     "--all2all-backend",
@@ -19,11 +22,17 @@ ALL2ALL = Registry(
         "deepep_high_throughput": "moe_serve.model.all2all.deepep_high_throughput:DeepEPHighThroughput",
         "deepep_v2": "moe_serve.model.all2all.deepep_v2:DeepEPV2",
         "deepep_low_latency": "moe_serve.model.all2all.deepep_low_latency:DeepEPLowLatency",
+        "pplx": "moe_serve.model.all2all.pplx:Pplx",
+        "pplx_garden": "moe_serve.model.all2all.pplx_garden:PplxGarden",
+        "flashinfer_nvlink_one_sided": "moe_serve.model.all2all.flashinfer_one_sided:FlashInferOneSided",
+        "flashinfer_nvlink_two_sided": "moe_serve.model.all2all.flashinfer_two_sided:FlashInferTwoSided",
     },
-    planned=("pplx", "flashinfer_all2allv"),
+    second_names={"flashinfer_all2allv": "flashinfer_nvlink_two_sided"},
     sources={
-        "deep_ep": "build it from https://github.com/deepseek-ai/DeepEP on every node (docs/all-to-all.md has how), "
-        "or choose another backend (--all2all-backend)"
+        "deep_ep": _FROM_SOURCE.format("https://github.com/deepseek-ai/DeepEP"),
+        "pplx_kernels": _FROM_SOURCE.format("https://github.com/perplexityai/pplx-kernels"),
+        "pplx_garden": _FROM_SOURCE.format("https://github.com/perplexityai/pplx-garden"),
+        "flashinfer": "install moe-serve[flashinfer] on every node, or choose another backend (--all2all-backend)",
     },
 )
 EXECUTORS = Registry(

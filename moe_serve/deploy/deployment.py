@@ -15,7 +15,7 @@ from moe_serve.base.launched import check_served
 from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.secret import check_token
 from moe_serve.deploy.options import ClusterOptions
-from moe_serve.model.all2all.shape import check_containers
+from moe_serve.model.all2all.limits import check_containers
 
 MODELS = "/models"
 HTTP, RENDEZVOUS, SUPERVISOR = "http", "rendezvous", "supervisor"

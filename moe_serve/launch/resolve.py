@@ -20,7 +20,8 @@ from moe_serve.base.model_config import ModelConfig, load_model_config
 from moe_serve.executor.choose import settle_executor
 from moe_serve.executor.devices import gpus_here
 from moe_serve.model.all2all.choose import settle_backend, this_machine
-from moe_serve.model.all2all.shape import check_dispatch, dispatch_shape, expert_layout
+from moe_serve.model.all2all.limits import check_dispatch
+from moe_serve.model.all2all.shape import dispatch_shape, expert_layout
 from moe_serve.model.partition import make_partition
 
 DEFAULT_MODEL = "moe-serve-default"

@@ -14,14 +14,8 @@ from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.base.tables import ALL2ALL
 from moe_serve.model.all2all.alone import Alone
 from moe_serve.model.all2all.base import All2All
-from moe_serve.model.all2all.shape import (
-    LIMITS,
-    DispatchShape,
-    ExpertLayout,
-    check_dispatch,
-    dispatch_shape,
-    expert_layout,
-)
+from moe_serve.model.all2all.limits import LIMITS, check_dispatch
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout, dispatch_shape, expert_layout
 from moe_serve.model.attention.base import ATTENTION, AttentionBackend
 from moe_serve.model.decoder import Decoder, DecoderLayer
 from moe_serve.model.layers.embedding import VocabEmbedding, VocabHead

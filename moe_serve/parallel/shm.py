@@ -9,14 +9,12 @@ whether those he waits for still live.
 from __future__ import annotations
 
 import errno
-import hashlib
 import mmap
 import os
 import platform
 import select
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -24,6 +22,7 @@ from moe_serve.base.errors import ConfigError, NoSharedMemory
 from moe_serve.parallel.collectives import Group
 from moe_serve.parallel.flags import LINE_BYTES, Flags, why_no_flags
 from moe_serve.parallel.memory_handover import OFFER_BYTES, Descriptors, Giver, Offer, take
+from moe_serve.parallel.whereabouts import refuse_apart
 
 PAGE_BYTES = 4096
 HANDOVER_SECONDS = 20.0
@@ -114,7 +113,7 @@ def share(group: Group, num_bytes: int) -> SharedMemory:
     """
     if reason := why_no_flags(platform.system(), platform.machine()):
         raise ConfigError(f"memory cannot be shared here: {reason}")
-    _refuse_apart(group)
+    refuse_apart(group, "memory cannot be shared", ("net",), "a network")
     total = flags_bytes(group.size) + -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
     deadline = time.monotonic() + min(HANDOVER_SECONDS, group.timeout_seconds)
     giver = Giver(total, group.size) if group.rank == 0 else None
@@ -130,25 +129,6 @@ def share(group: Group, num_bytes: int) -> SharedMemory:
 
 def flags_bytes(size: int) -> int:
     return -(-size * LINE_BYTES // PAGE_BYTES) * PAGE_BYTES
-
-
-def machine_identity() -> bytes:
-    """32 bytes that processes have in common which can reach each other by an abstract socket."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
-    network = os.stat("/proc/self/ns/net").st_ino
-    return hashlib.sha256(boot + str(network).encode()).digest()
-
-
-def _refuse_apart(group: Group) -> None:
-    own = torch.frombuffer(bytearray(machine_identity()), dtype=torch.uint8)
-    found = group.all_gather(own[None]).tolist()
-    apart = [rank for rank, identity in zip(group.ranks, found, strict=True) if identity != found[0]]
-    if apart:
-        names = ", ".join(map(str, apart))
-        raise ConfigError(
-            f"memory cannot be shared: rank{'s' if len(apart) > 1 else ''} {names} and rank {group.ranks[0]} are on "
-            "different machines, or in containers with a network of their own"
-        )
 
 
 def _agree_on_offer(group: Group, giver: Giver | None) -> Offer:

@@ -36,7 +36,9 @@ PLUGGABLE = ("model/all2all", "model/attention", "model/archs", "executor", "epl
 BASES = {
     "base",
     "choose",
+    "flashinfer_nvlink",
     "library",
+    "limits",
     "rows",
     "shape",
     "remote",

@@ -8,11 +8,12 @@ from typing import get_args
 import pytest
 import torch
 
+from moe_serve.base.config import Config
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.registry import Registry
 from moe_serve.base.tables import ALL2ALL, EXECUTORS
 from moe_serve.model.all2all.base import Arrived
-from moe_serve.model.all2all.shape import LIMITS, PLANNED_LIMITS
+from moe_serve.model.all2all.limits import LIMITS
 from moe_serve.model.attention.base import ATTENTION
 from tests.support.doubles import LIBRARIES, stand_in
 
@@ -54,13 +55,15 @@ def test_an_all2all_backend_declares_its_capabilities(name: str) -> None:
 
 def test_every_all2all_backend_has_limits_and_nothing_else_has() -> None:
     assert set(LIMITS) == set(ALL2ALL)
-    assert set(PLANNED_LIMITS) == set(ALL2ALL.planned)
 
 
 @pytest.mark.parametrize("table", [ALL2ALL, EXECUTORS], ids=lambda table: table.kind)
-def test_names_that_are_not_built_are_refused_differently_from_unknown_ones(table: Registry) -> None:
-    for name in table.planned:
-        with pytest.raises(ConfigError, match="not built yet"):
-            table.check(name)
+def test_unknown_names_are_refused(table: Registry) -> None:
     with pytest.raises(ConfigError, match="unknown"):
         table.check("no-such-thing")
+
+
+def test_a_second_name_is_taken_for_the_first() -> None:
+    parallel = Config.from_flat({"all2all_backend": "flashinfer_all2allv"}).parallel
+    assert parallel.all2all_backend == "flashinfer_nvlink_two_sided"
+    parallel.check_built()

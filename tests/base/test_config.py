@@ -17,7 +17,7 @@ from moe_serve.base.config import SECTIONS, Config, differing_fields
 from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.parallel_config import ParallelConfig
-from moe_serve.base.tables import ALL2ALL, EXECUTORS
+from moe_serve.base.tables import EXECUTORS
 
 PACKAGE = Path(__file__).parents[2] / "moe_serve"
 DEFAULTS = {
@@ -450,22 +450,12 @@ def test_every_option_is_read_somewhere_or_refused(section: str, field: str) -> 
         ({"distributed_executor_backend": "thread"}, "unknown executor 'thread'; known are: uni, mp"),
         ({"distributed_executor_backend": "uni", "tensor_parallel_size": 2}, "uni holds one rank.*use mp"),
         ({"all2all_backend": "carrier_pigeon"}, "unknown all2all backend 'carrier_pigeon'; known are: naive"),
-        *(
-            ({"all2all_backend": name}, f"all2all backend '{name}' is known but not built yet; built are: naive")
-            for name in ("deepep_high_throughput", "deepep_low_latency", "pplx", "flashinfer_all2allv")
-            if name in ALL2ALL.planned
-        ),
     ],
     ids=str,
 )
 def test_what_is_not_built_yet_is_refused_by_a_sentence_that_says_so(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Config.from_flat(options).parallel.check_built()
-
-
-@pytest.mark.parametrize("name", ["deepep_high_throughput", "deepep_low_latency", "pplx", "flashinfer_all2allv"])
-def test_backends_that_the_field_knows_are_known_from_the_start(name: str) -> None:
-    assert name in ALL2ALL.planned or name in ALL2ALL
 
 
 def test_a_class_path_may_be_written_with_a_dot_or_a_colon() -> None:

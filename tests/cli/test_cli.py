@@ -249,7 +249,8 @@ def test_help_lists_every_option_once_with_its_description(
     assert "--dtype auto|float32|bfloat16|float16" in text
     assert (
         "--all2all-backend\n        auto|naive|allgather_reducescatter|torch_a2a|torch_padded|shm|\n"
-        "        deepep_high_throughput|deepep_v2|deepep_low_latency\n        How tokens" in text
+        "        deepep_high_throughput|deepep_v2|deepep_low_latency|pplx|\n"
+        "        pplx_garden|flashinfer_nvlink_one_sided|flashinfer_nvlink_two_sided\n        How tokens" in text
     )
 
 

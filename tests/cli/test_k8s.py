@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_serve.base.tables import ALL2ALL
 from moe_serve.cli.main import main
-from moe_serve.model.all2all.shape import LIMITS, PLANNED_LIMITS
+from moe_serve.model.all2all.limits import LIMITS
 
 WORLD = ("--name", "w", "--image", "i", "-dp", "16")
 NODES = (*WORLD, "--shape", "node", "-dpl", "8")
-IN_ONE_HOST = [name for name, limits in {**LIMITS, **PLANNED_LIMITS}.items() if limits.host_memory is not None]
+IN_ONE_HOST = [name for name, limits in LIMITS.items() if limits.host_memory is not None]
 
 
 def k8s(*arguments: str) -> int:
@@ -159,7 +158,6 @@ def test_a_mistake_is_one_sentence_and_code_2(
 def test_a_backend_that_shares_a_hosts_memory_is_refused_across_pods_and_not_for_that_within_one(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Within a pod it gets as far as any other: to being built or not."""
     asked = ("--all2all-backend", name)
     assert k8s("render", *WORLD, *asked) == 2
     complaint = capsys.readouterr().err
@@ -168,6 +166,3 @@ def test_a_backend_that_shares_a_hosts_memory_is_refused_across_pods_and_not_for
     assert all(built in complaint for built in ("allgather_reducescatter", "torch_a2a"))
     k8s("render", *WORLD[:-1], "8", "--shape", "node", "-dpl", "8", *asked)
     assert "hands memory" not in capsys.readouterr().err
-    if name in ALL2ALL.planned:
-        assert k8s("render", *NODES, *asked) == 2
-        assert "known but not built yet" in capsys.readouterr().err

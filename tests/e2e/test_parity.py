@@ -16,7 +16,7 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 
-from moe_serve.model.all2all.shape import backends_for
+from moe_serve.model.all2all.limits import backends_for
 from tests.support.letters import ids_of, write_letters
 from tests.support.server import Server, serving
 from tests.support.tiny_model import ARCHS, tiny_model

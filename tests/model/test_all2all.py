@@ -12,7 +12,8 @@ from moe_serve.base.tables import ALL2ALL
 from moe_serve.base.topology import split_range
 from moe_serve.eplb.placement import Placement
 from moe_serve.model.all2all.base import Batched
-from moe_serve.model.all2all.shape import ExpertLayout, backends_for
+from moe_serve.model.all2all.limits import backends_for
+from moe_serve.model.all2all.shape import ExpertLayout
 from tests.support.arrived import compute
 from tests.support.exchanges import CASES, E, backend_of, batch, compare, exchanges, slots_of
 from tests.support.ranks import Ranks, Seat

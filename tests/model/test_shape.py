@@ -8,7 +8,8 @@ import pytest
 
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.tables import ALL2ALL
-from moe_serve.model.all2all.shape import LIMITS, DispatchShape, ExpertLayout, Limits, check_dispatch
+from moe_serve.model.all2all.limits import LIMITS, Limits, check_dispatch
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 
 SHAPE = DispatchShape(max_rows=4096, num_ranks=4, hidden=2048, top_k=8, dtype="bfloat16")
 EQUAL, UNEQUAL, CUT = ExpertLayout(8, (0, 2, 4, 6, 8)), ExpertLayout(10, (0, 3, 6, 8, 10)), ExpertLayout(8, None)
@@ -25,7 +26,16 @@ EQUAL, UNEQUAL, CUT = ExpertLayout(8, (0, 2, 4, 6, 8)), ExpertLayout(10, (0, 3, 
         (Limits(hidden_multiple=512), replace(SHAPE, hidden=2880), EQUAL, "multiple of 512"),
         (Limits(dtypes=("bfloat16",)), replace(SHAPE, dtype="float32"), EQUAL, "--dtype"),
         (Limits(), replace(SHAPE, quantisation="fp8"), EQUAL, "quantised as fp8; .*one that does .*deepep_v2"),
-        (Limits(quantisations=("fp8",)), replace(SHAPE, quantisation="fp8", hidden=2112), EQUAL, "by 128 columns"),
+        (
+            Limits(quantisations=("fp8",)),
+            replace(SHAPE, quantisation="fp8", hidden=2112),
+            EQUAL,
+            "a multiple of 128, but the model",
+        ),
+        (Limits(min_ranks=8), SHAPE, EQUAL, "joins at least 8 ranks, but data x tensor parallel is 4"),
+        (Limits(top_ks=(1, 2, 6)), SHAPE, EQUAL, "compiled for 1, 2 or 6 experts of a row, but the model chooses 8"),
+        (Limits(max_experts=6), SHAPE, EQUAL, "at most 6 physical experts, but there are 8; lower --eplb-config"),
+        (Limits(experts_multiple=16), SHAPE, EQUAL, "a multiple of 16, but there are 8; choose --eplb-config"),
         (Limits(), replace(SHAPE, graph=True), EQUAL, "CUDA graph"),
         (Limits(equal_slots=True), SHAPE, UNEQUAL, "--eplb-config.num-redundant-experts"),
         (Limits(whole_experts=True), SHAPE, CUT, "--enable-expert-parallel"),

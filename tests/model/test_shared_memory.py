@@ -12,11 +12,12 @@ from torch import Tensor
 
 from moe_serve.base.errors import ConfigError
 from moe_serve.model.all2all.base import All2All, RankMajor
+from moe_serve.model.all2all.limits import check_dispatch
 from moe_serve.model.all2all.rows import add_to_rows, sort_rows
-from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout, check_dispatch
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.model.all2all.shared_memory import SharedMemoryAllToAll
 from moe_serve.model.build import make_all2all
-from moe_serve.parallel import shm
+from moe_serve.parallel import whereabouts
 from moe_serve.parallel.collectives import alone
 from tests.support.arrived import compute
 from tests.support.exchanges import Case, D, E, K, batch, placement_of, slots_of
@@ -125,14 +126,14 @@ def test_where_there_is_no_memory_all_ranks_take_another_backend_and_one_says_so
 
 def on_different_machines(seat: Seat) -> str:
     if seat.rank == 2:
-        shm.machine_identity, real = (lambda: bytes(32)), shm.machine_identity  # type: ignore[assignment]
+        whereabouts.place_identity, real = (lambda *_: bytes(32)), whereabouts.place_identity  # type: ignore[assignment]
     try:
         make_all2all("shm", seat.group(SIZE), LAYOUT, shape_of())
     except ConfigError as error:
         return str(error)
     finally:
         if seat.rank == 2:
-            shm.machine_identity = real
+            whereabouts.place_identity = real
     return ""
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -25,8 +27,10 @@ from torch import Tensor
 
 from moe_serve.base.errors import ConfigError, MoEServeError
 from moe_serve.base.tables import ALL2ALL
-from moe_serve.model.all2all.shape import LIMITS, DispatchShape, ExpertLayout, check_dispatch
+from moe_serve.model.all2all.limits import LIMITS, check_dispatch
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.model.moe.experts import Experts
+from moe_serve.parallel import whereabouts
 from tests.support.doubles import LIBRARIES, stand_in
 from tests.support.exchanges import CASES, Case, compare, exchange, exchanges
 from tests.support.oracle import random_experts
@@ -61,6 +65,37 @@ def test_what_a_leaf_cannot_carry_is_refused_by_a_sentence(backend: str, case: C
 
 def test_all_libraries_have_a_double() -> None:
     assert set(LIBRARIES) == {name for name in ALL2ALL if LIMITS[name].devices == ("cuda",)}
+
+
+def on_two_machines(seat: Seat, backend: str) -> str:
+    stand_in(LIBRARIES[backend], is_open=True)
+    told: list[logging.LogRecord] = []
+    logger = logging.getLogger("moe_serve.model.all2all.pplx_garden")
+    logger.addFilter(lambda record: bool(told.append(record)))
+    real = whereabouts.place_identity
+    if seat.rank == 0:
+        whereabouts.place_identity = lambda *_: bytes(32)
+    try:
+        compare([[exchange(seat, 3, backend, CARRIED[1])]] if seat.rank == 0 else [], [CARRIED[1]])
+        if seat.rank:
+            exchange(seat, 3, backend, CARRIED[1])
+    except ConfigError as error:
+        return str(error)
+    finally:
+        whereabouts.place_identity = real
+        logger.filters.clear()
+    return " ".join(record.getMessage() for record in told)
+
+
+def test_ranks_of_several_machines_are_refused_or_warned_of_before_anything_is_sent(ranks: Ranks) -> None:
+    refused = set(ranks.run(on_two_machines, "pplx", only=3))
+    assert refused == {
+        "--all2all-backend pplx stays within a machine: ranks 1, 2 and rank 0 are on different machines, or in "
+        "containers with processes or IPC of their own"
+    }
+    warned, *others = ranks.run(on_two_machines, "pplx_garden", only=3)
+    assert "wants 1 or 2 or 4 or 8 ranks, one behind the other, on every machine, and there are 0; 1, 2" in warned
+    assert others == ["", ""]
 
 
 REAL_HIDDEN, REAL_WIDTH, REAL_TOP_K, REAL_EXPERTS = 2048, 64, 8, 16
@@ -102,7 +137,7 @@ def with_real_limits(seat: Seat, backend: str, wire: str) -> Tensor:
     x_TD, ids_TK, weights_TK = real_batch(seat.rank)
     found = []
     for _ in range(3):
-        arrived = all2all.dispatch(x_TD, ids_TK, weights_TK, REAL_ROWS).wait()
+        arrived = all2all.dispatch(x_TD, ids_TK.to(all2all.id_dtype), weights_TK, REAL_ROWS).wait()
         assert arrived.rows.dtype == (torch.bfloat16 if wire == "auto" else torch.float8_e4m3fn)
         found.append(all2all.combine(experts(arrived), arrived).wait().clone())
     all2all.close()
@@ -131,7 +166,7 @@ def test_a_library_that_is_not_there_is_named_with_where_it_comes_from(library: 
     code = f"from moe_serve.base.tables import ALL2ALL; ALL2ALL.load({backend!r})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stderr
     assert f"MissingExtra: all2all backend {backend!r} needs the Python package {library!r}, which is not" in said
-    assert "; build it from https://" in said
+    assert re.search(r"; (build it from https://|install moe-serve\[)", said)
 
 
 def recorded(library: str) -> dict[str, Any]:
@@ -142,19 +177,20 @@ def parameters(function: Callable[..., object]) -> list[list[str | None]]:
     """As scripts/record_signatures.py writes them."""
     told = inspect.signature(function).parameters.values()
     defaults = {each.name: None if each.default is each.empty else repr(each.default) for each in told}
-    return [[name, default] for name, default in defaults.items() if name != "self"]
+    return [[name, default] for name, default in defaults.items() if name not in ("self", "cls")]
 
 
 def signatures_of(library: str) -> tuple[str, list[str]]:
     """Where what is importable under this name parts from what was recorded, and the file it comes from."""
-    module = import_module(library)
     wrong = []
-    for class_name, functions in recorded(library)["classes"].items():
-        for name, told in functions.items():
-            found = getattr(getattr(module, class_name), name, None)
-            if found is not None and parameters(found) != told:
-                wrong.append(f"{class_name}.{name}: {parameters(found)} instead of {told}")
-    return str(module.__file__), wrong
+    for module, parts in recorded(library)["modules"].items():
+        for part, functions in parts.items():
+            holder = getattr(import_module(module), part)
+            for name, told in functions.items():
+                found = holder if name == "__call__" else getattr(holder, name, None)
+                if found is not None and parameters(found) != told:
+                    wrong.append(f"{part}.{name}: {parameters(found)} instead of {told}")
+    return str(import_module(library).__file__), wrong
 
 
 def of_double(seat: Seat, library: str) -> tuple[str, list[str]]:
@@ -178,30 +214,59 @@ def test_an_installed_library_has_the_recorded_signatures(library: str) -> None:
     assert not signatures_of(library)[1]
 
 
+USED = {
+    "deepep_high_throughput": ("deep_ep:Buffer",),
+    "deepep_low_latency": ("deep_ep:Buffer",),
+    "deepep_v2": ("deep_ep:ElasticBuffer",),
+    "pplx": ("pplx_kernels:AllToAll",),
+    "pplx_garden": ("pplx_garden.kernels.p2p_all_to_all:P2PAllToAll",),
+    **{
+        f"flashinfer_nvlink_{kind}": tuple(
+            f"flashinfer.moe_ep:{name}"
+            for name in (each, f"{each.removesuffix('AlltoAll')}Config", "MoEEpCommParams", "BootstrapConfig")
+        )
+        for kind, each in (("one_sided", "NVLinkOneSidedAlltoAll"), ("two_sided", "NVLinkTwoSidedAlltoAll"))
+    },
+}
+"""Of each backend the classes whose functions it calls."""
+
+
 def mutants(seat: Seat, backend: str) -> list[str]:
     """Every argument that the leaf gives to its library left out, or of another type or size: which nobody notices."""
     stand_in(LIBRARIES[backend], is_open=True)
-    library, case = import_module(LIBRARIES[backend]), CARRIED[1]
-    given: dict[tuple[str, str], object] = {}
-    used = library.ElasticBuffer if backend == "deepep_v2" else library.Buffer
-    with calls_changed(used, lambda name, told: given.update({(name, key): told[key] for key in told})):
+    used = [getattr(import_module(path.split(":")[0]), path.split(":")[1]) for path in USED[backend]]
+    case = CARRIED[1]
+    given: dict[tuple[type, str, str], object] = {}
+    defaults: dict[tuple[type, str, str], object] = {}
+
+    def remember(kind: type, name: str, told: dict[str, object], signature: inspect.Signature) -> None:
+        for key, value in told.items():
+            given[kind, name, key] = value
+            defaults[kind, name, key] = signature.parameters[key].default
+
+    with calls_changed(used, remember):
         exchange(seat, 1, backend, case)
     unnoticed = []
-    for (name, key), value in given.items():
-        default = inspect.signature(getattr(used, name)).parameters[key].default
-        for kind, other in changes(value, default):
-            with calls_changed(used, partial(change, name, key, other)):
+    for (kind, name, key), value in given.items():
+        for what, other in changes(value, defaults[kind, name, key]):
+            with calls_changed(used, partial(change, (kind, name, key), other)):
                 try:
                     compare([[exchange(seat, 1, backend, case)]], [case])
-                except (AssertionError, MoEServeError, AttributeError, TypeError, RuntimeError, ValueError):
+                except NOTICED:
                     continue
-            unnoticed.append(f"{name}({key}) {kind}")
+            unnoticed.append(f"{name}({key}) {what}")
     return [f"{len(given)} arguments", *unnoticed]
 
 
 LEFT_OUT = object()
-HARMLESS = {"__init__(num_topk) left out"}
-"""DeepEP then makes room for rows that go everywhere."""
+NOTICED = (AssertionError, MoEServeError, AttributeError, TypeError, RuntimeError, ValueError, ArithmeticError)
+HARMLESS = {
+    "__init__(num_topk) left out",  # DeepEP then makes room for rows that go everywhere
+    "dispatch(topk_ids) of another type",  # FlashInfer then makes another of them
+    "dispatch(max_tokens_per_rank) left out",  # FlashInfer then takes the most there may be
+    "__init__(device) left out",  # of one rank alone, on a CPU
+    "__init__(auto_bootstrap) left out",  # concerns what is not used of FlashInfer
+}
 
 
 def changes(value: object, default: object) -> Iterator[tuple[str, object]]:
@@ -212,42 +277,69 @@ def changes(value: object, default: object) -> Iterator[tuple[str, object]]:
     if isinstance(value, Tensor):
         yield "of another type", value.to(torch.int32 if value.dtype != torch.int32 else torch.int64)
         yield "of another size", value[..., :-1]
-    elif isinstance(value, int) and not isinstance(value, bool):
+    elif isinstance(value, int) and not isinstance(value, bool) and value:
         yield "too small", value // 3
 
 
-def change(where: str, which: str, other: object, name: str, told: dict[str, object]) -> None:
-    if name != where or which not in told:
+def change(
+    which: tuple[type, str, str],
+    other: object,
+    kind: type,
+    name: str,
+    told: dict[str, object],
+    signature: inspect.Signature,
+) -> None:
+    key = which[2]
+    if (kind, name, key) != which or key not in told:
         return
     if other is LEFT_OUT:
-        del told[which]
+        del told[key]
     else:
-        told[which] = other
+        told[key] = other
+
+
+Sees = Callable[[type, str, dict[str, object], inspect.Signature], None]
 
 
 @contextmanager
-def calls_changed(library: type, see: Callable[[str, dict[str, object]], None]) -> Iterator[None]:
-    """While this lasts `see` is given the arguments of each call by name, and may change them."""
-    names = [name for name, each in vars(library).items() if callable(each) and not name.startswith("_")]
-    before = {name: vars(library)[name] for name in (*names, "__init__")}
+def calls_changed(used: Sequence[type], see: Sees) -> Iterator[None]:
+    """While this lasts `see` is given the arguments of each call of these classes by name, and may change them."""
+    with ExitStack() as stack:
+        for kind in used:
+            stack.enter_context(class_changed(kind, see))
+        yield
+
+
+@contextmanager
+def class_changed(kind: type, see: Sees) -> Iterator[None]:
+    names = {"__init__", *(name for base in kind.__mro__[:-1] for name in vars(base) if not name.startswith("_"))}
+    before = {name: inspect.getattr_static(kind, name) for name in names}
+    own = set(vars(kind))
 
     def watched(name: str, function: Callable[..., object]) -> Callable[..., object]:
-        def call(self: object, *args: object, **kwargs: object) -> object:
-            told = dict(inspect.signature(function).bind(self, *args, **kwargs).arguments)
-            del told["self"]
-            see(name, told)
-            return function(self, **told)
+        signature = inspect.signature(function)
+
+        def call(first: object, *args: object, **kwargs: object) -> object:
+            told = dict(signature.bind(first, *args, **kwargs).arguments)
+            del told[next(iter(signature.parameters))]
+            see(kind, name, told, signature)
+            return function(first, **told)
 
         return call
 
     try:
         for name, function in before.items():
-            if not isinstance(function, staticmethod):
-                setattr(library, name, watched(name, function))
+            if isinstance(function, classmethod):
+                setattr(kind, name, classmethod(watched(name, function.__func__)))
+            elif inspect.isfunction(function):
+                setattr(kind, name, watched(name, function))
         yield
     finally:
         for name, function in before.items():
-            setattr(library, name, function)
+            if name in own:
+                setattr(kind, name, function)
+            elif name in vars(kind):
+                delattr(kind, name)
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)

@@ -86,7 +86,7 @@ ArrivedForm = type[Sorted] | type[Batched] | type[RankMajor] | type[Placed]
 class All2All(Protocol):
     """Made once per worker: `Backend(group, layout, shape)`. Every rank calls dispatch and combine in step.
 
-    What it can carry at all stands in all2all.shape.LIMITS and was checked before.
+    What it can carry at all stands in all2all.limits.LIMITS and was checked before.
     """
 
     arrives: ClassVar[ArrivedForm]

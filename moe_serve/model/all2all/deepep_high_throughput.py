@@ -20,7 +20,7 @@ from moe_serve.model.all2all.base import Arrived, ArrivedForm, RankMajor
 from moe_serve.model.all2all.library import named
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.parallel.collectives import Group
-from moe_serve.parallel.communicator import Communicator
+from moe_serve.parallel.communicator import MutableCommunicator
 from moe_serve.parallel.pending import Pending
 
 
@@ -44,7 +44,7 @@ class DeepEPHighThroughput:
                 max(config.get_nvl_buffer_size_hint(row_bytes, size) for config in configs),
                 max(config.get_rdma_buffer_size_hint(row_bytes, size) for config in configs),
                 explicitly_destroy=True,
-                comm=Communicator(group),
+                comm=MutableCommunicator(group),
             )
 
     def dispatch(

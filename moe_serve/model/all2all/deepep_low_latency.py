@@ -22,7 +22,7 @@ from moe_serve.model.all2all.base import Arrived, ArrivedForm, Batched
 from moe_serve.model.all2all.library import named
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.parallel.collectives import Group
-from moe_serve.parallel.communicator import Communicator
+from moe_serve.parallel.communicator import MutableCommunicator
 from moe_serve.parallel.pending import Pending
 
 QUEUE_DEPTH = "NVSHMEM_QP_DEPTH"
@@ -66,7 +66,7 @@ class DeepEPLowLatency:
                 low_latency_mode=True,
                 num_qps_per_rank=layout.num_local(group.rank),
                 explicitly_destroy=True,
-                comm=Communicator(group),
+                comm=MutableCommunicator(group),
             )
 
     def dispatch(

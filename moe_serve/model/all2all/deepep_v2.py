@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_serve.model.all2all.base import Arrived, ArrivedForm, RankMajor
 from moe_serve.model.all2all.library import named
+from moe_serve.model.all2all.rows import one_row_at_least
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.parallel.collectives import Group
 from moe_serve.parallel.communicator import Communicator
@@ -55,11 +56,8 @@ class DeepEPV2:
         self, x_TD: Tensor, physical_ids_TK: Tensor, weights_TK: Tensor, rows_by_rank: Sequence[int]
     ) -> Pending[Arrived]:
         num_rows = x_TD.shape[0]
-        if not num_rows:
-            self.padding_rows += 1
-            x_TD = x_TD.new_zeros((1, x_TD.shape[1]))
-            physical_ids_TK = torch.arange(weights_TK.shape[1], dtype=self.id_dtype, device=x_TD.device)[None]
-            weights_TK = weights_TK.new_zeros((1, weights_TK.shape[1]))
+        self.padding_rows += not num_rows
+        x_TD, physical_ids_TK, weights_TK = one_row_at_least(x_TD, physical_ids_TK, weights_TK)
         with named("dispatch", "deepep_v2"):
             arrived, ids_RK, weights_RK, handle, _ = self._buffer.dispatch(
                 quantise(x_TD) if self._quantises else x_TD,

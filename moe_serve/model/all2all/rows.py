@@ -102,3 +102,30 @@ def add_parts(parts: Tensor, count: int) -> Tensor:
     for part in stacked[1:]:
         total = total + part
     return total.to(parts.dtype)
+
+
+def fill_gaps(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Missing ids (-1) become experts that their row does not have yet, of weight 0: for wires that know no gaps.
+
+    Row t takes them from the K experts behind t * K, so that no expert gets them all; among K there are always enough.
+    Nothing here depends on a value on the host.
+    """
+    num_rows, top_k = ids_TK.shape
+    missing_TK = ids_TK < 0
+    steps = torch.arange(num_rows * top_k, device=ids_TK.device, dtype=ids_TK.dtype)
+    near_TK = steps.view(num_rows, top_k) % num_experts
+    taken_TK = (near_TK[:, :, None] == ids_TK[:, None, :]).any(dim=-1)
+    free_first_TK = near_TK.gather(1, taken_TK.to(torch.uint8).argsort(dim=1, stable=True))
+    which_TK = (missing_TK.cumsum(dim=1) - 1).clamp(min=0)
+    return (
+        torch.where(missing_TK, free_first_TK.gather(1, which_TK), ids_TK),
+        weights_TK.masked_fill(missing_TK, 0.0),
+    )
+
+
+def one_row_at_least(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """These, or if there are none a row that no expert weighs: for wires on which each rank must send."""
+    if x_TD.shape[0]:
+        return x_TD, ids_TK, weights_TK
+    ids = torch.arange(ids_TK.shape[1], dtype=ids_TK.dtype, device=ids_TK.device)[None]
+    return x_TD.new_zeros((1, x_TD.shape[1])), ids, weights_TK.new_zeros((1, ids_TK.shape[1]))

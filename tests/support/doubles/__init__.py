@@ -10,9 +10,14 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from moe_serve.model.all2all import shape
+from moe_serve.model.all2all import limits as table
 
-LIBRARIES = dict.fromkeys(("deepep_high_throughput", "deepep_v2", "deepep_low_latency"), "deep_ep")
+LIBRARIES = {
+    **dict.fromkeys(("deepep_high_throughput", "deepep_v2", "deepep_low_latency"), "deep_ep"),
+    "pplx": "pplx_kernels",
+    "pplx_garden": "pplx_garden",
+    **dict.fromkeys(("flashinfer_nvlink_one_sided", "flashinfer_nvlink_two_sided"), "flashinfer"),
+}
 """Of each backend the library that it calls."""
 FOLDER = str(Path(__file__).parent)
 
@@ -30,9 +35,17 @@ def open_everything() -> None:
         stand_in(library, is_open=True)
     opened = {
         name: replace(
-            limits, devices=None, dtypes=None, hidden_multiple=1, hidden_sizes=None, rank_counts=None, max_rows=None
+            limits,
+            devices=None,
+            dtypes=None,
+            hidden_multiple=1,
+            hidden_sizes=None,
+            quantised_multiple=128,
+            rank_counts=None,
+            max_rows=None,
+            top_ks=None,
         )
-        for name, limits in shape.LIMITS.items()
+        for name, limits in table.LIMITS.items()
         if name in LIBRARIES
     }
-    shape.LIMITS = {**shape.LIMITS, **opened}
+    table.LIMITS = {**table.LIMITS, **opened}

@@ -20,7 +20,8 @@ from moe_serve.base.topology import Topology, split_range
 from moe_serve.eplb.placement import Placement
 from moe_serve.eplb.shares import without_gaps
 from moe_serve.model.all2all.base import Arrived
-from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout, backends_for
+from moe_serve.model.all2all.limits import backends_for
+from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout
 from moe_serve.model.context import ForwardContext
 from moe_serve.model.moe.expert_map import ExpertMap, even_copies
 from moe_serve.model.moe.experts import Experts

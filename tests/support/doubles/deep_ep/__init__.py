@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.doubles.exchanging import exchange, rows_at
+
 OPEN = False
 topk_idx_t = torch.int64
 HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
@@ -22,7 +24,6 @@ MOST_TOP_K = 11
 MOST_ROWS = 1024
 SCALED = 128
 LARGEST_FP8 = 448.0
-_SENT_TYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int64)
 
 
 class EventOverlap:
@@ -307,7 +308,7 @@ class Buffer:
 
     def _exchange(self, *tensors: Tensor) -> list[list[Tensor]]:
         """Everybody's tensors, in order of rank."""
-        return _exchange(self._comm, tensors)
+        return exchange(self._comm.allgather, tensors)
 
 
 class ElasticBuffer:
@@ -391,7 +392,7 @@ class ElasticBuffer:
         assert weights.dtype == torch.float32
         assert weights.shape == topk_idx.shape
         rows, ids, weights, sources = _by_rank(
-            _exchange(self.group, (x, topk_idx, weights, *scales)), self.rank_idx, num_experts
+            exchange(self.group.allgather, (x, topk_idx, weights, *scales)), self.rank_idx, num_experts
         )
         if cumulative_local_expert_recv_stats is not None:
             counts = torch.bincount(ids[ids >= 0], minlength=len(cumulative_local_expert_recv_stats))
@@ -415,7 +416,7 @@ class ElasticBuffer:
         sources, num_rows = handle
         _check_rows(x)
         assert len(x) == len(sources), "as many rows as came"
-        total = _add_up(_exchange(self.group, (x, sources)), self.rank_idx, num_rows)
+        total = _add_up(exchange(self.group.allgather, (x, sources)), self.rank_idx, num_rows)
         return total.to(x.dtype), None, EventOverlap()
 
 
@@ -430,7 +431,7 @@ def _by_rank(came: list[list[Tensor]], rank: int, num_experts: int) -> tuple[Any
         sources = torch.stack([torch.full_like(tokens, source), tokens], dim=1)
         local_ids = (ids - rank * local).where(here, -1)
         mine = (local_ids[tokens], weights.where(here, 0)[tokens], sources)
-        parts.append((rows.view(torch.uint8)[tokens].view(rows.dtype), *mine, *(each[tokens] for each in scales)))
+        parts.append((rows_at(rows, tokens), *mine, *(each[tokens] for each in scales)))
     rows, ids, weights, sources, *more = [torch.cat(each) for each in zip(*parts, strict=True)]
     return (rows, *more) if more else rows, ids, weights, sources
 
@@ -442,14 +443,6 @@ def _add_up(came: list[list[Tensor]], rank: int, num_rows: int) -> Tensor:
         mine = whose[:, 0] == rank
         total[whose[mine, 1]] += theirs[mine].float()
     return total
-
-
-def _exchange(comm: Any, tensors: tuple[Tensor, ...]) -> list[list[Tensor]]:
-    told = []
-    for each in tensors:
-        kind = _SENT_TYPES.index(each.dtype)
-        told.append([kind, list(each.shape), each.contiguous().view(torch.uint8).numpy().tobytes()])
-    return [[_tensor(*one) for one in theirs] for theirs in comm.allgather(told)]
 
 
 def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -482,9 +475,3 @@ def _config(num_ranks: int) -> Config:
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // 128) * 128
-
-
-def _tensor(kind: int, shape: list[int], data: bytearray) -> Tensor:
-    if not data:
-        return torch.empty(shape, dtype=_SENT_TYPES[kind])
-    return torch.frombuffer(data, dtype=_SENT_TYPES[kind]).view(shape)
