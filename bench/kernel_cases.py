@@ -32,7 +32,7 @@ from moe_serve.cli.random_model import Preset
 from moe_serve.model.attention.base import AttentionBackend, StepShape
 from moe_serve.model.attention.paged import Paged
 from moe_serve.model.attention.sdpa import SDPA
-from moe_serve.model.context import LayerKV
+from moe_serve.model.context import ForwardContext, LayerKV
 from moe_serve.model.layers.norm import rms_norm as torch_rms_norm
 from moe_serve.model.layers.rope import Rope
 from moe_serve.model.moe.experts import Experts
@@ -139,7 +139,8 @@ def attention_case(name: str, preset: Preset, parts: Sequence[tuple[int, int]], 
 
     def attended(backend: AttentionBackend) -> Callable[[], object]:
         plan = backend.plan(step)
-        return lambda: backend.forward(q, k, v, rotation, kv, plan)
+        ctx = ForwardContext(positions, plan, (kv,), ())
+        return lambda: backend.forward(q, k, v, rotation, kv, ctx)
 
     pairs = sum(count * start + count * (count + 1) // 2 for start, count in parts)
     read = sum(start + count for start, count in parts) * preset.kv_heads * HEAD_DIM * 2 * 2

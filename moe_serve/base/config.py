@@ -152,6 +152,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
+        sharing = self.parallel.decode_context_parallel_size
+        if self.cache.block_size % sharing:
+            raise ValueError(
+                f"block_size ({self.cache.block_size}) must be a multiple of decode_context_parallel_size ({sharing}): "
+                "each rank keeps as much of a block"
+            )
         limit = self.scheduler.max_num_batched_tokens
         if limit < self.scheduler.max_num_seqs:
             raise ValueError(

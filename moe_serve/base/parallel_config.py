@@ -103,13 +103,13 @@ class ParallelConfig(NodesSection):
     Ray's records and at /config."""
     ray_workers_use_nsight: bool = False
     """Run actors that compute under Nsight Systems (nsys must be on every node); reports are in Ray's log folder."""
-    decode_context_parallel_size: Size = Field(1, json_schema_extra=planned())
-    """Ranks that share one sequence's KV cache while decoding; divides tensor_parallel_size."""
+    decode_context_parallel_size: Size = Field(1, json_schema_extra=short("dcp"))
+    """Ranks that share a sequence's KV cache: of those that would hold the same KV head, as many as divide them."""
 
     @property
     def topology(self) -> Topology:
         sizes = (self.data_parallel_size, self.pipeline_parallel_size, self.tensor_parallel_size)
-        return Topology(*sizes, nodes=self.nnodes)
+        return Topology(*sizes, nodes=self.nnodes, dcp=self.decode_context_parallel_size)
 
     @property
     def world_size(self) -> int:

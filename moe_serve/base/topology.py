@@ -50,16 +50,17 @@ class Topology:
     """Sizes of the axes. `Topology(dp=2, tp=2).world_size == 4`.
 
     The workers of each engine are spread over so many `nodes`, neighbours on the same one. One where engines are not
-    spread, wherever they are themselves.
+    spread, wherever they are themselves. Neighbours on the tp axis, `dcp` of them, share a sequence's KV cache.
     """
 
     dp: int = 1
     pp: int = 1
     tp: int = 1
     nodes: int = 1
+    dcp: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("dp", "pp", "tp", "nodes"):
+        for axis in ("dp", "pp", "tp", "nodes", "dcp"):
             if getattr(self, axis) < 1:
                 raise ConfigError(f"the size of axis {axis} must be at least 1, not {getattr(self, axis)}")
         if self.num_workers % self.nodes:
@@ -130,6 +131,12 @@ class Topology:
         """Global ranks of this rank's tensor-parallel group, in order."""
         dp, pp, _ = self.coordinates(rank)
         return tuple(self.rank(dp=dp, pp=pp, tp=tp) for tp in range(self.tp))
+
+    def dcp_group(self, rank: int) -> tuple[int, ...]:
+        """Global ranks that share this rank's KV cache, in order of tp."""
+        _, _, tp = self.coordinates(rank)
+        first = tp // self.dcp * self.dcp
+        return self.tp_group(rank)[first : first + self.dcp]
 
     def dp_group(self, rank: int) -> tuple[int, ...]:
         """Global ranks with the same pp and tp as this one, in order of dp."""

@@ -93,7 +93,8 @@ def plan_world(resolved: Config, model: ModelConfig, *, memory_bytes: int | None
     nodes = dp_ranks_of_nodes(resolved.parallel)
     partitions = make_partitions(model, resolved.parallel)
     sizes = footprints(partitions, resolved.model.dtype)
-    shapes = [_BlockShape(resolved.cache.block_size, each.token_kv * resolved.cache.block_size) for each in sizes]
+    kept_tokens = resolved.cache.block_size // resolved.parallel.decode_context_parallel_size
+    shapes = [_BlockShape(resolved.cache.block_size, each.token_kv * kept_tokens) for each in sizes]
     blocks = [
         _blocks(resolved, shape, size, rank, memory_bytes)
         for rank, (shape, size) in enumerate(zip(shapes, sizes, strict=True))

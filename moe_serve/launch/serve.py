@@ -129,10 +129,12 @@ def describe(config: Config, model: ModelConfig) -> str:
     stages = f"pipeline parallel {parallel.pipeline_parallel_size} x " if parallel.pipeline_parallel_size > 1 else ""
     nodes = f" over {parallel.nnodes} nodes" if parallel.is_spread else ""
     dense = f" and {num_dense} dense" if num_dense else ""
+    sharing = parallel.decode_context_parallel_size
+    shared = f" (KV cache shared by {sharing})" if sharing > 1 else ""
     return (
         f"{config.model.served_model_name}: {model.architecture}, {len(model.moe_layers)} layers x {model.num_experts} "
         f"experts{dense}, top-{model.top_k}, {config.model.dtype}; data parallel {parallel.data_parallel_size} x "
-        f"{stages}tensor parallel {parallel.tensor_parallel_size}{nodes}, {experts}"
+        f"{stages}tensor parallel {parallel.tensor_parallel_size}{shared}{nodes}, {experts}"
     )
 
 

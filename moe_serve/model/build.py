@@ -17,6 +17,7 @@ from moe_serve.model.all2all.base import All2All
 from moe_serve.model.all2all.limits import LIMITS, check_dispatch
 from moe_serve.model.all2all.shape import DispatchShape, ExpertLayout, dispatch_shape, expert_layout
 from moe_serve.model.attention.base import ATTENTION, AttentionBackend
+from moe_serve.model.attention.context_parallel import ContextParallel
 from moe_serve.model.decoder import Decoder, DecoderLayer
 from moe_serve.model.layers.embedding import VocabEmbedding, VocabHead
 from moe_serve.model.layers.gqa import Attention
@@ -53,8 +54,7 @@ def build_model(
     ConfigError where the model cannot be cut so, or the all-to-all backend cannot carry it.
     """
     partition = make_partition(config, parallel, rank)
-    backend_type = cast(type[AttentionBackend], ATTENTION.load(attention or ("sdpa" if path is None else "paged")))
-    backend = backend_type(len(partition.heads), len(partition.kv_heads), config.head_dim, device, path)
+    backend = _attention(attention or ("sdpa" if path is None else "paged"), partition, groups.dcp, device, path)
     shape = dispatch_shape(
         config,
         parallel.topology,
@@ -70,6 +70,17 @@ def build_model(
     layers = [maker.layer(index) for index in partition.layers]
     norm, head = (maker.norm(), maker.head(embedding)) if partition.is_last else (None, None)
     return Decoder(partition, layers, embedding, norm, head, backend, all2all, path)
+
+
+def _attention(
+    name: str, partition: Partition, sharing: Group, device: torch.device, path: str | None
+) -> AttentionBackend:
+    """The backend of this name, or where ranks share a KV cache the one that can."""
+    heads, head_dim = partition.heads, partition.config.head_dim
+    if sharing.size > 1:
+        return ContextParallel(len(heads), head_dim, sharing, device)
+    kind = cast(type[AttentionBackend], ATTENTION.load(name))
+    return kind(len(heads), len(partition.kv_heads), head_dim, device, path)
 
 
 def make_all2all(name: str, group: Group, layout: ExpertLayout, shape: DispatchShape) -> All2All:

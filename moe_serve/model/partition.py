@@ -133,6 +133,7 @@ def _part(config: ModelConfig, parallel: ParallelConfig, rank: int, placement: P
             "lower --pipeline-parallel-size"
         )
     kv_replicas = max(1, tp // config.num_kv_heads)
+    _check_sharing(kv_replicas, topology.dcp)
     width = range(config.expert_size)
     if placement is None and config.expert_size < ep:
         raise ConfigError(
@@ -165,6 +166,16 @@ def _cut_width(width: int, ranks: int, rank: int) -> range:
     unit = 8 if not width % 8 and width // 8 >= ranks else 1
     part = split_range(width // unit, ranks, rank)
     return range(part.start * unit, part.stop * unit)
+
+
+def _check_sharing(kv_replicas: int, dcp: int) -> None:
+    """Only ranks that would hold the same KV head can share its cache."""
+    if kv_replicas % dcp:
+        works = [str(size) for size in range(1, kv_replicas + 1) if not kv_replicas % size]
+        raise ConfigError(
+            f"--decode-context-parallel-size {dcp} does not divide the {kv_replicas} tensor-parallel ranks that hold "
+            f"the same KV head; sizes that work: {', '.join(works)}"
+        )
 
 
 def _check_heads(config: ModelConfig, tp: int) -> None:

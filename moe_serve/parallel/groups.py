@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """A worker's groups. Axes with the same ranks share one group. `control` is over the world, on the CPU.
+    """A worker's groups. Axes with the same ranks share one group. `control` is over the world, on the CPU; `dcp` has
+    the ranks that share a KV cache.
 
     `migration`, where experts may move: over the ranks of `ep`, and used for nothing else.
     """
@@ -36,6 +37,7 @@ class Groups:
     pp: Group
     tp: Group
     ep: Group
+    dcp: Group
     control: Group
     _owned: list[Group] = field(repr=False)
     migration: Group | None = None
@@ -65,7 +67,7 @@ def build_groups(
     if topology.world_size == 1:
         one = alone("world", rank, device)
         control = one if device.type == "cpu" else alone("control", rank, CPU)
-        return Groups(one, one, one, one, one, control, [], one if migrates else None)
+        return Groups(one, one, one, one, one, one, control, [], one if migrates else None)
     store, _ = open_store(store_host, store_port, is_master=False, token=token, timeout_seconds=timeout_seconds)
     meeting = _Meeting(store, rank, local_address(store_host, store_port), timeout_seconds, generation)
     axes = {
@@ -74,17 +76,18 @@ def build_groups(
         "pp": topology.pp_group(rank),
         "tp": topology.tp_group(rank),
         "ep": topology.ep_group(rank),
+        "dcp": topology.dcp_group(rank),
     }
     made: dict[tuple[int, ...], Group] = {}
     for axis, ranks in axes.items():
         if tuple(ranks) not in made:
             is_tp = tuple(ranks) == tuple(axes["tp"])  # which waits for others several times a layer
             made[tuple(ranks)] = meeting.join(axis, ranks, device, shares_memory=is_tp)
-    world, dp, pp, tp, ep = (made[tuple(ranks)] for ranks in axes.values())
+    world, dp, pp, tp, ep, dcp = (made[tuple(ranks)] for ranks in axes.values())
     control = world if device.type == "cpu" else meeting.join("control", axes["world"], CPU)
     migration = meeting.join("migration", axes["ep"], device) if migrates else None
     owned = [*made.values(), control, *([] if migration is None else [migration])]
-    return Groups(world, dp, pp, tp, ep, control, owned, migration)
+    return Groups(world, dp, pp, tp, ep, dcp, control, owned, migration)
 
 
 @dataclass(frozen=True, slots=True)

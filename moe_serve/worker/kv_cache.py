@@ -16,20 +16,26 @@ from moe_serve.worker.kv_room import Room
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one rank keeps for every token, layer by layer."""
+    """What one rank keeps for every token, layer by layer. A block of `block_size` tokens lies on `sharing` ranks."""
 
     layers: tuple[TokenKV, ...]
     block_size: int
     dtype: torch.dtype
+    sharing: int = 1
+
+    @property
+    def kept_tokens(self) -> int:
+        """Of a block, on one rank."""
+        return self.block_size // self.sharing
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block, k and v of all layers."""
-        return sum(kept.num_elements for kept in self.layers) * self.dtype.itemsize * self.block_size
+        return sum(kept.num_elements for kept in self.layers) * self.dtype.itemsize * self.kept_tokens
 
     def allocate(self, num_blocks: int, device: torch.device) -> tuple[LayerKV, ...]:
         """One pair of tensors per layer; zeros, since a masked score of a stray NaN would still be NaN."""
-        slots = num_blocks * self.block_size
+        slots = num_blocks * self.kept_tokens
 
         def zeros(heads: int, dim: int) -> Tensor:
             return _zeros((slots, heads, dim), self.dtype, device)

@@ -204,7 +204,7 @@ class Worker:
         return self._balance
 
     def _kv_shape(self, decoder: Decoder) -> KVShape:
-        return KVShape(decoder.token_kv, self._config.cache.block_size, decoder.dtype)
+        return KVShape(decoder.token_kv, self._config.cache.block_size, decoder.dtype, sharing=self._topology.dcp)
 
     def _fitting_blocks(self, decoder: Decoder, shape: KVShape, model_config: ModelConfig) -> int:
         max_model_len = self._config.model.max_model_len or model_config.max_position_embeddings

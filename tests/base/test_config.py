@@ -437,10 +437,6 @@ def test_every_option_is_read_somewhere_or_refused(section: str, field: str) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
-            "decode_context_parallel_size=2 .*not built yet",
-        ),
         ({"enable_dbo": True}, "enable_dbo=True is known but not built yet"),
         ({"dbo_prefill_token_threshold": 256}, "dbo.*not built yet"),
         (

@@ -327,3 +327,13 @@ def test_the_plan_is_that_of_the_very_placement_file(tmp_path: Path) -> None:
     file.write_text(json.dumps(document))
     world = plan(data_parallel_size=2, expert_placement_file=str(file))
     assert [each.experts[0] for each in world.ranks] == [row[:20], row[20:]]
+
+
+def test_ranks_that_share_a_cache_keep_as_many_times_less_of_a_token(large: str) -> None:
+    alone, shared = (
+        plan(model=large, tensor_parallel_size=16, decode_context_parallel_size=dcp, memory_bytes=2**37)
+        for dcp in (1, 4)
+    )
+    assert alone.ranks[5].kv_block_bytes == 4 * shared.ranks[5].kv_block_bytes == 94 * 2 * 128 * 2 * 16
+    assert "(KV cache shared by 4)" in shared.summary
+    assert "shared" not in alone.summary

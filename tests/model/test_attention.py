@@ -2,131 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import random
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
 import torch
 from moe_kernels.paths import available
-from torch import Tensor
 
-from moe_serve.model.attention.base import ATTENTION, AttentionBackend, StepShape
-from moe_serve.model.context import LayerKV
+from moe_serve.model.attention.base import ATTENTION, StepShape
+from moe_serve.model.context import ForwardContext
 from moe_serve.model.layers.norm import HeadNorm
-from moe_serve.model.layers.rope import Rope, Rotation, rotate
+from tests.support.attending import TOLERANCES, Cache, random_life, rotation_of
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-CPU = torch.device("cpu")
 NAMES = ["sdpa", *(f"paged {path}" for path in available()[:1])]
 """A backend's, and the compiled path that it runs on, for bfloat16. All paths: tests/kernels."""
 HEADS = [(4, 4), (4, 2), (6, 1), (1, 1)]
-
-
-def rotation_of(positions_T: Tensor, like: Tensor) -> Rotation:
-    return Rope(like.shape[2], 100.0, like.device).rotation(positions_T.to(like.device), like.dtype)
-
-
-def naive(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-    """Causal attention of a whole sequence in float64, one query and one head at a time."""
-    q, k, v = (part.double().cpu() for part in (q_THd, k_TGd, v_TGd))
-    out = torch.empty_like(q)
-    share = q.shape[1] // k.shape[1]
-    for t in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            scores = k[: t + 1, h // share] @ q[t, h] / math.sqrt(q.shape[2])
-            out[t, h] = scores.softmax(0) @ v[: t + 1, h // share]
-    return out
-
-
-@dataclass(eq=False)
-class Sequence:
-    """All q, k and v a sequence will ever have, and how far it is. `rotated_k` is what lies in the cache."""
-
-    q_THd: Tensor
-    k_TGd: Tensor
-    v_TGd: Tensor
-    norm: HeadNorm | None = None
-    block_ids: list[int] = field(default_factory=list)
-    done: int = 0
-    rotated_k: Tensor = field(init=False)
-    expected: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        q_THd, k_TGd = (self.q_THd, self.k_TGd) if self.norm is None else self.norm(self.q_THd, self.k_TGd)
-        rotation = rotation_of(torch.arange(self.length), self.q_THd)
-        self.rotated_k = rotate(k_TGd, rotation)
-        self.expected = naive(rotate(q_THd, rotation), self.rotated_k, self.v_TGd)
-
-    @property
-    def length(self) -> int:
-        return self.q_THd.shape[0]
-
-
-class Cache:
-    """A backend, a cache full of large numbers that nobody may see, and sequences stepping through it."""
-
-    def __init__(
-        self,
-        name: str,
-        heads: tuple[int, int],
-        *,
-        head_dim: int = 8,
-        block_size: int = 4,
-        num_blocks: int = 64,
-        dtype: torch.dtype | None = None,
-        device: torch.device = CPU,
-        seed: int = 0,
-        norm: HeadNorm | None = None,
-    ) -> None:
-        self.heads, self.head_dim, self.block_size = heads, head_dim, block_size
-        backend, _, path = name.partition(" ")
-        dtype = dtype or (torch.bfloat16 if path else torch.float32)
-        self.dtype, self.device, self.norm = dtype, device, norm
-        self.numbers = torch.Generator().manual_seed(seed)
-        kind: Any = ATTENTION.load(backend)
-        self.backend: AttentionBackend = kind(*heads, head_dim, device, path or None)
-        size = (num_blocks * block_size, heads[1], head_dim)
-        self.kv = LayerKV(*(torch.full(size, 1000.0, dtype=dtype, device=device) for _ in "kv"))
-        self.free = list(range(num_blocks))
-        random.Random(seed).shuffle(self.free)
-
-    def sequence(self, length: int) -> Sequence:
-        shapes = [(length, count, self.head_dim) for count in (self.heads[0], self.heads[1], self.heads[1])]
-        q, k, v = ((2 * torch.randn(shape, generator=self.numbers)).to(self.dtype).to(self.device) for shape in shapes)
-        return Sequence(q, k, v, self.norm)
-
-    def step(self, parts: list[tuple[Sequence, int]]) -> None:
-        """Let each sequence take some tokens, and compare what comes out with the oracle."""
-        for sequence, count in parts:
-            while len(sequence.block_ids) * self.block_size < sequence.done + count:
-                sequence.block_ids.append(self.free.pop())
-        plan = self.backend.plan(
-            StepShape.of(
-                [sequence.done for sequence, _ in parts],
-                [count for _, count in parts],
-                [sequence.block_ids for sequence, _ in parts],
-                self.block_size,
-            )
-        )
-        rows = [(sequence, slice(sequence.done, sequence.done + count)) for sequence, count in parts]
-        q, k, v = (
-            torch.cat([getattr(sequence, name)[part] for sequence, part in rows])
-            for name in ("q_THd", "k_TGd", "v_TGd")
-        )
-        # As a layer makes them: views of one product, not contiguous.
-        qkv = torch.cat((q, k, v), dim=1)
-        views = qkv.split((self.heads[0], self.heads[1], self.heads[1]), dim=1)
-        positions = torch.cat([torch.arange(part.start, part.stop) for _, part in rows])
-        out = self.backend.forward(*views, rotation_of(positions, qkv), self.kv, plan, self.norm)
-        expected = torch.cat([sequence.expected[part] for sequence, part in rows])
-        assert out.shape == expected.shape
-        assert out.dtype == self.dtype
-        difference = (out.double().cpu() - expected).abs().max().item()
-        assert difference <= TOLERANCES[self.dtype] * max(1.0, expected.abs().max().item())
-        for sequence, count in parts:
-            sequence.done += count
 
 
 def test_every_backend_of_the_table_is_tried() -> None:
@@ -137,20 +24,6 @@ def test_every_backend_of_the_table_is_tried() -> None:
 def name(request: pytest.FixtureRequest) -> str:
     value: str = request.param
     return value
-
-
-def random_life(cache: Cache, lengths: list[int], seed: int) -> None:
-    """Sequences come and go; each step a random few take anything from one token to all they have left."""
-    choose = random.Random(seed)
-    waiting = [cache.sequence(length) for length in lengths]
-    while waiting:
-        picked = choose.sample(waiting, choose.randint(1, len(waiting)))
-        takes = [choose.choice([1, 1, choose.randint(1, sequence.length - sequence.done)]) for sequence in picked]
-        cache.step(list(zip(picked, takes, strict=True)))
-        for sequence in picked:
-            if sequence.done == sequence.length:
-                waiting.remove(sequence)
-                cache.free += sequence.block_ids  # the next to take a block finds this one's numbers in it
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -227,7 +100,8 @@ def test_a_dummy_step_has_a_plan(name: str) -> None:
     plan = cache.backend.plan(StepShape.of([], [], [], 4))
     nothing = torch.empty(0, 8, 8, dtype=cache.dtype)
     rotation = rotation_of(torch.arange(0), nothing)
-    out = cache.backend.forward(nothing[:, :4], nothing[:, 4:6], nothing[:, 6:], rotation, cache.kv, plan)
+    ctx = ForwardContext(torch.arange(0), plan, (cache.kv,), ())
+    out = cache.backend.forward(nothing[:, :4], nothing[:, 4:6], nothing[:, 6:], rotation, cache.kv, ctx)
     assert out.shape == (0, 4, 8)
 
 

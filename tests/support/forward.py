@@ -44,9 +44,9 @@ def idle_groups(topology: Topology, rank: int) -> Groups:
         return Group(nobody, name=name, rank=ranks.index(rank), ranks=ranks, device=CPU, timeout_seconds=0)
 
     world = group("world", tuple(range(topology.world_size)))
-    axes = ("dp", "pp", "tp", "ep")
-    dp, pp, tp, ep = (group(axis, getattr(topology, f"{axis}_group")(rank)) for axis in axes)
-    return Groups(world, dp, pp, tp, ep, world, [])
+    axes = ("dp", "pp", "tp", "ep", "dcp")
+    dp, pp, tp, ep, dcp = (group(axis, getattr(topology, f"{axis}_group")(rank)) for axis in axes)
+    return Groups(world, dp, pp, tp, ep, dcp, world, [])
 
 
 def empty_decoder(
@@ -112,7 +112,7 @@ def all_logits(
     prompts = prompts_by_dp_rank[dp_rank]
     longest = max(len(prompt) for group in prompts_by_dp_rank for prompt in group)
     chunk = chunk or longest
-    shape = KVShape(decoder.token_kv, BLOCK_SIZE, decoder.dtype)
+    shape = KVShape(decoder.token_kv, BLOCK_SIZE, decoder.dtype, sharing=topology.dcp)
     blocks = -(-longest // BLOCK_SIZE)
     kv = shape.allocate(max(1, blocks * len(prompts)), decoder.device)
     tables = [list(range(len(prompts) * blocks))[index :: len(prompts)][::-1] for index in range(len(prompts))]

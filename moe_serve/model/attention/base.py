@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_serve.base.registry import Registry
-from moe_serve.model.context import LayerKV
+from moe_serve.model.context import ForwardContext, LayerKV
 from moe_serve.model.layers.norm import HeadNorm
 from moe_serve.model.layers.rope import Rotation
 
@@ -98,11 +98,11 @@ class AttentionBackend(Protocol):
         v_TGd: Tensor,
         rotation: Rotation,
         kv: LayerKV,
-        plan: object,
+        ctx: ForwardContext,
         norm: HeadNorm | None = None,
     ) -> Tensor:
         """Norm the heads of q and k where there is a norm, rotate them, write k and v to their slots, attend.
 
-        Causally over each sequence's whole past. Returns (T, H, d).
+        Causally over each sequence's whole past, as plan() has laid it out in `ctx.attention`. Returns (T, H, d).
         """
         ...

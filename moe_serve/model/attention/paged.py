@@ -10,7 +10,7 @@ from moe_kernels.rotary.rotary import rotary
 from torch import Tensor
 
 from moe_serve.model.attention.base import StepShape
-from moe_serve.model.context import LayerKV
+from moe_serve.model.context import ForwardContext, LayerKV
 from moe_serve.model.layers.norm import HeadNorm
 from moe_serve.model.layers.rope import Rotation
 
@@ -49,9 +49,10 @@ class Paged:
         v_TGd: Tensor,
         rotation: Rotation,
         kv: LayerKV,
-        plan: object,
+        ctx: ForwardContext,
         norm: HeadNorm | None = None,
     ) -> Tensor:
+        plan = ctx.attention
         assert isinstance(plan, PagedPlan)
         q_THd = rotary(
             self._path,

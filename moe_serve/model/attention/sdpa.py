@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_serve.model.attention.base import Ints, StepShape
-from moe_serve.model.context import LayerKV
+from moe_serve.model.context import ForwardContext, LayerKV
 from moe_serve.model.layers.norm import HeadNorm
 from moe_serve.model.layers.rope import Rotation, rotate
 
@@ -108,9 +108,10 @@ class SDPA:
         v_TGd: Tensor,
         rotation: Rotation,
         kv: LayerKV,
-        plan: object,
+        ctx: ForwardContext,
         norm: HeadNorm | None = None,
     ) -> Tensor:
+        plan = ctx.attention
         assert isinstance(plan, AttentionPlan)
         if norm is not None:
             q_THd, k_TGd = norm(q_THd, k_TGd)

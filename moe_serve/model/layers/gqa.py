@@ -60,7 +60,7 @@ class Attention(nn.Module):
         if self.qk_norm == "full":
             normed = apart(partial(self._normed, q_THd, k_TGd), ctx)
             q_THd, k_TGd = torch.split(normed, [heads, kv_heads], dim=1)
-        out_THd = self.backend.forward(q_THd, k_TGd, v_TGd, rotation, kv, ctx.attention, self._head_norm())
+        out_THd = self.backend.forward(q_THd, k_TGd, v_TGd, rotation, kv, ctx, self._head_norm())
         out_TD: Tensor = self.o(out_THd.view(-1, heads * self.head_dim))
         if self.group.size == 1 and self.o_bias is None:
             return out_TD
