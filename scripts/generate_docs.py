@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from bench.report import RESULTS, markdown_table, read_reports
 from moe_serve.base.config import SECTIONS, Config
-from moe_serve.base.section import Section, dashed, planned_values
+from moe_serve.base.section import Section, dashed
 from moe_serve.base.tables import ALL2ALL, EXECUTORS
 from moe_serve.model.all2all.limits import LIMITS, Limits
 from scripts.kubernetes_examples import kept_manifests
@@ -153,7 +153,6 @@ def configuration() -> str:
         "`LLM` (`block_size=32`). The first that is given wins: command line, environment, file, default. Underscores "
         "in flags are fine too (`--block_size`). An option marked with = must be equal on every rank; ranks compare "
         "them when they meet, and a difference ends the start with a sentence that names it.",
-        "An option that is known but not built yet is refused with a sentence that says so; below it is marked.",
     ]
     for name, section in SECTIONS.items():
         parts += [f"## {ABOUT[name]}", option_table(section, agreed)]
@@ -174,11 +173,7 @@ def option_row(name: str, info: FieldInfo, agreed: set[str], prefix: str = "") -
     extra: Mapping[str, Any] = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     option = "MODEL" if name == "model" else f"--{prefix}{name}".replace("_", "-")
     default = info.default
-    waiting = planned_values(info)
     values = TABLES[option] if option in TABLES else kind_of(info.annotation, info.metadata)
-    if isinstance(waiting, list):
-        built = [choice for choice in get_args(info.annotation) if choice not in waiting]
-        values = f"{named(built)}; not built yet: {named(waiting)}"
     shown = "" if default is None else "{}" if isinstance(default, Section) else str(default).lower()
     return (
         f"`{option}`",
@@ -186,7 +181,7 @@ def option_row(name: str, info: FieldInfo, agreed: set[str], prefix: str = "") -
         values,
         f"`{shown}`" if shown else "",
         "=" if name in agreed else "",
-        " ".join((info.description or "").split()).replace("|", "\\|") + (" Not built yet." if waiting is True else ""),
+        " ".join((info.description or "").split()).replace("|", "\\|"),
     )
 
 

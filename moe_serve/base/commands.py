@@ -100,7 +100,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
     What all ranks agreed on for this step (engine/lockstep.py): before it, commit what was staged as `commit_epoch`
     (0: nothing), or give the stage up once `drop_after_pieces` pieces were exchanged (-1: no); after it,
-    `collect_load` of the steps since the last time.
+    `collect_load` of the steps since the last time. `in_halves`: every engine's tokens are cut in two halves that take
+    turns.
     """
 
     step: int
@@ -111,6 +112,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     commit_epoch: int = 0
     drop_after_pieces: int = -1
     collect_load: bool = False
+    in_halves: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from moe_serve.base.eplb_config import EPLBConfig
 from moe_serve.base.errors import ConfigError
 from moe_serve.base.nodes import NodesSection
-from moe_serve.base.section import Host, Port, Size, planned, short
+from moe_serve.base.section import Host, Port, Size, short
 from moe_serve.base.tables import ALL2ALL, EPLB_POLICIES, EXECUTORS
 from moe_serve.base.topology import Topology
 
@@ -79,11 +79,11 @@ class ParallelConfig(NodesSection):
     max_parallel_loading_workers: Size | None = None
     """Most ranks of one engine that read weights at the same time, where memory or disks bear no more; all if not
     given. The others wait for their turn."""
-    enable_dbo: bool = Field(False, json_schema_extra=planned())
+    enable_dbo: bool = False
     """Overlap two half batches, one computing while the other travels."""
-    dbo_decode_token_threshold: Size = Field(32, json_schema_extra=planned())
+    dbo_decode_token_threshold: Size = 32
     """Fewest tokens of a decode-only step that is cut in two."""
-    dbo_prefill_token_threshold: Size = Field(512, json_schema_extra=planned())
+    dbo_prefill_token_threshold: Size = 512
     """Fewest tokens of a step with prefill that is cut in two."""
     distributed_executor_backend: str | None = None
     """uni, mp, ray, external_launcher or package.module:Class. uni for one rank per engine; of several ray inside a Ray
@@ -228,6 +228,8 @@ class ParallelConfig(NodesSection):
             raise ValueError(
                 f"eplb_config.num_redundant_experts ({self.eplb_config.num_redundant_experts}) needs enable_eplb"
             )
+        if self.enable_dbo and self.topology.ep == 1:
+            raise ValueError("enable_dbo needs data_parallel_size x tensor_parallel_size > 1: else no rows travel")
         if self.expert_placement_file is not None and not self.enable_expert_parallel:
             raise ValueError("expert_placement_file needs enable_expert_parallel")
         return self
@@ -316,7 +318,6 @@ class ParallelConfig(NodesSection):
             raise ConfigError(
                 f"distributed_executor_backend uni holds one rank, but pipeline x tensor is {self.world_size}; use mp"
             )
-        self.check_planned()
         if not self.disable_nccl_for_dp_synchronization:
             raise ConfigError(
                 "disable_nccl_for_dp_synchronization=False is not built: data-parallel ranks agree over gloo, on the "

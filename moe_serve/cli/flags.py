@@ -26,7 +26,7 @@ from pydantic_settings import (
 
 from moe_serve.base.config import explain
 from moe_serve.base.errors import ConfigError
-from moe_serve.base.section import ENVIRONMENT_PREFIX, dashed, planned_values
+from moe_serve.base.section import ENVIRONMENT_PREFIX, dashed
 
 FLAG = re.compile(r"^--?([A-Za-z][A-Za-z0-9_.-]*)(=.*)?$", re.DOTALL)
 POSITIONAL = get_args(CliPositionalArg[str])[-1]
@@ -217,12 +217,12 @@ def _origin(error: ValidationError) -> str:
 def _entry(name: str, info: FieldInfo) -> str:
     flag = f"no-{name}" if info.default is True else name
     names = ", ".join([f"--{flag}", *map(dashed, short_forms(info))])
-    told = [info.description or "", *(["(not built yet)"] if planned_values(info) is True else [])]
+    told = [info.description or ""]
     if info.default is True:
         told.append("Without this flag: on.")
     elif info.default is not None and info.default is not False and not isinstance(info.default, BaseModel):
         told.append(f"[{info.default}]")
-    values = _extra(info, "names") or [value for value in _choices(info) if value not in _extra(info, "planned")]
+    values = _extra(info, "names") or _choices(info)
     first = f"  {names} {_value(info.annotation, values)}".rstrip()
     if len(first) > _width():
         told_values = _value(info.annotation, values).replace("|", "| ")  # so that a line may end between two

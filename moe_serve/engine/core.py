@@ -18,6 +18,7 @@ from moe_serve.base.errors import ConfigError, EngineError, RankTimeout, Request
 from moe_serve.base.sampling import SamplingParams
 from moe_serve.engine.block_pool import BlockPool
 from moe_serve.engine.flight import Flight, StepOutcome
+from moe_serve.engine.halving import Thresholds
 from moe_serve.engine.request import check_request, make_request
 from moe_serve.engine.scheduler import Scheduler
 from moe_serve.executor.base import Executor
@@ -70,6 +71,7 @@ class EngineCore:
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_flights=self.max_flights,
         )
+        self._halving = Thresholds.of(config.parallel)
         self._load = LoadReport()
         self._begun = 0
 
@@ -94,7 +96,9 @@ class EngineCore:
         return []
 
     def schedule(self) -> StepPlan:
-        return self.scheduler.schedule()
+        """The next step, in halves if this engine alone had to decide that."""
+        plan = self.scheduler.schedule()
+        return msgspec.structs.replace(plan, in_halves=True) if self._halving.wants_halves(plan) else plan
 
     def begin(self, plan: StepPlan) -> Flight:
         """Give a plan (a dummy one too) to the workers, who carry plans out in the order in which they get them."""

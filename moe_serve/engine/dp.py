@@ -52,7 +52,14 @@ class DPRank:
         plan = self.core.schedule()
         self._progress.unfinished = self.core.scheduler.num_unfinished
         self._step += 1
-        vote = Vote(self._step, self.naps.taken, self.core.has_work, plan.num_tokens, generation=self._generation)
+        vote = Vote(
+            self._step,
+            self.naps.taken,
+            self.core.has_work,
+            plan.num_tokens,
+            generation=self._generation,
+            in_halves=plan.in_halves,
+        )
         verdict = decide(self._exchange(vote if self.rearranging is None else self.rearranging.vote(vote)))
         if self.core.in_air and must_land(verdict):
             if plan.scheduled:
@@ -67,7 +74,11 @@ class DPRank:
         self._undelivered = []
         self._progress.enter(Phase.STEP, step=self._step)
         plan = msgspec.structs.replace(
-            plan, step=self._step, dropped=dropped, tokens_by_dp_rank=verdict.tokens_by_dp_rank
+            plan,
+            step=self._step,
+            dropped=dropped,
+            tokens_by_dp_rank=verdict.tokens_by_dp_rank,
+            in_halves=verdict.in_halves,
         )
         if self.rearranging is not None:
             plan = self.rearranging.plan(plan, verdict)

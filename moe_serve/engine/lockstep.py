@@ -14,7 +14,8 @@ from moe_serve.base.errors import EngineError
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """`num_tokens` this rank would compute in `step`; `has_work` unfinished requests; `nap` naps taken so far.
+    """`num_tokens` this rank would compute in `step`, and `in_halves` if all do; `has_work` unfinished requests; `nap`
+    naps taken so far.
 
     Of a rearrangement of experts: `staged_epoch` all weights are here, `dropped_epoch` told to give it up (0: neither),
     `pieces_posted` exchanges begun. `recording`: told to collect the load of every step.
@@ -30,19 +31,22 @@ class Vote:
     pieces_posted: int = 0
     recording: bool = False
     generation: int = 1
+    in_halves: bool = False
 
     def to_ints(self) -> list[int]:
         return [int(getattr(self, each.name)) for each in fields(self)]
 
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> Vote:
-        step, nap, has_work, num_tokens, staged, dropped, pieces, recording, generation = values
-        return cls(step, nap, bool(has_work), num_tokens, staged, dropped, pieces, bool(recording), generation)
+        step, nap, has_work, num_tokens, staged, dropped, pieces, recording, generation, in_halves = values
+        told = (num_tokens, staged, dropped, pieces, bool(recording), generation, bool(in_halves))
+        return cls(step, nap, bool(has_work), *told)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`run`: compute a step (a rank without tokens a dummy one), else sleep. `tokens_by_dp_rank` sizes of the step.
+    """`run`: compute a step (a rank without tokens a dummy one), else sleep. `tokens_by_dp_rank` sizes of the step,
+    which all cut in two if `in_halves`.
 
     Before the step: commit `commit_epoch` (0: nothing), or give the stage under way up after `drop_after_pieces` pieces
     (-1: no). After it: collect the load (`recording`).
@@ -53,6 +57,7 @@ class Verdict:
     commit_epoch: int = 0
     drop_after_pieces: int = -1
     recording: bool = False
+    in_halves: bool = False
 
 
 def decide(votes: Sequence[Vote]) -> Verdict:
@@ -70,6 +75,7 @@ def decide(votes: Sequence[Vote]) -> Verdict:
         commit_epoch=0 if dropped else commit_epoch,
         drop_after_pieces=max(vote.pieces_posted for vote in votes) if dropped else -1,
         recording=all(vote.recording for vote in votes),
+        in_halves=all(vote.in_halves for vote in votes),
     )
 
 

@@ -57,10 +57,9 @@ def resolve(config: Config, *, weights: bool = True) -> tuple[Config, ModelConfi
     backend = _settle_all2all(config, str(executor["distributed_executor_backend"]))
     shape = dispatch_shape(
         model,
-        parallel.topology,
+        parallel,
         max_tokens=config.scheduler.max_num_batched_tokens,
         dtype=dtype,
-        wire=parallel.all2all_dtype,
         device=config.model.device,
     )
     check_dispatch(backend, shape, expert_layout(partition))

@@ -57,10 +57,9 @@ def build_model(
     backend = _attention(attention or ("sdpa" if path is None else "paged"), partition, groups.dcp, device, path)
     shape = dispatch_shape(
         config,
-        parallel.topology,
+        parallel,
         max_tokens=max_tokens,
         dtype=str(dtype).removeprefix("torch."),
-        wire=parallel.all2all_dtype,
         device=device.type,
     )
     layout = expert_layout(partition)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 
 import torch
@@ -51,6 +51,20 @@ class DecoderLayer(nn.Module):
             normed_TD = x_TD
         between(partial(self._enter, self.feed_forward_phase), ctx)
         return add(x_TD, self.feed_forward(normed_TD, ctx), self.feed_forward_norm.path)
+
+    def in_turns(
+        self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext
+    ) -> Generator[None, None, Tensor]:
+        """As forward(), but that it yields while rows travel to experts or back."""
+        self._enter(Phase.ATTENTION, ctx)
+        out_TD = self.attention(self.attention_norm(x_TD), rotation, kv, ctx)
+        x_TD, normed_TD = self.feed_forward_norm.after_sum(x_TD, out_TD)
+        self._enter(self.feed_forward_phase, ctx)
+        if isinstance(self.feed_forward, MoELayer):
+            out_TD = yield from self.feed_forward.in_turns(normed_TD, ctx)
+        else:
+            out_TD = self.feed_forward(normed_TD, ctx)
+        return add(x_TD, out_TD, self.feed_forward_norm.path)
 
     def _enter(self, phase: Phase, ctx: ForwardContext) -> None:
         ctx.progress.enter(phase, layer=self.index)
@@ -138,6 +152,12 @@ class Decoder(nn.Module):
         for layer, kv in zip(self._layers, ctx.kv, strict=True):
             x_TD = layer(x_TD, rotation, kv, ctx)
             next_layer()
+        return x_TD if self.norm is None else self.norm(x_TD)
+
+    def in_turns(self, x_TD: Tensor, rotation: Rotation, ctx: ForwardContext) -> Generator[None, None, Tensor]:
+        """As through(), for at least one row, but that it yields while rows travel: another half's turn."""
+        for layer, kv in zip(self._layers, ctx.kv, strict=True):
+            x_TD = yield from layer.in_turns(x_TD, rotation, kv, ctx)
         return x_TD if self.norm is None else self.norm(x_TD)
 
     @torch.inference_mode()

@@ -11,9 +11,11 @@ from torch import Tensor
 from moe_serve.base.commands import Sampled, StepPlan, StepResult, TokenLogprob
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.topology import Topology, split_range
+from moe_serve.model.all2all.shape import NUM_HALVES
 from moe_serve.model.attention.base import StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
 from moe_serve.model.decoder import Decoder
+from moe_serve.model.halves import forward_in_halves, half_of
 from moe_serve.model.layers.argmax import argmax
 from moe_serve.model.replay import ReplayedDecoder
 from moe_serve.worker.eplb.expert_balance import Collected, ExpertBalance
@@ -69,18 +71,9 @@ class Runner:
         commit_seconds = 0.0 if self._balance is None else self._balance.before_step(plan)
         inputs = self._table.build(plan, rows_by_ep_rank(plan.tokens_by_dp_rank, self._topology))
         clock = StepClock()
-        ctx = ForwardContext(
-            positions_T=inputs.positions_T,
-            attention=self._decoder.attention_backend.plan(inputs.shape),
-            kv=self._kv,
-            rows_by_ep_rank=inputs.rows_by_ep_rank,
-            row_hash_T=inputs.row_hash_T,
-            routes=None if self._balance is None else [],
-            progress=self._progress,
-            clock=clock,
-        )
+        ctx = self._context(inputs, inputs.shape, slice(None), inputs.rows_by_ep_rank, clock)
         padded_before = self._decoder.all2all.padding_rows
-        hidden_TD = self._forward(inputs, ctx)
+        hidden_TD = self._forward(inputs, ctx, self._halves(plan, inputs, clock) if plan.in_halves else [])
         collected = self._watch(plan, inputs, ctx)
         failed: dict[str, str] = {}
         prompt_logprobs: dict[str, list[TokenLogprob]] = {}
@@ -102,13 +95,40 @@ class Runner:
             commit_seconds=commit_seconds,
         )
 
-    def _forward(self, inputs: StepInputs, ctx: ForwardContext) -> Tensor:
+    def _context(
+        self, inputs: StepInputs, shape: StepShape, rows: slice, rows_by_ep_rank: tuple[int, ...], clock: StepClock
+    ) -> ForwardContext:
+        """Of some rows of a step, which `shape` describes."""
+        return ForwardContext(
+            positions_T=inputs.positions_T[rows],
+            attention=self._decoder.attention_backend.plan(shape),
+            kv=self._kv,
+            rows_by_ep_rank=rows_by_ep_rank,
+            row_hash_T=None if inputs.row_hash_T is None else inputs.row_hash_T[rows],
+            routes=None if self._balance is None else [],
+            progress=self._progress,
+            clock=clock,
+        )
+
+    def _halves(self, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> list[ForwardContext]:
+        contexts = []
+        for half in range(NUM_HALVES):
+            rows = half_of(len(inputs.token_ids_T), half)
+            shape = inputs.shape.of_rows(rows.start, rows.stop)
+            tokens = [len(split_range(tokens, NUM_HALVES, half)) for tokens in plan.tokens_by_dp_rank]
+            contexts.append(self._context(inputs, shape, rows, rows_by_ep_rank(tokens, self._topology), clock))
+        return contexts
+
+    def _forward(self, inputs: StepInputs, ctx: ForwardContext, halves: Sequence[ForwardContext]) -> Tensor:
         """Through this stage's layers: from the rows of the stage before, and on to the stage behind."""
         decoder, hidden_TD = self._decoder, None
         if not decoder.partition.is_first:
             size = (len(inputs.token_ids_T), decoder.config.hidden_size)
             hidden_TD = self._handover.take(torch.empty(size, dtype=decoder.dtype, device=decoder.device))
-        out_TD: Tensor = self._run_layers(inputs.token_ids_T, ctx, hidden_TD)
+        if halves:
+            out_TD = forward_in_halves(decoder, inputs.token_ids_T, ctx, halves, hidden_TD)
+        else:
+            out_TD = self._run_layers(inputs.token_ids_T, ctx, hidden_TD)
         if not decoder.partition.is_last:
             self._handover.pass_on(out_TD)
         return out_TD

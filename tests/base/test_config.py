@@ -158,6 +158,7 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"decode_context_parallel_size": 2}, r"decode_context_parallel_size \(2\) must divide tensor_parallel_size \(1\)"),
     ({"max_parallel_loading_workers": 0}, "max_parallel_loading_workers"),
     ({"dbo_decode_token_threshold": 0}, "dbo_decode_token_threshold"),
+    ({"enable_dbo": True}, "enable_dbo needs data_parallel_size x tensor_parallel_size > 1"),
     ({"dtype": "int4"}, "dtype: .*'auto', 'float32', 'bfloat16' or 'float16' .*'int4'"),
     ({"device": "tpu"}, "device: .*'auto', 'cpu' or 'cuda'"),
     ({"max_model_len": 0}, "max_model_len"),
@@ -358,6 +359,7 @@ NEEDS: dict[str, dict[str, object]] = {
     "enable_eplb": {"data_parallel_size": 2, **EP},
     "num_redundant_experts": {"enable_eplb": True, "data_parallel_size": 2, **EP},
     "decode_context_parallel_size": {"tensor_parallel_size": 4},
+    "enable_dbo": {"data_parallel_size": 2},
 }
 """What else must be said for an option to be possible at all."""
 
@@ -437,8 +439,6 @@ def test_every_option_is_read_somewhere_or_refused(section: str, field: str) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_dbo": True}, "enable_dbo=True is known but not built yet"),
-        ({"dbo_prefill_token_threshold": 256}, "dbo.*not built yet"),
         (
             {"disable_nccl_for_dp_synchronization": False},
             "disable_nccl_for_dp_synchronization=False is not built: .* gloo.*leave out --no-disable-nccl",

@@ -157,7 +157,7 @@ def hub_at(address: str, cache: Path) -> dict[str, str]:
         (["-tp", "3"], r"--tensor-parallel-size 3 does not divide the model's 4 query heads.*sizes that work: 1, 2, 4"),
         (["-dp", "300"], "experts of width 128 cannot be cut over 300 ranks.*--enable-expert-parallel"),
         (["--max-model-len", "5000"], r"max_model_len 5000 is more than the checkpoint allows \(4096\)"),
-        (["--all2all-backend", "pplx"], "'pplx' is known but not built yet; built are: naive"),
+        (["--all2all-backend", "pplx"], "pplx joins at least 2 ranks"),
         (
             ["--all2all-backend", "deepep_v2", "-dp", "2"],
             "deepep_v2 moves rows to whole experts, .*--enable-expert-p",
@@ -169,7 +169,12 @@ def hub_at(address: str, cache: Path) -> dict[str, str]:
         (["--data-parallel-backend", "ray"], "data_parallel_backend ray needs data_parallel_size > 1"),
         (["--distributed-executor-backend", "external_launcher"], "is for LLM in processes that torchrun starts"),
         (["-tp", "2", "--ray-address", "h:1"], "--ray-address has no effect with the mp executor; add --distributed"),
-        (["--enable-dbo"], "enable_dbo=True is known but not built yet"),
+        (["--enable-dbo"], "enable_dbo needs data_parallel_size x tensor_parallel_size > 1"),
+        (
+            ["--enable-dbo", "-dp", "2", "-ep", "--all2all-backend", "pplx", "--dtype", "bfloat16"],
+            "pplx carries one exchange at a time.*leave out --enable-dbo",
+        ),
+        (["-tp", "2", "-dcp", "2"], "--decode-context-parallel-size 2 does not divide the 1 .*sizes that work: 1"),
         (["-tp", "2", "--decode-context-parallel-size", "2"], "decode_context_parallel_size=2 is known but not built"),
         (["--no-disable-nccl-for-dp-synchronization"], "disable_nccl_for_dp_synchronization=False is not built: data-"),
         (["-dp", "2", "--enable-eplb"], "enable_eplb needs enable_expert_parallel"),

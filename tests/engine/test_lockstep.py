@@ -44,6 +44,7 @@ any_vote = st.builds(
     pieces_posted=numbers,
     recording=st.booleans(),
     generation=numbers,
+    in_halves=st.booleans(),
 )
 
 

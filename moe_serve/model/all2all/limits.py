@@ -14,8 +14,8 @@ from moe_serve.model.all2all.shape import QUANTISED_COLUMNS, DispatchShape, Expe
 class Limits:
     """What a backend can carry. None and the defaults mean: whatever comes, but neither graphs nor quantised rows.
 
-    `rank_counts`, `hidden_sizes`, `top_ks`: no others. `experts_multiple` of physical experts, `quantised_multiple` of
-    the hidden size of rows that travel quantised.
+    `in_flight` exchanges at a time. `rank_counts`, `hidden_sizes`, `top_ks`: no others. `experts_multiple` of physical
+    experts, `quantised_multiple` of the hidden size of rows that travel quantised.
 
     `equal_slots`: every rank must own equally many. `whole_experts`: experts must not be cut by width. `host_memory`:
     by what the ranks of a host hand memory to each other, past the network, so that they must not be in containers
@@ -23,6 +23,7 @@ class Limits:
     """
 
     max_rows: int | None = None
+    in_flight: int = 2
     min_ranks: int = 1
     max_ranks: int | None = None
     rank_counts: tuple[int, ...] | None = None
@@ -90,6 +91,7 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
             devices=("cuda",),
         ),
         "pplx": Limits(
+            in_flight=1,
             min_ranks=2,
             hidden_multiple=8,
             dtypes=("bfloat16", "float16"),
@@ -103,6 +105,7 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
             devices=("cuda",),
         ),
         "pplx_garden": Limits(
+            in_flight=1,
             max_experts=512,
             hidden_multiple=8,
             dtypes=("bfloat16", "float16"),
@@ -113,6 +116,7 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
             devices=("cuda",),
         ),
         "flashinfer_nvlink_one_sided": Limits(
+            in_flight=1,
             max_ranks=64,
             top_ks=(1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 22),
             dtypes=("bfloat16", "float16"),
@@ -123,6 +127,7 @@ LIMITS: Mapping[str, Limits] = MappingProxyType(
             devices=("cuda",),
         ),
         "flashinfer_nvlink_two_sided": Limits(
+            in_flight=1,
             max_top_k=32,
             experts_multiple=4,
             hidden_multiple=8,
@@ -243,6 +248,11 @@ def _kinds(shape: DispatchShape, limits: Limits) -> list[tuple[bool, str]]:
             limits.devices is not None and shape.device not in ("auto", *limits.devices),
             f"is for ranks that compute on {' or '.join(limits.devices or ())}, not on {shape.device}; choose another "
             "--device, or another backend",
+        ),
+        (
+            shape.in_flight > limits.in_flight,
+            "carries one exchange at a time, so that halves of a step cannot take turns; leave out --enable-dbo, or "
+            "use another backend",
         ),
         (shape.graph and not limits.graphs, "cannot run inside a CUDA graph; use another backend"),
     ]

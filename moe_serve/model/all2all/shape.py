@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_serve.base.model_config import ModelConfig
-from moe_serve.base.topology import Topology
+from moe_serve.base.parallel_config import ParallelConfig
 from moe_serve.model.partition import Partition
 
+NUM_HALVES = 2
+"""Of a step, where they take turns."""
 QUANTISED_COLUMNS = 128
 """A scale for so many of a row: moe_kernels.quantise."""
 
@@ -38,8 +40,9 @@ class DispatchShape:
     """The largest exchange there can be; a backend may size its buffers by it once.
 
     `max_rows` that one rank brings to a layer. `dtype` of the rows as config.json names types; `quantisation` of them
-    on the wire (None: none). `graph`: the exchange is captured in a CUDA graph. `device` is auto where it is not known
-    yet. `path` of moe_kernels for what is computed on the way, torch's own operations if None.
+    on the wire (None: none). `in_flight` exchanges that may be under way at a time. `graph`: the exchange is captured
+    in a CUDA graph. `device` is auto where it is not known yet. `path` of moe_kernels for what is computed on the way,
+    torch's own operations if None.
     """
 
     max_rows: int
@@ -48,6 +51,7 @@ class DispatchShape:
     top_k: int
     dtype: str
     quantisation: str | None = None
+    in_flight: int = 1
     graph: bool = False
     device: str = "auto"
     path: str | None = None
@@ -62,15 +66,17 @@ def expert_layout(partition: Partition) -> ExpertLayout:
 
 
 def dispatch_shape(
-    model: ModelConfig, topology: Topology, *, max_tokens: int, dtype: str, wire: str, device: str
+    model: ModelConfig, parallel: ParallelConfig, *, max_tokens: int, dtype: str, device: str
 ) -> DispatchShape:
-    """Of engines whose steps have at most `max_tokens` tokens, cut over their tensor ranks; `wire` as all2all_dtype."""
+    """Of engines whose steps have at most `max_tokens` tokens, cut over their tensor ranks."""
+    wire = parallel.all2all_dtype
     return DispatchShape(
-        max_rows=-(-max_tokens // topology.tp),
-        num_ranks=topology.ep,
+        max_rows=-(-max_tokens // parallel.topology.tp),
+        num_ranks=parallel.topology.ep,
         hidden=model.hidden_size,
         top_k=model.top_k,
         dtype=dtype,
         quantisation=None if wire == "auto" else wire,
+        in_flight=NUM_HALVES if parallel.enable_dbo else 1,
         device=device,
     )

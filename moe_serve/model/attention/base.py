@@ -74,6 +74,14 @@ class StepShape:
         slots_T: Ints = self.positions_T + (self.blocks[places_T] - blocks_T) * self.block_size
         return slots_T
 
+    def of_rows(self, first: int, stop: int) -> StepShape:
+        """Rows [first, stop) of the step as a step of their own, after that of the rows before."""
+        firsts_S, counts_S, starts_S, tables_S = self.sequences_S4.T
+        begins_S, ends_S = firsts_S.clip(first), (firsts_S + counts_S).clip(max=stop)
+        there = begins_S < ends_S
+        columns = (begins_S - first, ends_S - begins_S, starts_S + begins_S - firsts_S, tables_S)
+        return StepShape(np.stack(columns, axis=1)[there], self.positions_T[first:stop], self.blocks, self.block_size)
+
     def table(self, sequence: int) -> Ints:
         """The blocks of one sequence that hold its positions up to the last of this step."""
         _, count, start, first = self.sequences_S4[sequence].tolist()

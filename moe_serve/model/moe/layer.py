@@ -6,7 +6,7 @@ Shape letters: T tokens of this engine, S rows of this rank (its part of T), D h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -47,19 +47,26 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: ForwardContext) -> Tensor:
         """(T, D) -> (T, D). Every rank of the expert-parallel group calls this in step, with or without rows."""
-        tp = self.tp_group
-        parts = [split_range(x_TD.shape[0], tp.size, rank) for rank in range(tp.size)]
-        mine = slice(parts[tp.rank].start, parts[tp.rank].stop)
+        parts, mine = self._parts(x_TD.shape[0])
         out_SD = self._own_rows(x_TD[mine], mine, ctx)
-        if tp.size == 1:
-            return out_SD
-        sizes = [len(part) for part in parts]
+        return out_SD if self.tp_group.size == 1 else apart(partial(self._gather, out_SD, parts), ctx)
 
-        def gather(ctx: ForwardContext) -> Tensor:
-            ctx.progress.enter(Phase.TENSOR_PARALLEL)
-            return tp.all_gather_ragged(out_SD, sizes)
+    def in_turns(self, x_TD: Tensor, ctx: ForwardContext) -> Generator[None, None, Tensor]:
+        """As forward(), but that it yields while rows are on their way."""
+        parts, mine = self._parts(x_TD.shape[0])
+        ids_SK, weights_SK = self.router(x_TD[mine])
+        out_SD = yield from self._travel(x_TD[mine], ids_SK, weights_SK, mine, ctx)
+        return out_SD if self.tp_group.size == 1 else self._gather(out_SD, parts, ctx)
 
-        return apart(gather, ctx)
+    def _parts(self, num_rows: int) -> tuple[list[range], slice]:
+        """Of so many rows each tensor rank's, and this one's."""
+        tp = self.tp_group
+        parts = [split_range(num_rows, tp.size, rank) for rank in range(tp.size)]
+        return parts, slice(parts[tp.rank].start, parts[tp.rank].stop)
+
+    def _gather(self, out_SD: Tensor, parts: Sequence[range], ctx: ForwardContext) -> Tensor:
+        ctx.progress.enter(Phase.TENSOR_PARALLEL)
+        return self.tp_group.all_gather_ragged(out_SD, [len(part) for part in parts])
 
     def _own_rows(self, x_SD: Tensor, mine: slice, ctx: ForwardContext) -> Tensor:
         ids_SK, weights_SK = self.router(x_SD)
@@ -69,6 +76,18 @@ class MoELayer(nn.Module):
         return apart(partial(self._by_experts, x_SD, ids_SK, weights_SK, mine), ctx)
 
     def _by_experts(self, x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor, mine: slice, ctx: ForwardContext) -> Tensor:
+        """All of _travel(), without leaving it."""
+        travel = self._travel(x_SD, ids_SK, weights_SK, mine, ctx)
+        while True:
+            try:
+                next(travel)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+
+    def _travel(
+        self, x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor, mine: slice, ctx: ForwardContext
+    ) -> Generator[None, None, Tensor]:
+        """To the experts and back; yields when rows have been sent out, and when they have been sent home."""
         if ctx.routes is not None:
             ctx.routes.append(ids_SK.clone())  # the next step's may be put in the same place
         slots_SK = self.expert_map(ids_SK, None if ctx.row_hash_T is None else ctx.row_hash_T[mine])
@@ -76,12 +95,14 @@ class MoELayer(nn.Module):
         rows = ctx.rows_by_ep_rank
         dispatched = _exchange(Phase.DISPATCH, lambda: self.all2all.dispatch(x_SD, slots_SK, weights_SK, rows), ctx)
         shared_SD = None if self.shared is None else self.shared(x_SD)  # computed while the rows travel
+        yield
         arrived = _exchange(Phase.DISPATCH, dispatched.wait, ctx)
         started = time.perf_counter()
         outputs = self.experts(arrived)
         if x_SD.device.type == "cpu":
             ctx.clock.expert_seconds += time.perf_counter() - started
         combined: Pending[Tensor] = _exchange(Phase.COMBINE, lambda: self.all2all.combine(outputs, arrived), ctx)
+        yield
         out_SD = _exchange(Phase.COMBINE, combined.wait, ctx)
         return out_SD if shared_SD is None else out_SD + shared_SD
 
