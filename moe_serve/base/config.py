@@ -38,6 +38,9 @@ class ModelSection(Section):
     enforce_eager: bool = False
     """Run every decode step operation by operation: for looking into a step, or comparing. Without it, steps of the
     compiled kernels are recorded once for each number of rows, up to 64, and replayed."""
+    profile: str | None = None
+    """Write what each rank computes and what is on its way, by layer and half, as a Chrome trace: this file with the
+    rank in its name."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto reads the checkpoint; dummy makes random weights of its shapes (for measuring)."""
     max_model_len: Size | None = None

@@ -69,10 +69,21 @@ def resolve(config: Config, *, weights: bool = True) -> tuple[Config, ModelConfi
             model=str(folder),
             served_model_name=config.model.served_model_name or config.model.model or DEFAULT_MODEL,
             max_model_len=asked or limit,
+            profile=_profile(config.model.profile),
             dtype=dtype,
         ).with_("parallel", all2all_backend=backend, **executor),
         model,
     )
+
+
+def _profile(file: str | None) -> str | None:
+    """As every process of this machine finds it; ConfigError where it could not be written in the end."""
+    if file is None:
+        return None
+    path = Path(file).absolute()
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--profile {file}: {path.parent} is no folder that can be written to; give another file")
+    return str(path)
 
 
 def _settle_all2all(config: Config, executor: str) -> str:

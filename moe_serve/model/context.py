@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moe_serve.base.progress import Progress
+from moe_serve.base.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class ForwardContext:
     `rows_by_ep_rank[i]` rows EP rank i brings to every MoE layer of this step (each engine's tokens cut over its TP
     ranks by topology.split_range); known to all ranks from the step plan, so sizes need no exchange. `row_hash_T`
     int64 tells rows apart where experts have several copies (see moe/expert_map.py). `routes`, where load is watched,
-    gets each layer's logical expert ids (S, K) of this rank's own rows, in order of the layers.
+    gets each layer's logical expert ids (S, K) of this rank's own rows, in order of the layers. `half` of a step that
+    is cut in two. `trace`, where one is kept.
     """
 
     positions_T: Tensor
@@ -62,3 +64,12 @@ class ForwardContext:
     routes: list[Tensor] | None = None
     progress: Progress = field(default_factory=Progress)
     clock: StepClock = field(default_factory=StepClock)
+    half: int | None = None
+    trace: Trace | None = None
+
+    def traced(self, name: str, started: float, *, travels: bool = False) -> None:
+        """Note in the trace what has lasted from `started` (time.perf_counter()) until now."""
+        if self.trace is not None:
+            whose = "" if self.half is None else f" half {self.half}"
+            track = "rows travel" if travels else "computes"
+            self.trace.add(name, f"{track}{whose}", started, step=self.progress.step, layer=self.progress.layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 from functools import partial
 
@@ -45,8 +46,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> Tensor:
         if x_TD.shape[0]:
             between(partial(self._enter, Phase.ATTENTION), ctx)
-            out_TD = self.attention(self.attention_norm(x_TD), rotation, kv, ctx)
-            x_TD, normed_TD = self.feed_forward_norm.after_sum(x_TD, out_TD)
+            x_TD, normed_TD = self._attend(x_TD, rotation, kv, ctx)
         else:  # a dummy step brings no rows, on all TP ranks alike; its experts still serve other engines
             normed_TD = x_TD
         between(partial(self._enter, self.feed_forward_phase), ctx)
@@ -57,14 +57,21 @@ class DecoderLayer(nn.Module):
     ) -> Generator[None, None, Tensor]:
         """As forward(), but that it yields while rows travel to experts or back."""
         self._enter(Phase.ATTENTION, ctx)
-        out_TD = self.attention(self.attention_norm(x_TD), rotation, kv, ctx)
-        x_TD, normed_TD = self.feed_forward_norm.after_sum(x_TD, out_TD)
+        x_TD, normed_TD = self._attend(x_TD, rotation, kv, ctx)
         self._enter(self.feed_forward_phase, ctx)
         if isinstance(self.feed_forward, MoELayer):
             out_TD = yield from self.feed_forward.in_turns(normed_TD, ctx)
         else:
             out_TD = self.feed_forward(normed_TD, ctx)
         return add(x_TD, out_TD, self.feed_forward_norm.path)
+
+    def _attend(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """x with what attention adds, and its norm for the second half of the layer."""
+        started = time.perf_counter()
+        out_TD = self.attention(self.attention_norm(x_TD), rotation, kv, ctx)
+        made = self.feed_forward_norm.after_sum(x_TD, out_TD)
+        ctx.traced("attention", started)
+        return made
 
     def _enter(self, phase: Phase, ctx: ForwardContext) -> None:
         ctx.progress.enter(phase, layer=self.index)

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_serve.base.commands import Sampled, StepPlan, StepResult, TokenLogprob
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.topology import Topology, split_range
+from moe_serve.base.trace import Trace
 from moe_serve.model.all2all.shape import NUM_HALVES
 from moe_serve.model.attention.base import StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
@@ -49,8 +50,9 @@ class Runner:
         handover: Handover,
         balance: ExpertBalance | None = None,
         enforce_eager: bool = False,
+        trace: Trace | None = None,
     ) -> None:
-        self._balance = balance
+        self._balance, self._trace = balance, trace
         self._handover = handover
         self._decoder = decoder
         self._run_layers = decoder if enforce_eager else ReplayedDecoder(decoder).forward
@@ -71,7 +73,7 @@ class Runner:
         commit_seconds = 0.0 if self._balance is None else self._balance.before_step(plan)
         inputs = self._table.build(plan, rows_by_ep_rank(plan.tokens_by_dp_rank, self._topology))
         clock = StepClock()
-        ctx = self._context(inputs, inputs.shape, slice(None), inputs.rows_by_ep_rank, clock)
+        ctx = self._context(inputs, inputs.shape, slice(None), inputs.rows_by_ep_rank, clock, None)
         padded_before = self._decoder.all2all.padding_rows
         hidden_TD = self._forward(inputs, ctx, self._halves(plan, inputs, clock) if plan.in_halves else [])
         collected = self._watch(plan, inputs, ctx)
@@ -81,6 +83,8 @@ class Runner:
         if self._decoder.partition.is_last:
             prompt_logprobs = self._prompt_logprobs(hidden_TD, inputs, failed)
             sampled = self._sample(hidden_TD, inputs, failed)
+        if self._trace is not None:
+            self._trace.flush()
         return StepResult(
             step=plan.step,
             sampled=sampled,
@@ -96,7 +100,13 @@ class Runner:
         )
 
     def _context(
-        self, inputs: StepInputs, shape: StepShape, rows: slice, rows_by_ep_rank: tuple[int, ...], clock: StepClock
+        self,
+        inputs: StepInputs,
+        shape: StepShape,
+        rows: slice,
+        rows_by_ep_rank: tuple[int, ...],
+        clock: StepClock,
+        half: int | None,
     ) -> ForwardContext:
         """Of some rows of a step, which `shape` describes."""
         return ForwardContext(
@@ -108,6 +118,8 @@ class Runner:
             routes=None if self._balance is None else [],
             progress=self._progress,
             clock=clock,
+            half=half,
+            trace=self._trace,
         )
 
     def _halves(self, plan: StepPlan, inputs: StepInputs, clock: StepClock) -> list[ForwardContext]:
@@ -116,7 +128,7 @@ class Runner:
             rows = half_of(len(inputs.token_ids_T), half)
             shape = inputs.shape.of_rows(rows.start, rows.stop)
             tokens = [len(split_range(tokens, NUM_HALVES, half)) for tokens in plan.tokens_by_dp_rank]
-            contexts.append(self._context(inputs, shape, rows, rows_by_ep_rank(tokens, self._topology), clock))
+            contexts.append(self._context(inputs, shape, rows, rows_by_ep_rank(tokens, self._topology), clock, half))
         return contexts
 
     def _forward(self, inputs: StepInputs, ctx: ForwardContext, halves: Sequence[ForwardContext]) -> Tensor:

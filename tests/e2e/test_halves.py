@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,34 @@ def test_experts_move_and_no_token_changes(checkpoint: Checkpoint) -> None:
                 break
         assert len(done) >= 5, server.log()
         assert sum(entry["moved_experts"] for entry in done) > 0
+
+
+def test_a_trace_shows_one_half_computing_while_the_other_travels(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """By its own times: experts or attention of a half begin and end while rows of the other are on their way."""
+    world = ("-dp", "2", "-ep", "--dtype", "float32", "--profile", str(tmp_path / "trace.json"))
+    halving = ("--enable-dbo", "--dbo-decode-token-threshold", "1", "--dbo-prefill-token-threshold", "1")
+    with serving(str(checkpoint.folder), *world, *halving) as server:
+        assert plain_answers(server, checkpoint.prompts) == checkpoint.answers
+        server.terminate()
+    for rank in (0, 1):
+        events = json.loads((tmp_path / f"trace.rank{rank}.json").read_text().rstrip(",\n") + "]")
+        tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        assert set(tracks.values()) > {f"{what} half {half}" for what in ("computes", "rows travel") for half in (0, 1)}
+        spans = [event for event in events if event["ph"] == "X"]
+        assert {(event["name"], tracks[event["tid"]].rsplit(" half")[0]) for event in spans} == {
+            ("attention", "computes"),
+            ("experts", "computes"),
+            ("dispatch", "rows travel"),
+            ("combine", "rows travel"),
+        }
+        within = dict.fromkeys(("attention", "experts"), 0)
+        travels = [event for event in spans if tracks[event["tid"]].startswith("rows travel half")]
+        for event in spans:
+            track = tracks[event["tid"]]
+            if not track.startswith("computes half"):
+                continue
+            for other in travels:
+                same = other["args"]["step"] == event["args"]["step"]
+                if same and tracks[other["tid"]][-1] != track[-1] and other["ts"] <= event["ts"]:
+                    within[event["name"]] += event["ts"] + event["dur"] <= other["ts"] + other["dur"]
+        assert all(count > 100 for count in within.values()), within

@@ -92,18 +92,22 @@ class MoELayer(nn.Module):
             ctx.routes.append(ids_SK.clone())  # the next step's may be put in the same place
         slots_SK = self.expert_map(ids_SK, None if ctx.row_hash_T is None else ctx.row_hash_T[mine])
         slots_SK = slots_SK.to(self.all2all.id_dtype)
-        rows = ctx.rows_by_ep_rank
+        rows, sent = ctx.rows_by_ep_rank, time.perf_counter()
         dispatched = _exchange(Phase.DISPATCH, lambda: self.all2all.dispatch(x_SD, slots_SK, weights_SK, rows), ctx)
         shared_SD = None if self.shared is None else self.shared(x_SD)  # computed while the rows travel
         yield
         arrived = _exchange(Phase.DISPATCH, dispatched.wait, ctx)
+        ctx.traced("dispatch", sent, travels=True)
         started = time.perf_counter()
         outputs = self.experts(arrived)
+        ctx.traced("experts", started)
         if x_SD.device.type == "cpu":
             ctx.clock.expert_seconds += time.perf_counter() - started
+        sent = time.perf_counter()
         combined: Pending[Tensor] = _exchange(Phase.COMBINE, lambda: self.all2all.combine(outputs, arrived), ctx)
         yield
         out_SD = _exchange(Phase.COMBINE, combined.wait, ctx)
+        ctx.traced("combine", sent, travels=True)
         return out_SD if shared_SD is None else out_SD + shared_SD
 
 
