@@ -409,7 +409,32 @@ def decode_limit_part(report: Report) -> str:
     )
 
 
+def halves_part(report: Report) -> str:
+    """What cutting steps in halves gains, over how slow the wire is."""
+    config = report.config
+    about = (
+        f"Steps in halves beside whole ones, `{config['model']}` in bfloat16 on {config['ranks']} engines, "
+        f"{config['num_requests']} requests of {config['input_len']} tokens, {config['output_len']} out, medians of "
+        f"{config['turns']} turns (least to most), load before {report.machine['load_before']}, commit "
+        f"`{report.commit}`:"
+    )
+    rows = []
+    for name, found in _numbers(report).items():
+        gain = found["gain"]
+        rows.append(
+            (
+                name.split()[1],
+                found["seconds_whole"]["median"],
+                found["seconds_in_halves"]["median"],
+                f"{gain['median']} ({min(gain['all'])} to {max(gain['all'])})",
+            )
+        )
+    table = markdown_table(["wire / computing", "whole, s", "in halves, s", "speed-up"], rows)
+    return f"{about}\n\n{table}\n\n{_picture(report, 'Speed-up by halves over the time on the wire')}"
+
+
 PARTS = {
+    "halves": halves_part,
     "peers": peers_part,
     "kernels": kernels_part,
     "decode_limit": decode_limit_part,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,3 +37,21 @@ def test_each_row_has_its_position_and_its_slot(
         assert (length, at) == (count, start)
         assert first == sum(counts[:index])
         assert shape.table(index).tolist() == tables[index][: -(-(start + count) // block_size)]
+
+
+@given(st.data())
+def test_some_rows_of_a_step_are_a_step_behind_those_before(data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    starts = [data.draw(st.integers(0, 20)) for _ in counts]
+    tables = [list(range(100 * index, 100 * index + 30)) for index in range(len(counts))]
+    whole = StepShape.of(starts, counts, tables, 2)
+    cut = data.draw(st.integers(0, sum(counts)))
+    parts = [whole.of_rows(0, cut), whole.of_rows(cut, sum(counts))]
+    for name in ("positions_T", "slots_T"):
+        assert np.concatenate([getattr(part, name) for part in parts]).tolist() == getattr(whole, name).tolist()
+    for part in parts:
+        firsts, rows = part.sequences_S4[:, 0].tolist(), part.counts_S.tolist()
+        assert firsts == [sum(rows[:index]) for index in range(len(rows))]
+        assert all(rows)
+        for first, start in zip(firsts, part.sequences_S4[:, 2].tolist(), strict=True):
+            assert part.positions_T[first] == start
