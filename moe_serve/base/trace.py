@@ -16,7 +16,7 @@ MOST_SPANS = 500_000
 log = logging.getLogger(__name__)
 
 
-class Trace:
+class ChromeTrace:
     """Spans of one rank, which is a process of the trace; each `track` a thread of it.
 
     Clocks of ranks on one machine are the same. Where the file cannot be written there is one warning, and no trace:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moe_serve.base.progress import Progress
-from moe_serve.base.trace import Trace
+from moe_serve.base.trace import ChromeTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class ForwardContext:
     progress: Progress = field(default_factory=Progress)
     clock: StepClock = field(default_factory=StepClock)
     half: int | None = None
-    trace: Trace | None = None
+    trace: ChromeTrace | None = None
 
     def traced(self, name: str, started: float, *, travels: bool = False) -> None:
         """Note in the trace what has lasted from `started` (time.perf_counter()) until now."""

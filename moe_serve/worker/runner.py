@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_serve.base.commands import Sampled, StepPlan, StepResult, TokenLogprob
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.topology import Topology, split_range
-from moe_serve.base.trace import Trace
+from moe_serve.base.trace import ChromeTrace
 from moe_serve.model.all2all.shape import NUM_HALVES
 from moe_serve.model.attention.base import StepShape
 from moe_serve.model.context import ForwardContext, LayerKV, StepClock
@@ -50,7 +50,7 @@ class Runner:
         handover: Handover,
         balance: ExpertBalance | None = None,
         enforce_eager: bool = False,
-        trace: Trace | None = None,
+        trace: ChromeTrace | None = None,
     ) -> None:
         self._balance, self._trace = balance, trace
         self._handover = handover

@@ -29,7 +29,7 @@ from moe_serve.base.errors import ConfigError, EngineError
 from moe_serve.base.model_config import ModelConfig, load_model_config
 from moe_serve.base.progress import Phase, Progress
 from moe_serve.base.tables import ALL2ALL
-from moe_serve.base.trace import Trace
+from moe_serve.base.trace import ChromeTrace
 from moe_serve.model.build import build_model
 from moe_serve.model.context import LayerKV
 from moe_serve.model.decoder import Decoder
@@ -85,7 +85,7 @@ class Worker:
         self._decoder: Decoder | None = None
         self._runner: Runner | None = None
         self._balance: ExpertBalance | None = None
-        self._trace = None if config.model.profile is None else Trace(Path(config.model.profile), self._rank)
+        self._trace = None if config.model.profile is None else ChromeTrace(Path(config.model.profile), self._rank)
 
     def handle(self, command: Command) -> Reply:
         """Carry out one command."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_serve.base import trace
-from moe_serve.base.trace import Trace
+from moe_serve.base.trace import ChromeTrace
 
 
 def events_of(path: Path) -> list[dict[str, Any]]:
@@ -20,7 +20,7 @@ def events_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_spans_are_on_named_tracks_of_a_named_rank(tmp_path: Path) -> None:
-    written = Trace(tmp_path / "run.json", 3)
+    written = ChromeTrace(tmp_path / "run.json", 3)
     began = time.perf_counter()
     written.add("experts", "computes", began, step=7, layer=2)
     written.add("dispatch", "rows travel", began, step=7, layer=2)
@@ -51,7 +51,7 @@ def events_of_nothing(path: Path) -> bool:
 
 def test_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(trace, "MOST_SPANS", 5)
-    written = Trace(tmp_path / "run.json", 0)
+    written = ChromeTrace(tmp_path / "run.json", 0)
     for step in range(9):
         written.add("experts", "computes", 0.0, step=step, layer=0)
     written.flush()
@@ -60,7 +60,7 @@ def test_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_a_file_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    written = Trace(tmp_path / "nowhere" / "run.json", 0)
+    written = ChromeTrace(tmp_path / "nowhere" / "run.json", 0)
     written.add("experts", "computes", 0.0, step=1, layer=0)
     written.flush()
     assert caplog.text.count("the trace cannot be written") == 1

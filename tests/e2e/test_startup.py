@@ -175,7 +175,6 @@ def hub_at(address: str, cache: Path) -> dict[str, str]:
             "pplx carries one exchange at a time.*leave out --enable-dbo",
         ),
         (["-tp", "2", "-dcp", "2"], "--decode-context-parallel-size 2 does not divide the 1 .*sizes that work: 1"),
-        (["-tp", "2", "--decode-context-parallel-size", "2"], "decode_context_parallel_size=2 is known but not built"),
         (["--no-disable-nccl-for-dp-synchronization"], "disable_nccl_for_dp_synchronization=False is not built: data-"),
         (["-dp", "2", "--enable-eplb"], "enable_eplb needs enable_expert_parallel"),
         (["-ep", "--enable-eplb"], "enable_eplb needs data_parallel_size x tensor_parallel_size > 1"),

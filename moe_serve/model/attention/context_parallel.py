@@ -30,7 +30,7 @@ SCORES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ContextPart:
     """Rows [first, first + B * t) among those with a past, of B sequences with t rows each.
 
     `blocks` (B x n) flat, of the cache here; `outside_BtN` what a row may not see.
@@ -51,7 +51,7 @@ class SharedPlan:
     slots_T: Tensor
     whole: list[slice]
     past_J: Tensor
-    parts: list[Part]
+    parts: list[ContextPart]
 
 
 class ContextParallel:
@@ -70,7 +70,7 @@ class ContextParallel:
         whole: list[slice] = []
         past: list[Ints] = []
         singles: list[tuple[int, int, Ints]] = []
-        parts: list[Part] = []
+        parts: list[ContextPart] = []
         num_past = 0
         for sequence, (first, count, start, _) in enumerate(step.sequences_S4.tolist()):
             if start == 0:
@@ -133,7 +133,7 @@ class ContextParallel:
         shares = (mine[..., -1:] - mine[..., -1:].amax(dim=0)).exp_()
         return (mine[..., :-1] * shares).sum(dim=0) / shares.sum(dim=0)
 
-    def _partial(self, q_JMd: Tensor, kv: LayerKV, part: Part) -> Tensor:
+    def _partial(self, q_JMd: Tensor, kv: LayerKV, part: ContextPart) -> Tensor:
         """Of this rank's positions: what attention to them alone gives, and behind it the log-sum-exp of the scores."""
         count, each, num_here = part.outside_BtN.shape
         heads, dim = q_JMd.shape[1:]
@@ -155,13 +155,13 @@ class ContextParallel:
         out /= total.clamp(min=torch.finfo(torch.float32).tiny)
         return torch.cat((out, most + total.log()), dim=-1).view(-1, heads, dim + 1)
 
-    def _of_one(self, first: int, start: int, count: int, table: Ints, block_size: int) -> list[Part]:
+    def _of_one(self, first: int, start: int, count: int, table: Ints, block_size: int) -> list[ContextPart]:
         """The rows of one sequence, so many at once that their scores are not too many."""
         positions_N = self._positions(len(table), block_size)
         positions_t = np.arange(start, start + count)
         most = max(1, SCORES // (len(positions_N) * self.num_heads * self.group.size))
         return [
-            Part(
+            ContextPart(
                 rows=self._tensor(np.arange(first + begin, first + min(begin + most, count))),
                 num_sequences=1,
                 blocks=self._tensor(table),
@@ -170,12 +170,12 @@ class ContextParallel:
             for begin in range(0, count, most)
         ]
 
-    def _of_many(self, batch: Sequence[tuple[int, int, Ints]], block_size: int) -> Part:
+    def _of_many(self, batch: Sequence[tuple[int, int, Ints]], block_size: int) -> ContextPart:
         """A row of each; padding repeats a sequence's own first block."""
         longest = max(len(table) for _, _, table in batch)
         blocks_Bn = np.array([[*table, *[table[0]] * (longest - len(table))] for _, _, table in batch])
         starts_B = np.array([start for _, start, _ in batch])
-        return Part(
+        return ContextPart(
             rows=self._tensor(np.array([row for row, _, _ in batch])),
             num_sequences=len(batch),
             blocks=self._tensor(blocks_Bn.ravel()),
