@@ -55,12 +55,14 @@ def test_random_bursts_with_gaps_strand_no_rank(server: Server) -> None:
             time.sleep(numbers.choice([0, 0, 0.001, 0.003, 0.01, 0.03]))
 
 
-def test_a_sleeping_world_uses_under_one_and_a_half_percent_of_a_core_per_rank(server: Server) -> None:
-    """The quietest of a few watches: dp=4 uses 2.3 to 4.7 % (gloo's threads look about 100 times a second)."""
+@pytest.mark.long
+def test_a_sleeping_world_uses_next_to_nothing(server: Server) -> None:
+    """Of a core and for each rank less than 2.5 % in the quietest of a few watches: measured were 0.6 to 2 % on machines
+    of different speed (gloo's threads look about 100 times a second); a rank that looked for work would take a core."""
     one_token(server)
     time.sleep(1)
     num_ranks = server.get("/config").json()["parallel"]["data_parallel_size"]
-    assert any(share_of_a_core(server) < 0.015 * num_ranks for _ in range(WATCHES))
+    assert any(share_of_a_core(server) < 0.025 * num_ranks for _ in range(WATCHES))
 
 
 def share_of_a_core(server: Server) -> float:

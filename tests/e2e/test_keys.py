@@ -15,7 +15,7 @@ from moe_serve.cli.random_model import make_model
 from moe_serve.world.member import ENVIRONMENT, MemberSpec
 from tests.support.server import Server, serving
 
-pytestmark = [pytest.mark.ranks]
+pytestmark = [pytest.mark.ranks, pytest.mark.long]
 
 KEY, ADMIN_KEY = "clients-know-this-3f1c", "operators-know-this-9d2a"
 VARIABLES = {"MOE_SERVE_API_KEY": KEY, "moe_serve_admin_api_key": ADMIN_KEY}
@@ -73,7 +73,6 @@ def test_no_engine_worker_or_solver_is_told_a_key(server: Server) -> None:
         assert (spec.load_config().server.admin_api_key is not None) == knows
 
 
-@pytest.mark.long
 def test_no_engine_worker_or_solver_has_a_key_in_its_memory(server: Server) -> None:
     (api,) = of(server, "moe_serve.api.server")
     try:

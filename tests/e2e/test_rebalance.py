@@ -206,6 +206,7 @@ def test_without_the_key_nothing_about_balancing_is_told_or_changed(server: Serv
     assert server.get("/eplb").json() == before
 
 
+@pytest.mark.long
 def test_a_recording_holds_the_load_of_every_step(server: Server, requests: list[list[int]]) -> None:
     assert server.post("/eplb/record/start", {}).status_code == 200
     answers(server, requests[:4])

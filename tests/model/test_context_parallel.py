@@ -43,8 +43,10 @@ def life(seat: Seat, size: int, heads: int, block_size: int, dtype: torch.dtype,
         context_parallel.SCORES = before
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("size", "heads", "block_size"), [(2, 2, 2), (2, 6, 8), (3, 3, 6), (4, 8, 4), (4, 4, 64)])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("size", "heads", "block_size"), [(2, 2, 2), (2, 6, 8), (4, 8, 4), pytest.param(3, 3, 6, marks=pytest.mark.long)]
+)
 def test_any_mix_of_chunks_and_decodes_equals_dense_attention(
     ranks: Ranks, size: int, heads: int, block_size: int, seed: int
 ) -> None:

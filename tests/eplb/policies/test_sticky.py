@@ -71,6 +71,7 @@ def tiny_problems(count: int) -> list[Problem]:
     return made
 
 
+@pytest.mark.long
 def test_tiny_worlds_come_close_to_the_best_of_all_placements() -> None:
     fresh, mended = [], []
     for problem in tiny_problems(200):
