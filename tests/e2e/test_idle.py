@@ -57,8 +57,9 @@ def test_random_bursts_with_gaps_strand_no_rank(server: Server) -> None:
 
 @pytest.mark.long
 def test_a_sleeping_world_uses_next_to_nothing(server: Server) -> None:
-    """Of a core and for each rank less than 2.5 % in the quietest of a few watches: measured were 0.6 to 2 % on machines
-    of different speed (gloo's threads look about 100 times a second); a rank that looked for work would take a core."""
+    """Of a core and for each rank less than 2.5 % in the quietest of a few watches: measured were 0.6 to 2 % on
+    machines of different speeds (gloo's threads look about 100 times a second). Who looked for work would take a whole core.
+    """
     one_token(server)
     time.sleep(1)
     num_ranks = server.get("/config").json()["parallel"]["data_parallel_size"]
