@@ -58,7 +58,8 @@ def test_random_bursts_with_gaps_strand_no_rank(server: Server) -> None:
 @pytest.mark.long
 def test_a_sleeping_world_uses_next_to_nothing(server: Server) -> None:
     """Of a core and for each rank less than 2.5 % in the quietest of a few watches: measured were 0.6 to 2 % on
-    machines of different speeds (gloo's threads look about 100 times a second). Who looked for work would take a whole core.
+    machines of different speeds (gloo's threads look about 100 times a second). Who looked for work would take
+    a core.
     """
     one_token(server)
     time.sleep(1)
