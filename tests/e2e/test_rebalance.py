@@ -223,6 +223,7 @@ def test_a_recording_holds_the_load_of_every_step(server: Server, requests: list
     assert counts[:, 0].sum() > 0.8 * rows * top_k, "prefix hits and the first steps aside, every row is counted"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [

@@ -64,6 +64,7 @@ def test_64_streams_at_once_each_equal_what_they_get_alone(server: Server) -> No
     assert len(running) == 2, "both engines report"
 
 
+@pytest.mark.long
 def test_both_ranks_get_work_and_a_pinned_request_goes_where_it_was_sent(server: Server) -> None:
     served = []
     for rank in ("0", "1", "1", "0"):
