@@ -31,7 +31,7 @@ SCORES = 2**22
 
 @dataclass(frozen=True, slots=True)
 class ContextPart:
-    """Rows [first, first + B * t) among those with a past, of B sequences with t rows each.
+    """`rows` (B * t,) among those with a past: of B sequences, t rows each, one sequence after the other.
 
     `blocks` (B x n) flat, of the cache here; `outside_BtN` what a row may not see.
     """
