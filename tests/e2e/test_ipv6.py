@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import time
 from collections.abc import Iterator
 
 import psutil
@@ -44,7 +45,11 @@ def test_both_ranks_answer_and_every_socket_of_the_world_is_on_one_address(serve
 
 def test_the_log_writes_addresses_as_urls_do(server: Server) -> None:
     assert server.get("/livez").status_code == 200
-    assert "[::1]:" in next(line for line in server.log().splitlines() if "/livez" in line)
+    deadline = time.monotonic() + 10  # the line is written after the answer
+    while not (lines := [line for line in server.log().splitlines() if "/livez" in line]):
+        assert time.monotonic() < deadline, server.log()
+        time.sleep(0.05)
+    assert "[::1]:" in lines[0]
 
 
 def test_chat_and_the_load_generator_reach_it(server: Server) -> None:
