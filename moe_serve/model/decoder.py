@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from moe_serve.model.layers.rope import Rope, Rotation
 from moe_serve.model.moe.experts import Experts
 from moe_serve.model.moe.layer import MoELayer
 from moe_serve.model.partition import Partition
+from moe_serve.model.turns import Turns
 
 
 class DecoderLayer(nn.Module):
@@ -52,9 +53,7 @@ class DecoderLayer(nn.Module):
         between(partial(self._enter, self.feed_forward_phase), ctx)
         return add(x_TD, self.feed_forward(normed_TD, ctx), self.feed_forward_norm.path)
 
-    def in_turns(
-        self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext
-    ) -> Generator[None, None, Tensor]:
+    def in_turns(self, x_TD: Tensor, rotation: Rotation, kv: LayerKV, ctx: ForwardContext) -> Turns[Tensor]:
         """As forward(), but that it yields while rows travel to experts or back."""
         self._enter(Phase.ATTENTION, ctx)
         x_TD, normed_TD = self._attend(x_TD, rotation, kv, ctx)
@@ -161,7 +160,7 @@ class Decoder(nn.Module):
             next_layer()
         return x_TD if self.norm is None else self.norm(x_TD)
 
-    def in_turns(self, x_TD: Tensor, rotation: Rotation, ctx: ForwardContext) -> Generator[None, None, Tensor]:
+    def in_turns(self, x_TD: Tensor, rotation: Rotation, ctx: ForwardContext) -> Turns[Tensor]:
         """As through(), for at least one row, but that it yields while rows travel: another half's turn."""
         for layer, kv in zip(self._layers, ctx.kv, strict=True):
             x_TD = yield from layer.in_turns(x_TD, rotation, kv, ctx)

@@ -1,15 +1,14 @@
 """A step in two halves that take turns: while the rows of one travel, the other computes (dual batch overlap).
 
 All ranks cut the same steps, so all exchange in the same order: the first half's dispatch, the second's, the first's
-combine, the second's, in every layer. After Chen et al., "Lina" (2023), and DeepSeek-V3's two micro-batches (2024).
+combine, the second's, in every layer. After the two micro-batches of DeepSeek-V3's technical report (2024).
 
 Shape letters: T tokens of this rank, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +18,7 @@ from moe_serve.model.all2all.shape import NUM_HALVES
 from moe_serve.model.context import ForwardContext
 from moe_serve.model.decoder import Decoder
 from moe_serve.model.layers.rope import Rotation
-
-Value = TypeVar("Value")
-Turns = Generator[None, None, Value]
+from moe_serve.model.turns import take_turns
 
 
 def half_of(num_tokens: int, half: int) -> slice:
@@ -51,16 +48,3 @@ def forward_in_halves(
         first, second = (half.routes or [] for half in halves)
         ctx.routes.extend(torch.cat(both) for both in zip(first, second, strict=True))
     return torch.cat(made)
-
-
-def take_turns(runs: Sequence[Turns[Value]]) -> list[Value]:
-    """Each goes on until it yields, then the next one; what they return, in order."""
-    made: dict[int, Value] = {}
-    while len(made) < len(runs):
-        for index, run in enumerate(runs):
-            if index not in made:
-                try:
-                    next(run)
-                except StopIteration as stop:
-                    made[index] = stop.value
-    return [made[index] for index in range(len(runs))]

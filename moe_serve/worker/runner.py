@@ -73,7 +73,8 @@ class Runner:
         commit_seconds = 0.0 if self._balance is None else self._balance.before_step(plan)
         inputs = self._table.build(plan, rows_by_ep_rank(plan.tokens_by_dp_rank, self._topology))
         clock = StepClock()
-        ctx = self._context(inputs, inputs.shape, slice(None), inputs.rows_by_ep_rank, clock, None)
+        whole = None if plan.in_halves else inputs.shape
+        ctx = self._context(inputs, whole, slice(None), inputs.rows_by_ep_rank, clock, None)
         padded_before = self._decoder.all2all.padding_rows
         hidden_TD = self._forward(inputs, ctx, self._halves(plan, inputs, clock) if plan.in_halves else [])
         collected = self._watch(plan, inputs, ctx)
@@ -102,16 +103,16 @@ class Runner:
     def _context(
         self,
         inputs: StepInputs,
-        shape: StepShape,
+        shape: StepShape | None,
         rows: slice,
         rows_by_ep_rank: tuple[int, ...],
         clock: StepClock,
         half: int | None,
     ) -> ForwardContext:
-        """Of some rows of a step, which `shape` describes."""
+        """Of some rows of a step, which `shape` describes; None where no layer gets them together."""
         return ForwardContext(
             positions_T=inputs.positions_T[rows],
-            attention=self._decoder.attention_backend.plan(shape),
+            attention=None if shape is None else self._decoder.attention_backend.plan(shape),
             kv=self._kv,
             rows_by_ep_rank=rows_by_ep_rank,
             row_hash_T=None if inputs.row_hash_T is None else inputs.row_hash_T[rows],

@@ -6,7 +6,7 @@ Shape letters: T tokens of this engine, S rows of this rank (its part of T), D h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from moe_serve.model.layers.mlp import SharedExpert
 from moe_serve.model.moe.expert_map import ExpertMap
 from moe_serve.model.moe.experts import Experts
 from moe_serve.model.moe.router import Router
+from moe_serve.model.turns import Turns, take_turns
 from moe_serve.parallel.collectives import Group
 from moe_serve.parallel.pending import Pending
 
@@ -51,7 +52,7 @@ class MoELayer(nn.Module):
         out_SD = self._own_rows(x_TD[mine], mine, ctx)
         return out_SD if self.tp_group.size == 1 else apart(partial(self._gather, out_SD, parts), ctx)
 
-    def in_turns(self, x_TD: Tensor, ctx: ForwardContext) -> Generator[None, None, Tensor]:
+    def in_turns(self, x_TD: Tensor, ctx: ForwardContext) -> Turns[Tensor]:
         """As forward(), but that it yields while rows are on their way."""
         parts, mine = self._parts(x_TD.shape[0])
         ids_SK, weights_SK = self.router(x_TD[mine])
@@ -77,16 +78,11 @@ class MoELayer(nn.Module):
 
     def _by_experts(self, x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor, mine: slice, ctx: ForwardContext) -> Tensor:
         """All of _travel(), without leaving it."""
-        travel = self._travel(x_SD, ids_SK, weights_SK, mine, ctx)
-        while True:
-            try:
-                next(travel)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
+        return take_turns([self._travel(x_SD, ids_SK, weights_SK, mine, ctx)])[0]
 
     def _travel(
         self, x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor, mine: slice, ctx: ForwardContext
-    ) -> Generator[None, None, Tensor]:
+    ) -> Turns[Tensor]:
         """To the experts and back; yields when rows have been sent out, and when they have been sent home."""
         if ctx.routes is not None:
             ctx.routes.append(ids_SK.clone())  # the next step's may be put in the same place
